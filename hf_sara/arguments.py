@@ -1,0 +1,172 @@
+"""Every choice that defines an adapter, validated once."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+METHODS = ("sara", "mo_sara")
+V_POSITIONS = ("back", "front", "none")
+FACTORS = ("recompute", "save")
+DEFAULT_THRESHOLD = {"sara": 0.01, "mo_sara": 0.5}
+
+
+@dataclass
+class SaraArguments:
+    """
+    The choices that define a SARA or a Mo-SARA adapter. A plain dataclass, made for [`~transformers.HfArgumentParser`]
+    beside [`~transformers.TrainingArguments`]. The defaults are those of the paper's appendix A.
+
+    Args:
+        method (`str`, *optional*, defaults to `"sara"`):
+            `"sara"` trains a low-rank update whose rank follows from each weight's singular values; `"mo_sara"` trains
+            only vectors between the weight's own frozen singular vectors.
+        threshold (`float`, *optional*):
+            Share of the sum of a weight's singular values that its leading `k` must reach (Algorithm 1 of the paper),
+            in (0, 1]. Left open it is 0.01 for SARA and 0.5 for Mo-SARA.
+        parameter_budget (`str` or `int`, *optional*):
+            Solve the threshold for a number of trained parameters instead: a count (`200000`), or a share of base plus
+            trained parameters (`"0.1%"`). The largest threshold that stays within the budget is taken.
+        num_heads (`int`, *optional*, defaults to 5):
+            Mo-SARA: number of parallel vectors of singular values that the router mixes. One has no router.
+        target_modules (`list[str]`, *optional*):
+            Names of the linear modules to adapt (`["q_proj", "v_proj"]`; one projection of a fused module is
+            `"c_attn.q"`), or one regular expression that the whole name of a site must match. Left open: the query and
+            value projections of the model families that `hf_sara` knows.
+        layers (`str`, *optional*):
+            Layers to adapt, counted from 0: `"0-7,12"`. Left open: all.
+        dropout (`float`, *optional*, defaults to 0.05):
+            Dropout on the input of the update, in [0, 1).
+        singular_values (`bool`, *optional*, defaults to `True`):
+            SARA: whether the update has the trained vector `S` in its middle. `False` is an ablation of Table 4.
+        zero_init_vh (`bool`, *optional*, defaults to `False`):
+            SARA: start `Vh` at zero, so that the update starts at zero. An ablation of Table 4.
+        v_position (`str`, *optional*, defaults to `"back"`):
+            Mo-SARA: the trained scale `v` multiplies the update's output (`"back"`), its input (`"front"`), or is left
+            out (`"none"`). The latter two are ablations of Table 4.
+        factors (`str`, *optional*, defaults to `"recompute"`):
+            Mo-SARA: frozen factors are computed again from the base weights when an adapter is loaded, and verified
+            (`"recompute"`, an adapter of kilobytes), or are saved with it (`"save"`, any base dtype can load it).
+
+    Raises:
+        `ValueError`: for a value outside its range, or an option of the other method.
+    """
+
+    method: str = field(default="sara", metadata={"choices": list(METHODS), "help": "sara or mo_sara."})
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the sum of singular values that the rank must reach, in (0, 1]. "
+            "Default: 0.01 for sara, 0.5 for mo_sara."
+        },
+    )
+    parameter_budget: str | None = field(
+        default=None,
+        metadata={"help": "Solve the threshold for a budget of trained parameters: a count, or a share like 0.1%%."},
+    )
+    num_heads: int = field(default=5, metadata={"help": "Mo-SARA: number of vectors that the router mixes."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linear modules to adapt, or one regular expression. Default: query and value."
+        },
+    )
+    layers: str | None = field(default=None, metadata={"help": "Layers to adapt, from 0: 0-7,12. Default: all."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the update, in [0, 1)."})
+    singular_values: bool = field(
+        default=True, metadata={"help": "SARA: train S in the middle of the update (without: ablation)."}
+    )
+    zero_init_vh: bool = field(default=False, metadata={"help": "SARA: start Vh at zero (ablation)."})
+    v_position: str = field(
+        default="back",
+        metadata={"choices": list(V_POSITIONS), "help": "Mo-SARA: where v multiplies (front, none: ablations)."},
+    )
+    factors: str = field(
+        default="recompute",
+        metadata={"choices": list(FACTORS), "help": "Mo-SARA: recompute the frozen factors at load, or save them."},
+    )
+
+    def __post_init__(self):
+        _choice("method", self.method, METHODS)
+        _choice("v_position", self.v_position, V_POSITIONS)
+        _choice("factors", self.factors, FACTORS)
+        if self.threshold is not None:
+            if self.parameter_budget is not None:
+                raise ValueError(
+                    f"threshold={self.threshold} and parameter_budget={self.parameter_budget!r} exclude each other: "
+                    "the budget solves the threshold. Give one of them."
+                )
+            check_threshold(self.threshold)
+        if self.parameter_budget is not None:
+            self.parameter_budget = str(self.parameter_budget)
+            parse_budget(self.parameter_budget)
+        if isinstance(self.num_heads, bool) or not isinstance(self.num_heads, int) or self.num_heads < 1:
+            raise ValueError(f"num_heads={self.num_heads!r} has to be a whole number of at least 1.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} has to lie in [0, 1).")
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
+        if self.layers is not None:
+            parse_layers(self.layers)
+        if self.method == "mo_sara" and (not self.singular_values or self.zero_init_vh):
+            raise ValueError(
+                "singular_values=False and zero_init_vh=True are ablations of method='sara'; the factors of "
+                "method='mo_sara' are frozen. Drop them, or choose method='sara'."
+            )
+        if self.method == "sara" and self.v_position != "back":
+            raise ValueError(
+                f"v_position={self.v_position!r} is an option of method='mo_sara': SARA has no vector v. "
+                "Drop it, or choose method='mo_sara'."
+            )
+
+    def resolved_threshold(self) -> float:
+        """The threshold in force: the given one, else the method's default."""
+        return DEFAULT_THRESHOLD[self.method] if self.threshold is None else self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_threshold(threshold: float, site: str | None = None) -> None:
+    """Raise a `ValueError`, that names the site where one is given, unless 0 < threshold <= 1."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 < threshold <= 1.0:
+        where = "" if site is None else f"{site}: "
+        raise ValueError(f"{where}threshold={threshold!r} has to be a number with 0 < threshold <= 1.")
+
+
+def parse_budget(budget: str) -> tuple[float | None, int | None]:
+    """Read a parameter budget: `"0.1%"` gives `(0.001, None)`, `"200000"` gives `(None, 200000)`."""
+    text = str(budget).strip().replace("_", "").replace(",", "")
+    share = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*%", text)
+    if share and 0.0 < float(share.group(1)) < 100.0:
+        return float(share.group(1)) / 100.0, None
+    if re.fullmatch(r"\d+", text) and int(text) > 0:
+        return None, int(text)
+    raise ValueError(
+        f"parameter_budget={budget!r} is neither a count of parameters such as 200000 nor a share of the model such "
+        "as '0.1%'."
+    )
+
+
+def parse_layers(layers: str) -> set[int]:
+    """Read a choice of layers: `"0-2,5"` gives `{0, 1, 2, 5}`."""
+    chosen: set[int] = set()
+    for part in str(layers).split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        if match is None:
+            raise ValueError(
+                f"layers={layers!r}: cannot read {part!r}. Write single layers and ranges, like '0-7,12'."
+            )
+        first = int(match.group(1))
+        last = int(match.group(2)) if match.group(2) else first
+        if last < first:
+            raise ValueError(f"layers={layers!r}: the range {part.strip()!r} runs backwards.")
+        chosen.update(range(first, last + 1))
+    return chosen

@@ -1,0 +1,276 @@
+"""Which weight matrices of a model are adapted, and views of them.
+
+A *site* is one weight matrix W of shape (d_in, d_out), so that y = x W + b. `nn.Linear` stores its transpose, GPT-2's
+`Conv1D` stores it as is, and a fused projection holds several sites, each a set of its output columns.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .arguments import SaraArguments, parse_layers
+
+# The query and value projections of the families that are adapted without `target_modules`, as in the paper.
+QV_PROJ = ("q_proj", "v_proj")
+DEFAULT_TARGETS = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), QV_PROJ),
+    **dict.fromkeys(("gptj", "opt", "vit", "olmo", "olmo2", "stablelm", "phi", "granite", "smollm3"), QV_PROJ),
+    "phi3": ("qkv_proj.q", "qkv_proj.v"),
+    "gpt2": ("c_attn.q", "c_attn.v"),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value.q", "query_key_value.v")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "value")),
+    **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
+}
+
+
+@dataclass(frozen=True)
+class OutputSlice:
+    """
+    The output columns of one projection inside a fused module: its outputs stand in `groups` equal blocks, and of every
+    block the projection owns the columns `start` to `stop`. One group is a plain range; q, k and v interleaved per
+    head have one group per head.
+
+    Args:
+        groups (`int`): Number of blocks.
+        start (`int`): First column of the projection within a block.
+        stop (`int`): First column after it within a block.
+    """
+
+    groups: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of output columns of the projection, d_out."""
+        return self.groups * (self.stop - self.start)
+
+    def view(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """A view of the projection's part: `dim` becomes the two dimensions (groups, stop - start)."""
+        dim = dim % tensor.dim()
+        blocks = tensor.unflatten(dim, (self.groups, -1))
+        return blocks.narrow(dim + 1, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Site:
+    """
+    One adapted weight matrix.
+
+    Args:
+        name (`str`): Name of the module in the model; a projection of a fused module has its label behind it.
+        module (`str`): Name of the module.
+        shape (`tuple[int, int]`): (d_in, d_out).
+        slice (`OutputSlice`, *optional*): The projection's columns in a fused module; `None` is the whole output.
+        k (`int`, *optional*): Rank of the site's update, once it is planned.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    slice: OutputSlice | None = None
+    k: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What tells the sites of one module apart: `"q"` of `"h.0.attn.c_attn.q"`; empty for a whole module."""
+        return self.name[len(self.module) + 1 :]
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the layer: the first number in the module's name."""
+        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+
+    def weight(self, model: nn.Module) -> torch.Tensor:
+        """The weight W in the orientation (d_in, d_out), without gradient; a view where the storage allows it."""
+        return self.read(model.get_submodule(self.module))
+
+    def read(self, module: nn.Module) -> torch.Tensor:
+        weight = plain_weight(module, self.name)
+        weight = weight if isinstance(module, Conv1D) else weight.t()
+        if self.slice is None:
+            return weight
+        return self.slice.view(weight, dim=1).flatten(1)
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, value: torch.Tensor) -> None:
+        """Write W, of shape (d_in, d_out), into the module's stored weight. Only merging does this."""
+        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.t()
+        if self.slice is None:
+            weight.copy_(value)
+        else:
+            target = self.slice.view(weight, dim=1)
+            target.copy_(value.reshape(target.shape))
+
+
+def plain_weight(module: nn.Module, name: str) -> torch.Tensor:
+    """The stored weight of a linear as a floating-point tensor: quantized ones are dequantized."""
+    weight = module.weight.detach()
+    if weight.is_meta:
+        raise ValueError(f"{name}: the weight is on the meta device, it has no values yet. Load the model first.")
+    quant_state = getattr(module.weight, "quant_state", None)
+    if quant_state is not None or weight.dtype == torch.int8:
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: the weight is stored as {weight.dtype}, and its values cannot be read. Load the base in a "
+            "floating-point dtype, or with bitsandbytes quantization."
+        )
+    return weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a kind of linear that can hold sites."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear, also of a quantized one, whose stored weight has another shape."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
+def fused_slices(model: nn.Module, leaf: str, d_out: int) -> dict[str, OutputSlice]:
+    """The projections of a fused module by label (`"q"`, `"k"`, `"v"`), or nothing for a plain module."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    kind = (getattr(config, "model_type", None), leaf)
+    if kind == ("gpt2", "c_attn"):
+        third = d_out // 3
+        # A cross-attention's c_attn holds k and v only; its q is a module of its own.
+        if d_out == 3 * config.hidden_size:
+            return _consecutive(q=third, k=third, v=third)
+        return _consecutive(k=d_out // 2, v=d_out // 2)
+    if kind == ("phi3", "qkv_proj"):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        key_value = config.num_key_value_heads * head
+        return _consecutive(q=config.num_attention_heads * head, k=key_value, v=key_value)
+    if kind in (("gpt_neox", "query_key_value"), ("bloom", "query_key_value")):
+        return _per_head(config.num_attention_heads, d_out)
+    if kind == ("falcon", "query_key_value"):
+        heads = config.num_attention_heads
+        head = config.hidden_size // heads
+        if config.new_decoder_architecture:
+            queries = heads // config.num_kv_heads * head
+            return _consecutive(groups=config.num_kv_heads, q=queries, k=head, v=head)
+        if config.multi_query:
+            return _consecutive(q=heads * head, k=head, v=head)
+        return _per_head(heads, d_out)
+    return {}
+
+
+def _consecutive(groups: int = 1, **widths: int) -> dict[str, OutputSlice]:
+    slices, start = {}, 0
+    for label, width in widths.items():
+        slices[label] = OutputSlice(groups, start, start + width)
+        start += width
+    return slices
+
+
+def _per_head(heads: int, d_out: int) -> dict[str, OutputSlice]:
+    width = d_out // heads // 3
+    return _consecutive(groups=heads, q=width, k=width, v=width)
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    """Every site that the model offers, in the order of its modules."""
+    sites = []
+    for module_name, module in model.named_modules():
+        if not is_linear(module) or not module_name or ".sara." in module_name:
+            continue
+        d_in, d_out = linear_shape(module)
+        slices = fused_slices(model, module_name.rsplit(".", 1)[-1], d_out)
+        if not slices:
+            sites.append(Site(module_name, module_name, (d_in, d_out)))
+        for label, output_slice in slices.items():
+            sites.append(Site(f"{module_name}.{label}", module_name, (d_in, output_slice.size), output_slice))
+    return sites
+
+
+def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
+    """
+    The sites that an adapter's arguments choose.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        args ([`SaraArguments`]): `target_modules` and `layers` are read.
+
+    Returns:
+        `list[Site]`: At least one, in the order of the model's modules.
+
+    Raises:
+        `ValueError`: If nothing is chosen, with what the model has to choose from.
+    """
+    offered = all_sites(model)
+    targets = args.target_modules
+    if targets is None:
+        model_type = _model_type(model)
+        if model_type not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"No default target modules are known for the model type {model_type!r}. Set target_modules to names "
+                f"or a regular expression. {_offer(offered)}"
+            )
+        targets = list(DEFAULT_TARGETS[model_type])
+    chosen = [site for site in offered if _is_target(site, targets)]
+    if args.target_modules is not None:
+        for target in targets:
+            if not any(_is_target(site, [target]) for site in offered):
+                raise ValueError(f"target_modules={target!r} matches no linear module. {_offer(offered)}")
+    if not chosen:
+        raise ValueError(f"The model has none of the modules {', '.join(targets)}. {_offer(offered)}")
+    if args.layers is not None:
+        layers = parse_layers(args.layers)
+        present = {site.layer for site in chosen if site.layer is not None}
+        if layers - present:
+            raise ValueError(
+                f"layers={args.layers!r} names {sorted(layers - present)}, but the chosen modules are in the layers "
+                f"{sorted(present)}."
+            )
+        chosen = [site for site in chosen if site.layer in layers]
+    return chosen
+
+
+def _model_type(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", "") or type(model).__name__
+    if model_type not in DEFAULT_TARGETS and hasattr(config, "get_text_config"):
+        text_type = getattr(config.get_text_config(), "model_type", model_type)
+        return text_type if text_type in DEFAULT_TARGETS else model_type
+    return model_type
+
+
+def _is_target(site: Site, targets: list[str]) -> bool:
+    for target in targets:
+        if re.fullmatch(r"[\w.]+", target):
+            # A name is the end of a site's or a module's name, at a dot.
+            if f".{site.name}".endswith(f".{target}") or f".{site.module}".endswith(f".{target}"):
+                return True
+        elif _fullmatch(target, site.name):
+            return True
+    return False
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"target_modules={pattern!r} is not a valid regular expression: {error}.") from error
+
+
+def _offer(sites: list[Site]) -> str:
+    """What a model has to choose from, in one line: `q_proj (4096 x 4096, 32 times)`."""
+    counts: dict[tuple[str, tuple[int, int]], int] = {}
+    for site in sites:
+        leaf = site.module.rsplit(".", 1)[-1] + (f".{site.label}" if site.label else "")
+        counts[leaf, site.shape] = counts.get((leaf, site.shape), 0) + 1
+    if not counts:
+        return "The model has no nn.Linear or Conv1D module at all."
+    found = [f"{leaf} ({d_in} x {d_out}, {count} times)" for (leaf, (d_in, d_out)), count in counts.items()]
+    return "It has: " + ", ".join(found) + "."

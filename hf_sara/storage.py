@@ -1,0 +1,433 @@
+"""An adapter's files: write, read, verify. The file format has its home here alone.
+
+    sara_config.json          arguments, sites, ranks, the base; for Mo-SARA the seeds of its frozen factors
+    sara_adapter.safetensors  the trained tensors
+    sara_factors.safetensors  Mo-SARA with factors="save" only: U and Vh of every site
+
+Loading is strict and pickle-free: shapes come from the config only after they were checked against the base, and every
+tensor's name, shape and dtype is compared before its bytes are read.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from .arguments import SaraArguments
+from .deltas import frozen_shapes, trained_shapes
+from .sites import OutputSlice, Site, all_sites
+from .spectrum import Factors, find_factors, for_each, sketch, sketches_agree, weight_digest
+
+if TYPE_CHECKING:
+    from .adapter import SaraAdapter
+
+CONFIG_FILE = "sara_config.json"
+TENSORS_FILE = "sara_adapter.safetensors"
+FACTORS_FILE = "sara_factors.safetensors"
+# The config of a write that is under way; it counts as soon as the tensors that it describes are in place.
+PENDING_CONFIG_FILE = "sara_config.json.new"
+
+FORMAT_VERSION = 1
+# A config has about 200 bytes per site; this is room for a hundred thousand of them.
+MAX_CONFIG_BYTES = 32 * 2**20
+SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
+
+
+class AdapterError(ValueError):
+    """An adapter's files are damaged, or do not belong to this base model."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """
+    What identifies the frozen factors of a Mo-SARA site: they are computed again from the base weight at load.
+
+    Args:
+        dtype (`str`): Dtype of the weight they were computed from.
+        sha256 (`str`): Digest of the weight's values, see [`~hf_sara.spectrum.weight_digest`].
+        sketch (`torch.Tensor` of shape `(8,)`, *optional*): Summary of U and Vh.
+        clusters (`list[tuple[int, int]]`, *optional*): Ranges of vectors that share one singular value.
+    """
+
+    dtype: str
+    sha256: str
+    sketch: torch.Tensor | None = None
+    clusters: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_weight(cls, weight: torch.Tensor) -> "Seed":
+        return cls(str(weight.dtype).removeprefix("torch."), weight_digest(weight))
+
+    def with_factors(self, factors: Factors) -> "Seed":
+        return replace(self, sketch=sketch(factors), clusters=tuple(factors.clusters))
+
+    def to_json(self) -> dict[str, Any]:
+        packed = base64.b64encode(self.sketch.numpy().astype("<f4").tobytes()).decode()
+        record = {"dtype": self.dtype, "sha256": self.sha256, "sketch": packed}
+        return {**record, "clusters": self.clusters} if self.clusters else record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], site: Site) -> "Seed":
+        numbers = np.frombuffer(base64.b64decode(record["sketch"], validate=True), dtype="<f4")
+        if numbers.size != 8 or not np.isfinite(numbers).all():
+            raise ValueError("its sketch is damaged")
+        clusters = tuple((int(start), int(stop)) for start, stop in record.get("clusters", []))
+        ends = [end for cluster in clusters for end in cluster]
+        if ends != sorted(ends) or (ends and not 0 <= ends[0] < ends[-1] <= min(site.shape)):
+            raise ValueError("its clusters are out of range")
+        if not re.fullmatch(r"[0-9a-f]{64}", record["sha256"]):
+            raise ValueError("its sha256 is damaged")
+        return cls(str(record["dtype"]), record["sha256"], torch.from_numpy(numbers.copy()), clusters)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as read from its files, checked in itself but not yet against a base."""
+
+    folder: Path
+    args: SaraArguments
+    threshold: float
+    sites: list[Site]
+    seeds: dict[str, Seed]
+    base: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, named `"<site>.<tensor>"`."""
+        return _read_tensors(self.folder / TENSORS_FILE, self._shapes(trained_shapes), {self.config["dtype"]})
+
+    def _shapes(self, shapes_of_site: Any) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{site.name}.{name}": shape
+            for site in self.sites
+            for name, shape in shapes_of_site(self.args, site.shape, site.k).items()
+        }
+
+    def sites_on(self, model: nn.Module) -> list[Site]:
+        """The sites, after checking that the model has each of them with the same shape and columns."""
+        offered = {site.name: site for site in all_sites(model)}
+        for site in self.sites:
+            there = offered.get(site.name)
+            if there is None:
+                raise AdapterError(
+                    f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} does not "
+                    f"have. It was trained on {self._base_text()}."
+                )
+            if (there.shape, there.slice, there.module) != (site.shape, site.slice, site.module):
+                raise AdapterError(
+                    f"{site.name}: the adapter in {self.folder} is for a weight of shape {site.shape}, this model's "
+                    f"has {there.shape}. It was trained on {self._base_text()}."
+                )
+        return self.sites
+
+    def factors_on(self, model: nn.Module, sites: list[Site]) -> dict[str, Factors]:
+        """Mo-SARA's frozen factors: read from their file, or computed again from the base and verified."""
+        if self.args.method != "mo_sara":
+            return {}
+        if self.args.factors == "save":
+            shapes = self._shapes(frozen_shapes)
+            tensors = _read_tensors(self.folder / FACTORS_FILE, shapes, set(SAFETENSORS_DTYPES))
+            return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
+        found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
+        return {site.name: factors for site, factors in zip(sites, found, strict=True)}
+
+    def _recompute(self, model: nn.Module, site: Site) -> Factors:
+        weight = site.weight(model)
+        seed, here = self.seeds[site.name], Seed.of_weight(weight)
+        remedy = "or save the adapter again, where it was trained, with factors='save'"
+        if here.sha256 != seed.sha256:
+            if here.dtype != seed.dtype:
+                raise AdapterError(
+                    f"{site.name}: the adapter was trained on a {seed.dtype} base, this one is {here.dtype}, and its "
+                    f"rounded weights have other singular vectors. Load the base with dtype=torch.{seed.dtype}, {remedy}."
+                )
+            raise AdapterError(
+                f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
+                f"differs). Load {self._base_text()}, without merging or changing its weights, {remedy}."
+            )
+        factors = find_factors(weight, k=site.k, clusters=seed.clusters, site=site.name, digest=here.sha256)
+        if not sketches_agree(sketch(factors), seed.sketch, site.k):
+            raise AdapterError(
+                f"{site.name}: the singular vectors computed here are not those of the training, although the weight "
+                f"is the same: they are too close to one another to be told apart. Save the adapter again, where it "
+                "was trained, with factors='save'."
+            )
+        return factors
+
+    def _base_text(self) -> str:
+        name = self.base.get("model_id") or f"a {self.base.get('class')} without a Hub id"
+        revision = self.base.get("revision")
+        return f"{name} at revision {revision}" if revision else name
+
+
+# ---- writing ----
+
+
+def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """
+    Write an adapter's files.
+
+    Args:
+        adapter ([`SaraAdapter`]): The adapter.
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+        tensors (`Mapping[str, torch.Tensor]`, *optional*): The trained tensors, where they had to be gathered from
+            several devices; the adapter's own otherwise.
+
+    Raises:
+        [`AdapterError`]: If a tensor is missing, empty or not finite. Nothing is written then.
+    """
+    tensors = adapter.state_dict() if tensors is None else dict(tensors)
+    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in adapter.trained().items()})
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = safetensors_bytes(tensors, metadata={"format": "pt"})
+    factors = None
+    if adapter.args.method == "mo_sara" and adapter.args.factors == "save":
+        frozen = {
+            f"{site.name}.{name}": getattr(delta, name).detach().cpu().contiguous()
+            for site, delta in adapter.deltas()
+            for name in ("U", "Vh")
+        }
+        factors = safetensors_bytes(frozen, metadata={"format": "pt"})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = _config_text(adapter, dtype, hashlib.sha256(payload).hexdigest())
+    # The old config stays until the new tensors are in place, the new one is ready before: see `_read_config`.
+    if factors is not None:
+        _write_file(folder / FACTORS_FILE, factors)
+    _write_file(folder / PENDING_CONFIG_FILE, config.encode())
+    _write_file(folder / TENSORS_FILE, payload)
+    os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
+    if factors is None:
+        (folder / FACTORS_FILE).unlink(missing_ok=True)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _config_text(adapter: "SaraAdapter", dtype: str, tensors_sha256: str) -> str:
+    """The config as JSON with one line per site, so that it is small and differences of two can be read."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "method": adapter.args.method,
+        "threshold": adapter.threshold,
+        "arguments": adapter.args.to_dict(),
+        "dtype": dtype,
+        "tensors_sha256": tensors_sha256,
+        "base": describe_base(adapter.model),
+        "versions": {
+            **{name: version(name) for name in ("hf_sara", "transformers", "torch")},
+            "python": platform.python_version(),
+        },
+    }
+    records = []
+    for site in adapter.sites:
+        record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
+        if site.slice is not None:
+            record["slice"] = asdict(site.slice)
+        if site.name in adapter.seeds:
+            record.update(adapter.seeds[site.name].to_json())
+        records.append("    " + json.dumps(record, separators=(",", ":")))
+    head = json.dumps(config, indent=2).removesuffix("\n}")
+    return head + ',\n  "sites": [\n' + ",\n".join(records) + "\n  ]\n}\n"
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What loading needs to know of the base model. Paths of the local machine are left out."""
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None) if "Classification" in type(model).__name__ else None
+    return {
+        "model_id": hub_id(getattr(config, "_name_or_path", None)),
+        "revision": getattr(config, "_commit_hash", None),
+        "class": type(model).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+        # Training aligns these with the tokenizer, and an adapter has no config.json to carry them.
+        "pad_token_id": getattr(config, "pad_token_id", None),
+        "eos_token_id": getattr(config, "eos_token_id", None),
+        "id2label": None if labels is None else {str(key): str(label) for key, label in labels.items()},
+    }
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be a Hub id, and is not a folder of this machine."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+# ---- reading ----
+
+
+def is_adapter(folder: str | PathLike) -> bool:
+    """Whether a folder has the files of an adapter."""
+    return (Path(folder) / CONFIG_FILE).is_file() and (Path(folder) / TENSORS_FILE).is_file()
+
+
+def read(folder: str | PathLike) -> SavedAdapter:
+    """
+    Read an adapter's config and check it in itself.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that [`write`] made.
+
+    Raises:
+        `FileNotFoundError`: If the folder or a file is missing.
+        [`AdapterError`]: If the config is damaged, or of a later format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
+    config = _read_config(folder)
+    try:
+        if config["format_version"] != FORMAT_VERSION:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE} has format version {config['format_version']!r}; this hf_sara reads version "
+                f"{FORMAT_VERSION}. Update hf_sara: pip install -U hf_sara."
+            )
+        known = {field.name for field in fields(SaraArguments)}
+        unknown = set(config["arguments"]) - known
+        if unknown:
+            raise ValueError(f"its arguments have the unknown names {sorted(unknown)}: update hf_sara")
+        args = SaraArguments(**config["arguments"])
+        if args.method != config["method"] or config["dtype"] not in ("float32", "float64"):
+            raise ValueError("its method or dtype is not one that an adapter can have")
+        threshold = float(config["threshold"])
+        sites = [_site(record) for record in config["sites"]]
+        if not sites or len({site.name for site in sites}) != len(sites):
+            raise ValueError("it names no sites, or one twice")
+        seeds = {}
+        if args.method == "mo_sara":
+            seeds = {s.name: Seed.from_json(r, s) for s, r in zip(sites, config["sites"], strict=True)}
+        base = dict(config["base"])
+    except AdapterError:
+        raise
+    except KeyError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: it has no {error}.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}.") from error
+    return SavedAdapter(folder, args, threshold, sites, seeds, base, config)
+
+
+def _site(record: Mapping[str, Any]) -> Site:
+    name, k = record["name"], record["k"]
+    shape = tuple(record["shape"])
+    part = OutputSlice(**record["slice"]) if "slice" in record else None
+    numbers = [*shape, k, *(asdict(part).values() if part else ())]
+    if not isinstance(name, str) or len(shape) != 2 or any(type(number) is not int for number in numbers):
+        raise ValueError(f"the record of site {name!r} is not of the known form")
+    if not 1 <= k <= min(shape):
+        raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
+    module = name.rsplit(".", 1)[0] if part else name
+    return Site(name, module, shape, part, k)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
+    if not (folder / TENSORS_FILE).is_file() or not (path.is_file() or pending.is_file()):
+        missing = TENSORS_FILE if path.is_file() else CONFIG_FILE
+        raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {missing}.")
+    config = _parse_config(path) if path.is_file() else None
+    if pending.is_file():
+        # A write was cut off. If it got as far as the tensors, they belong to the pending config.
+        newer = _parse_config(pending)
+        digest = hashlib.sha256((folder / TENSORS_FILE).read_bytes()).hexdigest()
+        if newer.get("tensors_sha256") == digest:
+            return newer
+    if config is None:
+        raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {CONFIG_FILE}.")
+    return config
+
+
+def _parse_config(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path} is damaged: it has {size:,} bytes, a config has at most {MAX_CONFIG_BYTES:,}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} is damaged: it is not a JSON object.")
+    return config
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str]) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"The adapter is incomplete: {path} is missing.")
+    allowed = {SAFETENSORS_DTYPES[dtype] for dtype in dtypes}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            _check_names(keys, shapes, path)
+            for key in keys:
+                part = file.get_slice(key)
+                _check_shape(key, tuple(part.get_shape()), shapes[key])
+                if part.get_dtype() not in allowed:
+                    raise AdapterError(f"{key}: the file has dtype {part.get_dtype()}, expected {sorted(allowed)}.")
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged: {error}.") from error
+    check_tensors(tensors, shapes)
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Compare tensors with what they have to be.
+
+    Raises:
+        [`AdapterError`]: Names the first tensor that is missing, unexpected, misshaped, empty or not finite.
+    """
+    _check_names(tensors, shapes, None)
+    for name, tensor in tensors.items():
+        _check_shape(name, tuple(tensor.shape), shapes[name])
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name}: the tensor has NaN or infinite values. Did the training diverge?")
+
+
+def _check_names(names: Any, shapes: Mapping[str, tuple[int, ...]], path: Path | None) -> None:
+    where = "" if path is None else f" in {path}"
+    missing = [name for name in shapes if name not in set(names)]
+    unexpected = [name for name in names if name not in shapes]
+    if missing or unexpected:
+        raise AdapterError(
+            f"The tensors{where} are not those of the adapter. "
+            f"Missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}."
+        )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != tuple(expected):
+        empty = "is empty" if 0 in shape else f"has the shape {shape}"
+        raise AdapterError(f"{name}: the tensor {empty}, expected {tuple(expected)}.")

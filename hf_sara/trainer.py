@@ -1,0 +1,560 @@
+"""What `transformers.Trainer` needs to train an adapter alone.
+
+Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls through all
+of them and would have its whole base written at every checkpoint, so each of those places is overridden here.
+"""
+
+import functools
+import json
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer as transformers_trainer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HPSearchBackend,
+    HubStrategy,
+    SaveStrategy,
+    enable_full_determinism,
+    sort_checkpoints,
+)
+from transformers.utils import PushInProgress
+
+from . import storage
+from .adapter import SaraAdapter, unwrap
+from .arguments import SaraArguments
+
+logger = logging.getLogger(__name__)
+
+# A masked, readable stand-in for training_args.bin, which is a pickle that holds the Hub token in clear.
+TRAINING_ARGS_FILE = "training_args.json"
+RUNNING_LOSS_FILE = "running_loss.json"
+# What may leave the machine; everything else that lies in an output folder stays there.
+UPLOAD_FILES = (storage.CONFIG_FILE, storage.TENSORS_FILE, storage.FACTORS_FILE, TRAINING_ARGS_FILE, "README.md")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.jinja", "*.model")
+
+
+class SaraTrainerMixin:
+    """
+    Makes any [`~transformers.Trainer`] train, save, resume and load SARA adapters: `class MyTrainer(SaraTrainerMixin,
+    SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
+
+    Args:
+        sara_args ([`SaraArguments`], *optional*):
+            The adapter to attach to the model (to each new one, with `model_init`). Left out, a model that carries an
+            adapter keeps it, and another gets the default, SARA at threshold 0.01.
+
+    Raises:
+        `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
+    """
+
+    def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
+        self.sara_args = sara_args
+        self._sara_checked_gradients = False
+        self._sara_resumed_loss: dict[str, float] | None = None
+        self._sara_trial_overrides: dict[str, Any] = {}
+        if model is not None and not isinstance(model, str):
+            if args is not None:
+                # Trainer seeds only later, but the adapter's random start has to follow from the seed too.
+                enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+            self._attach(model)
+        with _pose_as_peft(model):
+            super().__init__(model, args, *positional, **kwargs)
+        if model is not None and isinstance(model, str):
+            self._attach(self.model)
+        self._use_cache = None
+        self._tokenizer_state = _tokenizer_state(self.processing_class)
+        self.add_callback(_ResumeLoss(self))
+
+    # ---- the adapter ----
+
+    @property
+    def sara_adapter(self) -> SaraAdapter:
+        """The adapter that is trained."""
+        return SaraAdapter.of(self.accelerator.unwrap_model(self.model))
+
+    def _attach(self, model: nn.Module) -> None:
+        adapter = SaraAdapter.of(model)
+        wanted = self.sara_args
+        if wanted is not None and self._sara_trial_overrides:
+            wanted = replace(wanted, **self._sara_trial_overrides)
+        elif self._sara_trial_overrides:
+            wanted = SaraArguments(**self._sara_trial_overrides)
+        if adapter is None:
+            SaraAdapter.attach(model, wanted)
+        elif wanted is not None and wanted != adapter.args:
+            raise ValueError(
+                f"The model already carries the adapter {adapter!r}, made with {adapter.args}, which is not what "
+                f"sara_args asks for: {wanted}. Leave sara_args out to go on training it, or detach it first."
+            )
+        elif adapter.merged:
+            raise ValueError(f"The adapter {adapter.name!r} is merged into the weights. Unmerge it before training.")
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._sara_trial_overrides = self._sara_fields_of(trial)
+        self._attach(model)
+        self._sara_checked_gradients = False
+        return model
+
+    def _sara_fields_of(self, trial: Any) -> dict[str, Any]:
+        """The fields of SaraArguments that a hyperparameter search tries."""
+        if trial is None or self.hp_search_backend is None:
+            return {}
+        values = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
+        return {field.name: values[field.name] for field in fields(SaraArguments) if field.name in values}
+
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Trainer's `train`. `resume_from_checkpoint=True` takes the last *complete* checkpoint: one that a crash cut off
+        while it was written is passed over, with a warning.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        if self.model is not None and self.args.activation_checkpointing:
+            self._require_input_gradients()
+        config = getattr(self.model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if use_cache is not None:
+                # Trainer switches the cache off for training; generation afterwards is many times slower without.
+                self.model.config.use_cache = True
+
+    def _require_input_gradients(self) -> None:
+        """Reentrant checkpointing needs an input with gradient: embeddings of a frozen base have none."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not getattr(model, "_sara_input_gradients", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+            model._sara_input_gradients = True
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper's E2E runs.
+        trained = {id(p) for p in self.sara_adapter.trained().values()}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
+        return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # DeepSpeed keeps gradients of its own, there is nothing to see here.
+        if not self._sara_checked_gradients and not self.is_deepspeed_enabled:
+            self._check_gradients()
+            self._sara_checked_gradients = True
+        return loss
+
+    def _check_gradients(self) -> None:
+        silent = [
+            name
+            for name, tensor in self.sara_adapter.trained().items()
+            if tensor.requires_grad and tensor.numel() and tensor.grad is None
+        ]
+        frozen = [name for name, tensor in self.sara_adapter.trained().items() if not tensor.requires_grad]
+        if silent or frozen:
+            names = silent or frozen
+            raise RuntimeError(
+                f"After the first backward pass {len(names)} trained tensors have no gradient: {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or the adapter is frozen, "
+                "disabled or merged. Choose other target_modules or layers, or enable the adapter."
+            )
+
+    def _hp_search_setup(self, trial):
+        space = self.hp_space if self.hp_search_backend is not None else None
+        ours = {field.name for field in fields(SaraArguments)}
+        if space is not None and trial is not None and self.hp_search_backend == HPSearchBackend.OPTUNA:
+            # The adapter's own fields were used when the model was made; Trainer would warn that it has none of them.
+            self.hp_space = lambda trial: {name: value for name, value in space(trial).items() if name not in ours}
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            if space is not None:
+                self.hp_space = space
+
+    # ---- writing ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, a few kilobytes, not the base. Called on every process; one of them writes."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Trainer's own way gathers the whole base, or nothing. Gathering is collective: every rank takes part.
+            self._save(output_dir, self._gather_trained())
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _gather_trained(self) -> dict[str, torch.Tensor]:
+        """The trained tensors in full, whatever they are sharded by."""
+        trained = self.sara_adapter.trained()
+        if self.is_deepspeed_enabled:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(trained.values())):
+                return {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}
+        with _summon_fsdp1(self.model_wrapped):
+            full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in trained.items()}
+            return {name: tensor.detach().cpu().clone() for name, tensor in full.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # `state_dict` comes from `save_model` above, or is Trainer's own idea of one, which holds the base or nothing.
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        adapter = self.sara_adapter
+        tensors = None
+        if state_dict and set(state_dict) == set(adapter.trained()):
+            tensors = state_dict
+        storage.write(adapter, output_dir, tensors)
+        if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
+            self.processing_class.save_pretrained(output_dir)
+        # `to_json_string` replaces every token by a placeholder.
+        Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+        logger.info("Saved the adapter to %s", output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._save_running_loss(output_dir)
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            self._save_scheduler(output_dir)
+        elif self.is_fsdp_enabled:
+            from accelerate.utils import save_fsdp_optimizer
+
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            self._save_scheduler(output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scheduler(self, output_dir: str) -> None:
+        from transformers.integrations.deepspeed import DeepSpeedSchedulerWrapper
+
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    # ---- resuming ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_tensors(resume_from_checkpoint, "checkpoint")
+        path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
+        self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best adapter from %s", self.state.best_model_checkpoint)
+        self._load_tensors(self.state.best_model_checkpoint, "best checkpoint")
+
+    def _load_tensors(self, folder: str, what: str) -> None:
+        """Load a checkpoint's tensors into the adapter, after comparing method, sites and ranks; raise otherwise."""
+        adapter = self.sara_adapter
+        try:
+            saved = storage.read(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: {error}") from error
+        differences = [
+            f"{name}: {getattr(saved.args, name)!r} there, {getattr(adapter.args, name)!r} here"
+            for name in ("method", "num_heads", "singular_values", "v_position")
+            if getattr(saved.args, name) != getattr(adapter.args, name)
+        ]
+        there, here = ({site.name: site.k for site in sites} for sites in (saved.sites, adapter.sites))
+        differences += [
+            f"{name}: k={there.get(name)} there, k={here.get(name)} here"
+            for name in {**there, **here}
+            if there.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
+                "Use the SaraArguments of its training, or another output_dir."
+            )
+        tensors = saved.tensors
+        if self.is_fsdp_enabled:
+            self._scatter_trained(tensors)
+        elif self.is_deepspeed_enabled:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(adapter.trained().values()), modifier_rank=0):
+                adapter.load_state_dict(tensors)
+        else:
+            adapter.load_state_dict(tensors)
+
+    @torch.no_grad()
+    def _scatter_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        with _summon_fsdp1(self.model_wrapped, writeback=True):
+            for name, tensor in self.sara_adapter.trained().items():
+                value = tensors[name].to(tensor.device)
+                if isinstance(tensor, DTensor):
+                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+                tensor.copy_(value)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks for
+        # that with PEFT's class only.
+        load = transformers_trainer.deepspeed_load_checkpoint
+        transformers_trainer.deepspeed_load_checkpoint = lambda engine, path, **_: load(
+            engine, path, load_module_strict=False
+        )
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            transformers_trainer.deepspeed_load_checkpoint = load
+
+    # The loss between two log lines lives in memory only. Saved with each checkpoint, the log of a resumed run equals
+    # that of an uninterrupted one, also where checkpoints fall between log lines.
+
+    def _save_running_loss(self, output_dir: str) -> None:
+        loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            state = {
+                "since_last_log": loss,
+                "logged": self._total_loss_scalar,
+                "last_logged_step": self._globalstep_last_logged,
+            }
+            Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
+
+    def _restore_running_loss(self) -> None:
+        if self._sara_resumed_loss is not None:
+            self._tr_loss = self._tr_loss + self._sara_resumed_loss["since_last_log"]
+            self._total_loss_scalar = self._sara_resumed_loss["logged"]
+            self._globalstep_last_logged = self._sara_resumed_loss["last_logged_step"]
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._sara_resumed_loss is not None:
+            # Trainer divides the sum by the steps of this call; the sum here is that of the whole run.
+            steps = self.state.global_step - self._initial_global_step
+            total = self._total_loss_scalar + self._tr_loss.item()
+            self._tr_loss = torch.zeros_like(self._tr_loss)
+            self._total_loss_scalar = total * (max(steps, 0.001) / max(self.state.global_step, 0.001))
+            self._sara_resumed_loss = None
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # ---- the Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except (HfHubHTTPError, OSError) as error:
+            if getattr(self, "callback_handler", None) is None or not hasattr(self, "state"):
+                # In the constructor: training must not wait for a network. The first push tries again.
+                logger.warning(
+                    "The Hub repository could not be made now (%s); it is tried again at the first push.", error
+                )
+                self.push_in_progress = None
+            else:
+                raise
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Save the adapter to `args.output_dir` and upload its files, and only those, in one commit."""
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        self.create_model_card(model_name=kwargs.pop("model_name", None) or name, **kwargs)
+        self._finish_current_push()
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            allow_patterns=[*UPLOAD_FILES, *TOKENIZER_FILES],
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*"],
+            revision=revision if revision is not None else self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        where = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
+        upload = functools.partial(
+            HfApi().upload_folder,
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+        )
+        adapter_files = [*UPLOAD_FILES, *TOKENIZER_FILES]
+        message = f"Training in progress, {where}"
+        jobs = [upload(commit_message=message, allow_patterns=adapter_files)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            # What resuming needs besides the adapter.
+            state = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt"]
+            jobs.append(
+                upload(
+                    commit_message=f"{message}, checkpoint",
+                    path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                    allow_patterns=[*adapter_files, *state],
+                )
+            )
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Trainer's card, tagged for this library, with a base model only where that is a Hub id."""
+        own = [tags] if isinstance(tags, str) else list(tags or [])
+        history = self.state.log_history
+        # Trainer's table of results takes its columns from the first evaluation and fails on any that come later.
+        metrics = {key: None for entry in history if "eval_loss" in entry for key in entry}
+        self.state.log_history = [{**metrics, **entry} if "eval_loss" in entry else entry for entry in history]
+        config = getattr(self.model, "config", None)
+        path = getattr(config, "_name_or_path", None)
+        try:
+            if config is not None:
+                config._name_or_path = finetuned_from or storage.hub_id(path) or ""
+            super().create_model_card(
+                language=language,
+                license=license,
+                tags=[*own, "hf_sara", self.sara_adapter.args.method],
+                model_name=model_name,
+                finetuned_from=finetuned_from,
+                tasks=tasks,
+                dataset_tags=dataset_tags,
+                dataset=dataset,
+                dataset_args=dataset_args,
+            )
+        finally:
+            self.state.log_history = history
+            if config is not None:
+                config._name_or_path = path
+
+
+class SaraTrainer(SaraTrainerMixin, Trainer):
+    """
+    [`~transformers.Trainer`] for SARA and Mo-SARA adapters.
+
+    Example:
+
+    ```python
+    trainer = SaraTrainer(
+        model=model,
+        args=TrainingArguments("my-adapter", learning_rate=8e-3),
+        sara_args=SaraArguments(threshold=0.012),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+
+class SaraSeq2SeqTrainer(SaraTrainerMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] for SARA and Mo-SARA adapters."""
+
+
+class _ResumeLoss(TrainerCallback):
+    """Puts the running loss of a resumed run in place, once Trainer has reset it."""
+
+    def __init__(self, trainer: SaraTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._restore_running_loss()
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The newest checkpoint in a folder that was written to its end.
+
+    Args:
+        folder (`str` or `os.PathLike`): A training's `output_dir`.
+
+    Returns:
+        `str`, *optional*: Its path; `None` if there is none.
+    """
+    if not os.path.isdir(folder):
+        return None
+    for path in reversed(sort_checkpoints(output_dir=str(folder))):
+        try:
+            # Trainer writes the state last, so a state that can be read says that all else is there.
+            json.loads(Path(path, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("Passing over the incomplete checkpoint %s.", path)
+            continue
+        return path
+    return None
+
+
+@contextmanager
+def _pose_as_peft(model: Any):
+    """
+    Trainer refuses a quantized base unless PEFT has put an adapter on it. Ours is one too, so for the length of the
+    constructor the model says that it has one.
+    """
+    inner = unwrap(model) if isinstance(model, nn.Module) else None
+    if not getattr(inner, "is_quantized", False) or getattr(inner, "_hf_peft_config_loaded", False):
+        yield
+        return
+    inner._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        inner._hf_peft_config_loaded = False
+
+
+@contextmanager
+def _summon_fsdp1(model: nn.Module, writeback: bool = False):
+    """FSDP1 hides the parameters in flat shards; this brings them back for a moment. Does nothing for others."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=writeback):
+            yield
+    else:
+        yield
+
+
+def _tokenizer_state(processing_class: Any) -> tuple | None:
+    """What training may change of a tokenizer: its added tokens, special tokens and template."""
+    if processing_class is None or not hasattr(processing_class, "get_added_vocab"):
+        return None
+    tokens = tuple(sorted(processing_class.get_added_vocab().items()))
+    special = json.dumps(processing_class.special_tokens_map, default=str, sort_keys=True)
+    return tokens, special, str(getattr(processing_class, "chat_template", None))
