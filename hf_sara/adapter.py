@@ -34,8 +34,8 @@ def add_deltas(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -
 
 class SaraAdapter:
     """
-    A SARA or Mo-SARA adapter on a model. The model stays the object that it was: every update is a child module `sara` of
-    the linear that it adapts, and one forward hook per linear adds it. The handle is also `model.sara_adapter`.
+    A SARA or Mo-SARA adapter on a model. The model stays the object that it was: every update is a child module `sara`
+    of the linear that it adapts, and one forward hook per linear adds it. The handle is also `model.sara_adapter`.
 
     Use [`SaraAdapter.attach`] for a new adapter and [`SaraAdapter.load`] for a saved one.
 
@@ -133,9 +133,10 @@ class SaraAdapter:
         _check_name(model, name)
         saved = storage.read(folder)
         sites = saved.sites_on(model)
+        tensors = saved.tensors
         factors = saved.factors_on(model, sites)
         adapter = cls(model, saved.args, sites, saved.threshold, factors, saved.seeds, name)
-        adapter.load_state_dict(saved.tensors)
+        adapter.load_state_dict(tensors)
         return adapter
 
     @classmethod
@@ -271,8 +272,8 @@ class SaraAdapter:
     @torch.no_grad()
     def merge(self) -> None:
         """
-        Add the updates to the base weights, computed in float32, rounded once to the weights' dtype. The weights' own bits
-        are kept, so that [`SaraAdapter.unmerge`] restores them.
+        Add the updates to the base weights, computed in float32, rounded once to the weights' dtype. The weights' own
+        bits are kept, so that [`SaraAdapter.unmerge`] restores them.
 
         Raises:
             `ValueError`: For Mo-SARA with more than one head (its update depends on the token), quantized weights, or

@@ -8,7 +8,10 @@ from torch import nn
 from .arguments import SaraArguments, parse_budget
 from .deltas import Delta, count_trained
 from .sites import Site, find_sites
-from .spectrum import find_rank, find_spectrum, for_each
+from .spectrum import Spectrum, find_rank, find_spectrum, for_each
+
+# A solved threshold is a multiple of one part in so many.
+STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -82,24 +85,32 @@ def solve_threshold(model: nn.Module, sites: Sequence[Site], args: SaraArguments
     if share is not None:
         # trained / (base + trained) <= share
         budget = int(share * base / (1.0 - share))
+    least = sum(count_trained(args, site.shape, 1) for site in sites)
+    if least > budget:
+        raise ValueError(
+            f"parameter_budget={args.parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of "
+            f"the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
+        )
     spectra = for_each(lambda site: find_spectrum(site.weight(model), site.name), sites, "Singular values")
 
     def cost(threshold: float) -> int:
         counts = (spectrum.count(threshold) for spectrum in spectra)
         return sum(count_trained(args, site.shape, k) for site, k in zip(sites, counts, strict=True))
 
-    least = sum(count_trained(args, site.shape, 1) for site in sites)
-    if least > budget:
-        raise ValueError(
-            f"parameter_budget={args.parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of the "
-            f"{len(sites)} sites already has {least:,}. Raise the budget, or choose fewer target_modules or layers."
-        )
-    # Bisection over multiples of 1e-9: the cost is a rising staircase of the threshold.
-    low, high = 0, 10**9
-    if cost(1.0) <= budget:
-        return 1.0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle / 10**9) <= budget else (low, middle)
-    # Spectra carry small errors; the exact ranks of this threshold may exceed the budget only at a tie, so step back.
-    return max(low - 1, 1) / 10**9
+    while True:
+        # Bisection over multiples of 1e-9: the cost is a rising staircase of the threshold.
+        low, high = 1, STEPS + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle / STEPS) <= budget else (low, middle)
+        # Spectra carry errors. Where one leaves a rank in doubt on either side of the step, take a better one.
+        around = [step / STEPS for step in (low, high) if step <= STEPS]
+        doubtful = [i for i, found in enumerate(spectra) if any(found.rank(edge) is None for edge in around)]
+        if not doubtful:
+            return low / STEPS
+
+        def better(index: int, around: Sequence[float] = around) -> Spectrum:
+            return find_spectrum(sites[index].weight(model), sites[index].name, thresholds=around)
+
+        for index, spectrum in zip(doubtful, for_each(better, doubtful, "Singular values"), strict=True):
+            spectra[index] = spectrum

@@ -29,9 +29,9 @@ DEFAULT_TARGETS = {
 @dataclass(frozen=True)
 class OutputSlice:
     """
-    The output columns of one projection inside a fused module: its outputs stand in `groups` equal blocks, and of every
-    block the projection owns the columns `start` to `stop`. One group is a plain range; q, k and v interleaved per
-    head have one group per head.
+    The output columns of one projection inside a fused module: the outputs stand in `groups` equal blocks, and of
+    every block the projection owns the columns `start` to `stop`. One group is a plain range; q, k and v interleaved
+    per head have one group per head.
 
     Args:
         groups (`int`): Number of blocks.

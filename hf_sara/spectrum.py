@@ -1,8 +1,8 @@
 """Numerics: singular values, the rank rule, leading singular vectors, and their cache.
 
 Ranks need singular values only, and those follow from the eigenvalues of the smaller Gram matrix. Squaring costs
-accuracy at the small end, and float32 costs some everywhere, so each spectrum carries a bound on its error, and a rank is
-taken from the cheapest spectrum that decides it beyond doubt: float32 Gram, float64 Gram, float64 singular values.
+accuracy at the small end, and float32 costs some everywhere, so each spectrum carries a bound on its error, and a rank
+is taken from the cheapest spectrum that decides it beyond doubt: float32 Gram, float64 Gram, float64 singular values.
 
 Frozen factors are the leading singular vectors, which are unique only up to a sign, and inside a cluster of equal
 singular values only up to a rotation. `canonical_rotation` fixes both by a convention that depends on the spanned
@@ -42,7 +42,7 @@ CLUSTER_GAP = 1e-9
 # Below this ratio of squared singular values a vector from the Gram matrix is no longer accurate.
 GRAM_FLOOR = 1e-8
 # Bumped when cached values would no longer be what this module computes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -180,9 +180,15 @@ def find_rank(weight: torch.Tensor, threshold: float, site: str = "weight", dige
     return _climb(weight, site, digest, lambda spectrum: spectrum.rank(threshold))
 
 
-def find_spectrum(weight: torch.Tensor, site: str = "weight", digest: str | None = None) -> Spectrum:
-    """The singular values of a weight, with the error bound of the cheapest way to get them; cached."""
-    return _climb(weight, site, digest, lambda spectrum: spectrum)
+def find_spectrum(
+    weight: torch.Tensor, site: str = "weight", digest: str | None = None, thresholds: Sequence[float] = ()
+) -> Spectrum:
+    """The singular values of a weight, in the cheapest way that decides the ranks for `thresholds`; cached."""
+
+    def decided(spectrum: Spectrum) -> Spectrum | None:
+        return None if any(spectrum.rank(threshold) is None for threshold in thresholds) else spectrum
+
+    return _climb(weight, site, digest, decided)
 
 
 def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[Spectrum], Any]) -> Any:
@@ -233,10 +239,10 @@ def _gram(matrix: torch.Tensor) -> torch.Tensor:
 def _radius(dtype: torch.dtype, shape: tuple[int, int], largest: float) -> float:
     """
     Bound on the error of an eigenvalue of the Gram matrix. Rounding errors of a product of length m add up like
-    sqrt(m) (Higham and Mary, 2019) and the reduction to tridiagonal form behaves alike; the factor 4 is a margin of
-    more than ten over what is observed on random, low-rank and clustered weights.
+    sqrt(m) (Higham and Mary, 2019) and those of the reduction to tridiagonal form, the larger part, alike; the factor
+    16 is a margin of seven over the worst that is observed (random square float32 weights of 256 to 3072).
     """
-    return 4.0 * torch.finfo(dtype).eps * math.sqrt(max(shape)) * largest
+    return 16.0 * torch.finfo(dtype).eps * math.sqrt(max(shape)) * largest
 
 
 def _gram_spectrum(weight: torch.Tensor, dtype: torch.dtype) -> Spectrum:
@@ -315,34 +321,32 @@ def _factorise(
             clusters = _find_clusters(eigenvalues, k)
         return max([k, *(stop for _, stop in clusters)])
 
-    values, right = top_right_vectors(tall.double(), choose)
-    right = _canonical(right, clusters)[:k]
-    # The other side follows by a product. In the weight's own precision its error is that of rounding the result.
-    right, values = right.to(dtype), values[:k].to(dtype)
-    left = (tall.to(dtype) @ right.t()) / values
-    U, Vh = (right.t(), left.t()) if transposed else (left, right)
+    left, right = (side[:k].to(dtype) for side in _canonical(*top_vectors(tall.double(), choose), clusters))
+    U, Vh = (right.t(), left) if transposed else (left.t(), right)
     return Factors(U.contiguous(), Vh.contiguous(), [tuple(cluster) for cluster in clusters])
 
 
-def top_right_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[torch.Tensor, torch.Tensor]:
+def top_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Leading right singular vectors of a matrix with at least as many rows as columns.
+    Leading singular vectors of a matrix with at least as many rows as columns.
 
     Args:
         tall (`torch.Tensor` of shape `(m, n)`): float64, m >= n.
         choose (`Callable`): Gets the n squared singular values in descending order, returns how many vectors.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the singular values (at least as many as vectors) and the vectors as rows.
+        `tuple[torch.Tensor, torch.Tensor]`: left vectors (count, m) and right vectors (count, n), as rows.
     """
     matrix = tall.numpy()
     # numpy computes a matrix times its own transpose in half the work.
     squares, vectors = leading_eigenpairs(np.ascontiguousarray(matrix.T @ matrix), choose)
     count = vectors.shape[0]
     if squares[count - 1] < GRAM_FLOOR * squares[0]:
-        _, values, right = torch.linalg.svd(tall, full_matrices=False)
-        return values, right[:count]
-    return torch.from_numpy(np.sqrt(np.maximum(squares, 0.0))), torch.from_numpy(vectors)
+        left, _, right = torch.linalg.svd(tall, full_matrices=False)
+        return left[:, :count].t(), right[:count]
+    # In float64, since dividing by a small singular value multiplies the product's error.
+    right = torch.from_numpy(vectors)
+    return (right @ tall.t()) / torch.from_numpy(np.sqrt(squares[:count]))[:, None], right
 
 
 def _find_clusters(eigenvalues: torch.Tensor, k: int) -> list[tuple[int, int]]:
@@ -385,13 +389,16 @@ def canonical_rotation(block: torch.Tensor, columns: torch.Tensor) -> torch.Tens
     return left @ right
 
 
-def _canonical(rows: torch.Tensor, clusters: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Orthonormal rows (count, n), float64, brought to canonical form: by sign, and per cluster by a rotation."""
-    rows = rows * torch.where(rows @ probe(rows.shape[1], 1) < 0, -1.0, 1.0)
+def _canonical(
+    left: torch.Tensor, right: torch.Tensor, clusters: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of singular vectors, as rows, in canonical form: by sign, and per cluster by one rotation of both."""
+    signs = torch.where(right @ probe(right.shape[1], 1) < 0, -1.0, 1.0)
+    left, right = left * signs, right * signs
     for start, stop in clusters:
-        block = rows[start:stop].t()
-        rows[start:stop] = (block @ canonical_rotation(block, probe(rows.shape[1], stop - start, salt=1))).t()
-    return rows
+        rotation = canonical_rotation(right[start:stop].t(), probe(right.shape[1], stop - start, salt=1)).t()
+        left[start:stop], right[start:stop] = rotation @ left[start:stop], rotation @ right[start:stop]
+    return left, right
 
 
 SKETCH_SIZE = 4
@@ -419,8 +426,8 @@ def sketches_agree(one: torch.Tensor, other: torch.Tensor, k: int) -> bool:
 
 def for_each(work: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
     """
-    Run independent factorisations side by side, one thread each, with a progress bar. A factorisation gains little from
-    a second thread, two of them gain nearly twice.
+    Run independent factorisations side by side, one thread each, with a progress bar. A factorisation gains little
+    from a second thread, two of them gain nearly twice.
 
     Args:
         work (`Callable`): Called with each item; an error ends the run.
@@ -449,8 +456,8 @@ def _progress(results: Iterable[Result], title: str, total: int) -> Iterable[Res
     return tqdm(results, desc=title, total=total, unit="matrix", delay=1.0)
 
 
-# The cache: one small file per spectrum, one per set of factors, named by the digest of the weight they belong to. It is
-# an optimisation only: what cannot be read or written is computed again.
+# The cache: one small file per spectrum, one per set of factors, named by the digest of the weight they belong to. It
+# is an optimisation only: what cannot be read or written is computed again.
 
 
 def cache_folder() -> Path:
@@ -494,7 +501,7 @@ def _read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata()
     except (OSError, SafetensorError) as error:
         logger.warning("The cached file %s cannot be read (%s); it is computed again.", path, error)
         return None

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from .arguments import SaraArguments
+from .arguments import SaraArguments, check_threshold
 from .deltas import frozen_shapes, trained_shapes
 from .sites import OutputSlice, Site, all_sites
 from .spectrum import Factors, find_factors, for_each, sketch, sketches_agree, weight_digest
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "sara_config.json"
 TENSORS_FILE = "sara_adapter.safetensors"
 FACTORS_FILE = "sara_factors.safetensors"
-# The config of a write that is under way; it counts as soon as the tensors that it describes are in place.
+# Files of a write that is under way; they count as soon as the tensors that this config describes are in place.
 PENDING_CONFIG_FILE = "sara_config.json.new"
+PENDING_FACTORS_FILE = "sara_factors.safetensors.new"
 
 FORMAT_VERSION = 1
 # A config has about 200 bytes per site; this is room for a hundred thousand of them.
@@ -106,6 +107,7 @@ class SavedAdapter:
     seeds: dict[str, Seed]
     base: dict[str, Any]
     config: dict[str, Any]
+    factors_file: Path
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -142,7 +144,7 @@ class SavedAdapter:
             return {}
         if self.args.factors == "save":
             shapes = self._shapes(frozen_shapes)
-            tensors = _read_tensors(self.folder / FACTORS_FILE, shapes, set(SAFETENSORS_DTYPES))
+            tensors = _read_tensors(self.factors_file, shapes, set(SAFETENSORS_DTYPES))
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
         found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
         return {site.name: factors for site, factors in zip(sites, found, strict=True)}
@@ -155,7 +157,8 @@ class SavedAdapter:
             if here.dtype != seed.dtype:
                 raise AdapterError(
                     f"{site.name}: the adapter was trained on a {seed.dtype} base, this one is {here.dtype}, and its "
-                    f"rounded weights have other singular vectors. Load the base with dtype=torch.{seed.dtype}, {remedy}."
+                    f"rounded weights have other singular vectors. Load the base with "
+                    f"dtype=torch.{seed.dtype}, {remedy}."
                 )
             raise AdapterError(
                 f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
@@ -207,14 +210,18 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
         factors = safetensors_bytes(frozen, metadata={"format": "pt"})
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = _config_text(adapter, dtype, hashlib.sha256(payload).hexdigest())
-    # The old config stays until the new tensors are in place, the new one is ready before: see `_read_config`.
+    # Putting the tensors in place is the moment of change: everything else is ready before, and the old files stay
+    # until then. See `_read_config`.
     if factors is not None:
-        _write_file(folder / FACTORS_FILE, factors)
+        _write_file(folder / PENDING_FACTORS_FILE, factors)
     _write_file(folder / PENDING_CONFIG_FILE, config.encode())
     _write_file(folder / TENSORS_FILE, payload)
+    if factors is not None:
+        os.replace(folder / PENDING_FACTORS_FILE, folder / FACTORS_FILE)
     os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
     if factors is None:
-        (folder / FACTORS_FILE).unlink(missing_ok=True)
+        for left_over in (FACTORS_FILE, PENDING_FACTORS_FILE):
+            (folder / left_over).unlink(missing_ok=True)
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -308,7 +315,10 @@ def read(folder: str | PathLike) -> SavedAdapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
-    config = _read_config(folder)
+    config, is_pending = _read_config(folder)
+    factors_file = folder / FACTORS_FILE
+    if is_pending and (folder / PENDING_FACTORS_FILE).is_file():
+        factors_file = folder / PENDING_FACTORS_FILE
     try:
         if config["format_version"] != FORMAT_VERSION:
             raise AdapterError(
@@ -322,7 +332,8 @@ def read(folder: str | PathLike) -> SavedAdapter:
         args = SaraArguments(**config["arguments"])
         if args.method != config["method"] or config["dtype"] not in ("float32", "float64"):
             raise ValueError("its method or dtype is not one that an adapter can have")
-        threshold = float(config["threshold"])
+        threshold = config["threshold"]
+        check_threshold(threshold)
         sites = [_site(record) for record in config["sites"]]
         if not sites or len({site.name for site in sites}) != len(sites):
             raise ValueError("it names no sites, or one twice")
@@ -334,9 +345,9 @@ def read(folder: str | PathLike) -> SavedAdapter:
         raise
     except KeyError as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged: it has no {error}.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}.") from error
-    return SavedAdapter(folder, args, threshold, sites, seeds, base, config)
+    return SavedAdapter(folder, args, threshold, sites, seeds, base, config, factors_file)
 
 
 def _site(record: Mapping[str, Any]) -> Site:
@@ -352,7 +363,8 @@ def _site(record: Mapping[str, Any]) -> Site:
     return Site(name, module, shape, part, k)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The config in force, and whether it is that of a write that was cut off after its tensors were in place."""
     path, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
     if not (folder / TENSORS_FILE).is_file() or not (path.is_file() or pending.is_file()):
         missing = TENSORS_FILE if path.is_file() else CONFIG_FILE
@@ -363,10 +375,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         newer = _parse_config(pending)
         digest = hashlib.sha256((folder / TENSORS_FILE).read_bytes()).hexdigest()
         if newer.get("tensors_sha256") == digest:
-            return newer
+            return newer, True
     if config is None:
         raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {CONFIG_FILE}.")
-    return config
+    return config, False
 
 
 def _parse_config(path: Path) -> dict[str, Any]:
@@ -418,7 +430,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tupl
 
 def _check_names(names: Any, shapes: Mapping[str, tuple[int, ...]], path: Path | None) -> None:
     where = "" if path is None else f" in {path}"
-    missing = [name for name in shapes if name not in set(names)]
+    present = set(names)
+    missing = [name for name in shapes if name not in present]
     unexpected = [name for name in names if name not in shapes]
     if missing or unexpected:
         raise AdapterError(

@@ -1,7 +1,7 @@
 """What `transformers.Trainer` needs to train an adapter alone.
 
-Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls through all
-of them and would have its whole base written at every checkpoint, so each of those places is overridden here.
+Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls
+through all of them, and its whole base would be written at every checkpoint, so each of those places is overridden here.
 """
 
 import functools
@@ -145,7 +145,7 @@ class SaraTrainerMixin:
             model._sara_input_gradients = True
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper's E2E runs.
+        # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper.
         trained = {id(p) for p in self.sara_adapter.trained().values()}
         names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
@@ -169,8 +169,8 @@ class SaraTrainerMixin:
             names = silent or frozen
             raise RuntimeError(
                 f"After the first backward pass {len(names)} trained tensors have no gradient: {', '.join(names[:5])}"
-                f"{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or the adapter is frozen, "
-                "disabled or merged. Choose other target_modules or layers, or enable the adapter."
+                f"{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or the adapter is "
+                "frozen, disabled or merged. Choose other target_modules or layers, or enable the adapter."
             )
 
     def _hp_search_setup(self, trial):
@@ -302,8 +302,8 @@ class SaraTrainerMixin:
                 tensor.copy_(value)
 
     def _prepare_for_training(self, *args, **kwargs):
-        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks for
-        # that with PEFT's class only.
+        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks
+        # for that with PEFT's class only.
         load = transformers_trainer.deepspeed_load_checkpoint
         transformers_trainer.deepspeed_load_checkpoint = lambda engine, path, **_: load(
             engine, path, load_module_strict=False

@@ -1,0 +1,297 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_sara import SaraArguments
+from hf_sara.deltas import DELTAS, count_trained, frozen_shapes, trained_shapes
+from hf_sara.sites import OutputSlice, Site
+
+D_IN, K = 10, 4
+# d_out of the site, outputs of the module, columns of the site: a whole module, and parts of fused ones.
+KINDS = {
+    "linear": (9, 9, None),
+    "conv1d": (9, 9, None),
+    "contiguous": (6, 15, OutputSlice(groups=1, start=3, stop=9)),
+    "interleaved": (6, 18, OutputSlice(groups=3, start=2, stop=4)),
+    "conv1d contiguous": (6, 15, OutputSlice(groups=1, start=9, stop=15)),
+}
+VARIANTS = {
+    "sara": {},
+    "sara without S": {"singular_values": False},
+    "sara with Vh from zero": {"zero_init_vh": True},
+    "sara without S with Vh from zero": {"singular_values": False, "zero_init_vh": True},
+    "mo_sara": {"num_heads": 3},
+    "mo_sara v in front": {"num_heads": 3, "v_position": "front"},
+    "mo_sara without v": {"num_heads": 3, "v_position": "none"},
+    "mo_sara one head": {"num_heads": 1},
+    "mo_sara one head v in front": {"num_heads": 1, "v_position": "front"},
+    "mo_sara one head without v": {"num_heads": 1, "v_position": "none"},
+}
+
+
+def arguments(variant: str, dropout: float = 0.0) -> SaraArguments:
+    return SaraArguments(method=variant.split()[0], dropout=dropout, **VARIANTS[variant])
+
+
+def make_delta(variant: str, kind: str = "linear", dtype=torch.float64, dropout: float = 0.0):
+    """A delta of which no tensor is at its start."""
+    args = arguments(variant, dropout)
+    d_out, _, part = KINDS[kind]
+    site = Site("layer.q" if part else "layer", "layer", (D_IN, d_out), part, K)
+    delta = DELTAS[args.method](args, site, K, dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return delta
+
+
+def section_2(variant: str, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The update on input x, as it stands in section 2 of the design."""
+    args, t = arguments(variant), tensors
+    if args.method == "sara":
+        S = torch.diag(t["S"]) if args.singular_values else torch.eye(K, dtype=x.dtype)
+        return x @ t["U"] @ S @ t["Vh"]
+    front = t["v"] if args.v_position == "front" else torch.ones(D_IN, dtype=x.dtype)
+    back = t["v"] if args.v_position == "back" else torch.ones(t["Vh"].shape[1], dtype=x.dtype)
+    z = (x * front) @ t["U"]
+    g = torch.softmax(z @ t["gate_down"] @ t["gate_up"], dim=-1) if args.num_heads > 1 else z.new_ones(len(z), 1)
+    return ((z * (g @ t["S"])) @ t["Vh"]) * back
+
+
+def column_numbers(kind: str) -> list[int]:
+    _, width, part = KINDS[kind]
+    if part is None:
+        return list(range(width))
+    block = width // part.groups
+    return [group * block + column for group in range(part.groups) for column in range(part.start, part.stop)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_forward_and_gradients_are_those_of_the_plain_formula(variant, kind, dtype, tolerance):
+    delta = make_delta(variant, kind, dtype)
+    _, width, _ = KINDS[kind]
+    columns = column_numbers(kind)
+    module = (Conv1D(width, D_IN) if kind.startswith("conv1d") else nn.Linear(D_IN, width)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, D_IN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weights = torch.randn(3, 5, width, generator=generator, dtype=torch.float64)
+    base = module(x)
+    base.retain_grad()
+    result = delta(x, base)
+    assert result.dtype == dtype
+    (result * weights.to(dtype)).sum().backward()
+
+    wide = {name: parameter.detach().double().requires_grad_() for name, parameter in delta.named_parameters()}
+    x64 = x.detach().double().requires_grad_()
+    weight = module.weight.detach().double()
+    base64 = x64 @ (weight if kind.startswith("conv1d") else weight.t()) + module.bias.detach().double()
+    update = torch.zeros(15, width, dtype=torch.float64)
+    update[:, columns] = section_2(variant, wide, x64.view(15, D_IN))
+    expected = base64 + update.view(3, 5, width)
+    (expected * weights).sum().backward()
+
+    def close(one, other):
+        scale = float(other.abs().max())
+        return float((one.double() - other).abs().max()) <= tolerance * max(scale, 1.0)
+
+    assert close(result.detach(), expected.detach())
+    assert close(base.grad, weights)
+    assert close(x.grad, x64.grad)
+    assert set(delta.trained()) == set(trained_shapes(arguments(variant), delta.shape, K))
+    for name, parameter in delta.trained().items():
+        assert float(wide[name].grad.abs().max()) > 0.01, name
+        assert close(parameter.grad, wide[name].grad), name
+    frozen = {name for name, _ in delta.named_parameters()} - set(delta.trained())
+    assert frozen == set(frozen_shapes(arguments(variant), delta.shape, K))
+    assert all(delta.get_parameter(name).grad is None for name in frozen)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "interleaved"])
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_other_columns_of_a_fused_projection_keep_their_bits(variant, kind, dtype):
+    delta = make_delta(variant, kind, dtype)
+    output = torch.randn(7, KINDS[kind][1]).to(dtype)
+    before = output.clone()
+    result = delta(torch.randn(7, D_IN).to(dtype), output)
+    others = [column for column in range(KINDS[kind][1]) if column not in column_numbers(kind)]
+    assert torch.equal(result[:, others], before[:, others])
+    assert not torch.isclose(result[:, column_numbers(kind)], before[:, column_numbers(kind)]).any(dim=0).all()
+    # The base output is not written to: whoever else holds it sees what it was.
+    assert torch.equal(output, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_merged_matrix_is_the_update(variant):
+    delta = make_delta(variant)
+    if delta.__class__.__name__ == "MoSaraDelta" and delta.num_heads > 1:
+        with pytest.raises(ValueError, match=r"with 3 heads depends on the token.*num_heads=1"):
+            delta.merged()
+        return
+    x = torch.randn(6, D_IN, dtype=torch.float64)
+    tensors = {name: parameter.detach() for name, parameter in delta.named_parameters()}
+    assert torch.allclose(x @ delta.merged(), section_2(variant, tensors, x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        ("sara", lambda m, k, d_in, d_out: k * (d_in + d_out + 1)),
+        ("sara without S", lambda m, k, d_in, d_out: k * (d_in + d_out)),
+        ("mo_sara", lambda m, k, d_in, d_out: m * k + k + m + d_out),
+        ("mo_sara v in front", lambda m, k, d_in, d_out: m * k + k + m + d_in),
+        ("mo_sara without v", lambda m, k, d_in, d_out: m * k + k + m),
+        ("mo_sara one head", lambda m, k, d_in, d_out: k + d_out),
+    ],
+)
+def test_parameter_counts(variant, count):
+    delta = make_delta(variant)
+    d_in, d_out = delta.shape
+    expected = count(3, K, d_in, d_out)
+    assert sum(parameter.numel() for parameter in delta.parameters() if parameter.requires_grad) == expected
+    assert count_trained(arguments(variant), delta.shape, K) == expected
+
+
+def test_initialisation_is_uniform_in_one_over_the_root_of_fan_in(method):
+    d_in, d_out, k = 300, 200, 150
+    args = arguments(method)
+    torch.manual_seed(0)
+    delta = DELTAS[args.method](args, Site("q", "q", (d_in, d_out)), k, torch.float32, torch.device("cpu"))
+    fan_in = {"U": d_in, "S": k, "Vh": k} if method == "sara" else {"S": k, "gate_down": k, "gate_up": 1}
+    for name, size in fan_in.items():
+        values, bound = getattr(delta, name).detach().flatten(), 1 / math.sqrt(size)
+        assert values.abs().max() <= bound
+        assert values.unique().numel() > 0.9 * values.numel()
+        if values.numel() > 100:
+            # Uniform and not something narrower: the ends are reached, and the spread is bound / sqrt(3).
+            assert values.max() > 0.95 * bound
+            assert values.min() < -0.95 * bound
+            assert float(values.std()) == pytest.approx(bound / math.sqrt(3), rel=0.15)
+    if method == "mo_sara":
+        assert not delta.v.any()
+        assert delta.v.shape == (d_out,)
+
+
+def test_ablations_that_start_at_zero_do():
+    for variant in ("sara with Vh from zero", "sara without S with Vh from zero"):
+        args = arguments(variant)
+        delta = DELTAS["sara"](args, Site("q", "q", (8, 9)), 3, torch.float32, torch.device("cpu"))
+        assert not delta.Vh.any()
+        assert delta.U.all()
+        output = torch.randn(2, 9)
+        assert torch.equal(delta(torch.randn(2, 8), output), output)
+
+
+@pytest.mark.parametrize("variant", ["sara", "mo_sara", "mo_sara v in front"])
+def test_dropout_acts_in_training_only_and_on_the_input_only(variant):
+    delta = make_delta(variant, dropout=0.5)
+    x = torch.randn(4, D_IN, dtype=torch.float64)
+    output = torch.zeros(4, delta.shape[1], dtype=torch.float64)
+    tensors = {name: parameter.detach() for name, parameter in delta.named_parameters()}
+    delta.eval()
+    assert torch.allclose(delta(x, output), section_2(variant, tensors, x), atol=1e-12)
+    delta.train()
+    torch.manual_seed(5)
+    found = delta(x, output)
+    torch.manual_seed(5)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert 0 < int((dropped == 0).sum()) < x.numel()
+    assert torch.allclose(found, section_2(variant, tensors, dropped), atol=1e-12)
+
+
+def test_gates_sum_to_one_and_depend_on_the_token():
+    delta = make_delta("mo_sara", dtype=torch.float32)
+    x = torch.randn(2, 6, D_IN)
+    g = delta.gates(x)
+    assert g.shape == (2, 6, 3)
+    assert torch.allclose(g.sum(-1), torch.ones(2, 6))
+    logits = x @ delta.U @ delta.gate_down @ delta.gate_up
+    assert torch.allclose(g, torch.softmax(logits, -1), atol=1e-6)
+    assert not torch.allclose(g[0, 0], g[0, 1], atol=1e-3)
+    assert torch.equal(make_delta("mo_sara one head", dtype=torch.float32).gates(x), torch.ones(2, 6, 1))
+
+
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_trained_tensors_keep_float32_and_their_values_when_the_model_is_cast(variant, cast):
+    delta = make_delta(variant, dtype=torch.float32)
+    model = nn.Sequential(nn.Linear(3, 3), delta)
+    before = {name: tensor.detach().clone() for name, tensor in delta.trained().items()}
+    held = dict(delta.trained())
+    getattr(model, cast)()
+    assert model[0].weight.dtype != torch.float32
+    for name, tensor in delta.trained().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])  # the very same values, not a rounded copy
+        assert tensor is held[name]  # an optimizer that holds it still trains it
+        assert tensor.requires_grad
+    frozen = [p for p in delta.parameters() if not p.requires_grad]
+    assert all(p.dtype == model[0].weight.dtype for p in frozen)
+    model.to(torch.float32)
+    assert torch.equal(next(iter(delta.trained().values())), next(iter(before.values())))
+
+
+def test_a_float64_base_has_float64_updates():
+    delta = make_delta("mo_sara", dtype=torch.float64)
+    assert {parameter.dtype for parameter in delta.parameters()} == {torch.float64}
+    delta = make_delta("mo_sara", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in delta.trained().values()} == {torch.float32}
+    assert delta.U.dtype == delta.Vh.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["linear", "interleaved"])
+def test_half_precision_is_close_and_autocast_keeps_the_output_dtype(variant, kind):
+    delta = make_delta(variant, kind, torch.float32)
+    x, output = torch.randn(5, D_IN), torch.randn(5, KINDS[kind][1])
+    expected = delta(x, output).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert delta.compute_dtype(x) == torch.bfloat16
+        # Under autocast a linear returns bfloat16; an output in float32 stays float32.
+        for out in (output, output.bfloat16()):
+            found = delta(x, out)
+            assert found.dtype == out.dtype
+            assert torch.allclose(found.float(), expected, atol=0.05 * float(expected.abs().max()))
+    half = copy.deepcopy(delta).bfloat16()
+    found = half(x.bfloat16(), output.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), expected, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frozen", ["input", "tensors"])
+def test_gradients_that_nobody_asks_for_change_no_other(variant, frozen):
+    delta = make_delta(variant)
+    x = torch.randn(5, D_IN, dtype=torch.float64, requires_grad=True)
+    output = torch.randn(5, delta.shape[1], dtype=torch.float64)
+    delta(x, output).square().sum().backward()
+    if frozen == "input":
+        expected = {name: tensor.grad for name, tensor in delta.trained().items()}
+        delta.zero_grad()
+        delta(x.detach(), output).square().sum().backward()
+        assert all(torch.equal(tensor.grad, expected[name]) for name, tensor in delta.trained().items())
+    else:
+        expected = x.grad.clone()
+        x.grad = None
+        delta.requires_grad_(False)
+        delta(x, output).square().sum().backward()
+        assert torch.equal(x.grad, expected)
+
+
+def test_inputs_of_every_number_of_dimensions_and_an_empty_batch(method):
+    delta = make_delta(method, dtype=torch.float32)
+    x = torch.randn(2, 3, 4, D_IN)
+    output = torch.randn(2, 3, 4, delta.shape[1])
+    whole = delta(x, output)
+    assert torch.allclose(delta(x[0, 0], output[0, 0]), whole[0, 0], atol=1e-5)
+    assert torch.allclose(delta(x[0, 0, 0], output[0, 0, 0]), whole[0, 0, 0], atol=1e-5)
+    assert delta(x[:0], output[:0]).shape == (0, 3, 4, delta.shape[1])
+    # Inputs need not be contiguous.
+    assert torch.allclose(delta(x.transpose(0, 2), output.transpose(0, 2)), whole.transpose(0, 2), atol=1e-5)

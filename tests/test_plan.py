@@ -1,0 +1,100 @@
+import pytest
+import torch
+from conftest import make_model, sara_arguments
+
+from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
+from hf_sara.plan import STEPS, count_base
+from hf_sara.spectrum import find_rank
+
+
+def test_a_plan_has_the_ranks_of_the_rule_and_the_counts_of_the_formula(method):
+    model = make_model("llama")
+    found = plan(model, sara_arguments(method, threshold=0.4))
+    assert found.threshold == 0.4
+    assert [site.k for site in found.sites] == [find_rank(site.weight(model), 0.4) for site in found.sites]
+    cost = {"sara": lambda k, i, o: k * (i + o + 1), "mo_sara": lambda k, i, o: 3 * k + k + 3 + o}[method]
+    assert found.trained_parameters == sum(cost(site.k, *site.shape) for site in found.sites)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    assert found.base_parameters == base
+    # As in the paper's tables: of base plus trained.
+    assert found.share == found.trained_parameters / (base + found.trained_parameters)
+    assert f"{found.trained_parameters:,} trained parameters" in str(found)
+
+
+def test_a_plan_changes_nothing_and_is_what_attaching_does(method):
+    model = make_model("gpt2")
+    names = [name for name, _ in model.named_modules()]
+    found = plan(model, sara_arguments(method))
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    adapter = SaraAdapter.attach(model, sara_arguments(method))
+    assert adapter.sites == found.sites
+    assert adapter.num_parameters() == found.trained_parameters
+    assert str(adapter.plan()) == str(found)
+    # An update is no part of the base that it is on.
+    assert count_base(model) == found.base_parameters
+    assert plan(model, sara_arguments(method)).share == found.share
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("float32_from", [10**6, 2])
+def test_budgets_are_met_and_the_next_step_would_exceed_them(method, family, float32_from, monkeypatch, tmp_path):
+    # Also where spectra are first computed in float32: what they leave in doubt must not cost the budget.
+    monkeypatch.setattr(spectrum, "FLOAT32_FROM", float32_from)
+    monkeypatch.setenv("HF_SARA_CACHE", str(tmp_path))
+    model = make_model(family, **({"hidden_size": 48} if family == "llama" else {"n_embd": 48}))
+    base = plan(model, sara_arguments(method)).base_parameters
+    whole = plan(model, sara_arguments(method, threshold=1.0)).trained_parameters
+    least = plan(model, sara_arguments(method, threshold=1e-9)).trained_parameters
+    budgets = [least, least + 1, *range(least + 20, whole, (whole - least) // 12), whole - 1]
+    for budget in [*map(str, budgets), f"{100 * (least + whole) / 2 / base:.4f}%"]:
+        allowed = int(budget) if "%" not in budget else float(budget[:-1]) / 100
+        found = plan(model, sara_arguments(method, threshold=None, parameter_budget=budget))
+        after = plan(model, sara_arguments(method, threshold=round(found.threshold * STEPS + 1) / STEPS))
+        if "%" in budget:
+            assert found.share <= allowed < after.share
+        else:
+            assert found.trained_parameters <= allowed < after.trained_parameters
+        assert found.base_parameters == base
+
+
+def test_a_budget_for_everything_takes_everything(method):
+    model = make_model("llama")
+    found = plan(model, sara_arguments(method, threshold=None, parameter_budget="10_000_000"))
+    assert found.threshold == 1.0
+    assert [site.k for site in found.sites] == [min(site.shape) for site in found.sites]
+
+
+def test_an_adapter_attached_for_a_budget_keeps_to_it(method):
+    adapter = SaraAdapter.attach(make_model("llama"), sara_arguments(method, threshold=None, parameter_budget="2.5%"))
+    assert 0.015 < adapter.plan().share <= 0.025
+    assert 0 < adapter.threshold < 1
+
+
+def test_a_budget_too_small_is_an_error_that_says_what_is_needed(method):
+    model = make_model("llama")
+    # k = 1 at q (24 x 24) and v (24 x 12) of both layers.
+    least = {"sara": 2 * (49 + 37), "mo_sara": 2 * (7 + 24 + 7 + 12)}[method]
+    with pytest.raises(ValueError, match=rf"'{least - 1}' allows {least - 1} .* k = 1 at each of the 4 .* {least}\."):
+        plan(model, sara_arguments(method, threshold=None, parameter_budget=least - 1))
+    assert plan(model, sara_arguments(method, threshold=None, parameter_budget=least)).trained_parameters == least
+    with pytest.raises(ValueError, match="fewer target_modules or layers"):
+        SaraAdapter.attach(model, sara_arguments(method, threshold=None, parameter_budget="0.00001%"))
+    assert not hasattr(model, "sara_adapter")
+
+
+def test_a_weight_without_a_rank_is_an_error_that_names_the_site(method):
+    model = make_model("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.v_proj: .*1 values that are NaN"):
+        plan(model, sara_arguments(method))
+    with pytest.raises(ValueError, match=r"v_proj: .*NaN"):
+        SaraAdapter.attach(model, sara_arguments(method))
+    assert not hasattr(model, "sara_adapter")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_shared_parameters_are_counted_once():
+    model = make_model("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert plan(model, SaraArguments()).base_parameters == model.num_parameters()

@@ -1,0 +1,576 @@
+import base64
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import (
+    attach_trained,
+    logits,
+    make_inputs,
+    make_model,
+    rotated_lapack,
+    same_bits,
+    sara_arguments,
+    train,
+)
+from safetensors.torch import load_file, save_file
+
+from hf_sara import AdapterError, SaraAdapter, spectrum, storage
+from hf_sara.storage import CONFIG_FILE, FACTORS_FILE, TENSORS_FILE
+
+
+@pytest.fixture
+def other_cache(monkeypatch, tmp_path):
+    """The machine that loads has not made the adapter: nothing is in its cache."""
+    return lambda: monkeypatch.setenv("HF_SARA_CACHE", str(tmp_path / "other cache"))
+
+
+def saved(folder, method="sara", family="llama", seed=0, **changes):
+    """A trained adapter in a folder, and its logits."""
+    model = make_model(family, seed=seed)
+    adapter = attach_trained(model, method, **changes)
+    adapter.save_pretrained(folder)
+    return adapter, logits(model)
+
+
+def refused(folder, message, model=None, error=AdapterError):
+    """Loading fails with the message, and the model is what it was."""
+    model = make_model() if model is None else model
+    state, attributes, output = dict(model.state_dict()), dict(vars(model)), logits(model)
+    with pytest.raises(error, match=message):
+        SaraAdapter.load(model, folder)
+    assert same_bits(dict(model.state_dict()), state)
+    assert vars(model) == attributes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model), output)
+
+
+def edit(folder, change) -> None:
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+# ---- round trips ----
+
+
+@pytest.mark.parametrize("factors", ["recompute", "save"])
+def test_a_trained_adapter_does_on_a_fresh_base_what_it_did(family, method, factors, tmp_path, other_cache):
+    adapter, live = saved(tmp_path / "a", method, family, factors=factors)
+    with adapter.disabled():
+        effect = float((live - logits(adapter.model)).abs().max())
+    other_cache()
+    torch.manual_seed(99)  # what is random at load must not matter
+    fresh = make_model(family)
+    again = SaraAdapter.load(fresh, tmp_path / "a")
+    assert effect > 1e-3
+    assert float((logits(fresh) - live).abs().max()) <= 1e-6 * effect
+    assert (again.args, again.sites, again.threshold) == (adapter.args, adapter.sites, adapter.threshold)
+    assert same_bits(again.state_dict(), adapter.state_dict())
+    # It can be trained on, and saved again to the same bytes before that.
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / TENSORS_FILE).read_bytes() == (tmp_path / "b" / TENSORS_FILE).read_bytes()
+    assert (tmp_path / "a" / CONFIG_FILE).read_text() == (tmp_path / "b" / CONFIG_FILE).read_text()
+    train(again)
+    assert not torch.equal(logits(fresh), live)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "sara", "singular_values": False},
+        {"method": "sara", "zero_init_vh": True},
+        {"method": "mo_sara", "v_position": "front"},
+        {"method": "mo_sara", "v_position": "none"},
+        {"method": "mo_sara", "num_heads": 1},
+    ],
+)
+def test_ablations_travel_too(changes, tmp_path):
+    _, live = saved(tmp_path, **changes)
+    fresh = make_model()
+    SaraAdapter.load(fresh, tmp_path)
+    assert torch.allclose(logits(fresh), live, atol=1e-6)
+
+
+def test_a_folder_holds_json_and_safetensors_only(method, tmp_path):
+    saved(tmp_path, method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE]
+    assert storage.is_adapter(tmp_path)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    # Frozen factors do not travel; SARA's are trained, and do.
+    ends = {name.rsplit(".", 1)[-1] for name in tensors}
+    assert ends == {"sara": {"U", "S", "Vh"}, "mo_sara": {"S", "gate_down", "gate_up", "v"}}[method]
+
+
+def test_saved_factors_are_one_more_file_that_goes_when_it_is_not_needed(tmp_path):
+    saved(tmp_path, "mo_sara", factors="save")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE, FACTORS_FILE]
+    _, live = saved(tmp_path, "mo_sara")
+    assert not (tmp_path / FACTORS_FILE).exists()
+    fresh = make_model()
+    SaraAdapter.load(fresh, tmp_path)
+    assert torch.allclose(logits(fresh), live, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_another_lapack_at_load_arrives_at_the_same_factors(seed, tmp_path, other_cache, monkeypatch):
+    # Signs flipped everywhere, and inside of clusters of equal singular values another basis altogether.
+    hadamard = torch.tensor([[1.0]])
+    for _ in range(3):
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    clustered = torch.block_diag(3 * hadamard, 2 * hadamard, hadamard) / 10  # exactly 8 + 8 + 8 equal values
+
+    def base():
+        model = make_model()
+        for number, layer in enumerate(model.model.layers, start=1):
+            layer.self_attn.q_proj.weight.data.copy_(clustered * number)
+        return model
+
+    model = base()
+    adapter = attach_trained(model, "mo_sara", threshold=0.6)
+    assert adapter.sites[0].k == 11
+    assert adapter.seeds[adapter.sites[0].name].clusters == ((0, 8), (8, 16))  # the second one is cut by k
+    live = logits(model)
+    with adapter.disabled():
+        effect = float((live - logits(model)).abs().max())
+    adapter.save_pretrained(tmp_path / "a")
+
+    other_cache()
+    called = []
+    turned, plain = rotated_lapack([(0, 8), (8, 16)], seed), rotated_lapack([], seed)
+
+    def lapack(matrix, choose):
+        called.append(len(matrix))
+        return (turned if len(matrix) == 24 else plain)(matrix, choose)
+
+    monkeypatch.setattr(spectrum, "leading_eigenpairs", lapack)
+    fresh = base()
+    SaraAdapter.load(fresh, tmp_path / "a")
+    assert sorted(called) == [12, 12, 24, 24]
+    assert float((logits(fresh) - live).abs().max()) <= 1e-6 * max(effect, 1.0)
+
+
+def test_seeds_and_sketches_add_a_tenth_to_the_trained_bytes_at_most(tmp_path):
+    # The shapes of SmolLM-135M's attention.
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
+    adapter = SaraAdapter.attach(make_model(**sizes), sara_arguments("mo_sara", num_heads=5))
+    assert [site.shape for site in adapter.sites] == [(576, 576), (576, 192)]
+    adapter.save_pretrained(tmp_path)
+    whole = len((tmp_path / CONFIG_FILE).read_bytes())
+    config = (tmp_path / CONFIG_FILE).read_text()
+    for site in json.loads(config)["sites"]:
+        for name in ("dtype", "sha256", "sketch"):
+            config = config.replace(f',"{name}":"{site[name]}"', "")
+    assert 0 < whole - len(config) <= 0.1 * 4 * adapter.num_parameters()
+
+
+# ---- another base ----
+
+
+def test_a_base_with_one_changed_weight_is_refused(tmp_path):
+    saved(tmp_path, "mo_sara")
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 4] += 1e-6
+    refused(tmp_path, r"layers\.1\.self_attn\.v_proj: this base's weight is not the one.*SHA-256", model)
+    # SARA's update does not depend on the weights; a changed base is the user's affair there.
+    saved(tmp_path, "sara")
+    SaraAdapter.load(model, tmp_path)
+
+
+def test_a_weight_that_is_not_adapted_may_change(tmp_path):
+    saved(tmp_path, "mo_sara")
+    model = make_model()
+    model.lm_head.weight.data.mul_(2)
+    SaraAdapter.load(model, tmp_path)
+
+
+def test_a_base_in_another_dtype_is_refused_with_the_dtype_to_load(tmp_path):
+    saved(tmp_path, "mo_sara")
+    refused(
+        tmp_path,
+        r"trained on a float32 base, this one is bfloat16.*dtype=torch\.float32.*factors='save'",
+        make_model(dtype=torch.bfloat16),
+    )
+
+
+def test_a_bfloat16_base_may_be_loaded_as_its_exact_upcast(tmp_path, other_cache):
+    model = make_model(dtype=torch.bfloat16)
+    adapter = attach_trained(model, "mo_sara")
+    adapter.save_pretrained(tmp_path / "a")
+    other_cache()
+    upcast = make_model(dtype=torch.bfloat16).float()
+    again = SaraAdapter.load(upcast, tmp_path / "a")
+    assert same_bits(again.state_dict(), adapter.state_dict())
+    for site, delta in again.deltas():
+        assert torch.equal(delta.U.bfloat16(), adapter.delta(site).U)
+    expected = logits(model).float()
+    assert torch.allclose(logits(upcast), expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_saved_factors_load_on_a_cast_base(tmp_path):
+    adapter, live = saved(tmp_path, "mo_sara", factors="save")
+    cast = make_model(dtype=torch.bfloat16)
+    again = SaraAdapter.load(cast, tmp_path)
+    assert same_bits(again.state_dict(), adapter.state_dict())
+    for site, delta in again.deltas():
+        assert torch.equal(delta.U, adapter.delta(site).U.bfloat16())
+    assert torch.allclose(logits(cast).float(), live, atol=0.1 * float(live.abs().max()))
+
+
+def test_a_model_without_a_site_and_a_site_of_another_shape_are_refused(method, tmp_path):
+    saved(tmp_path, method)
+    refused(
+        tmp_path, r"adapts 'model\.layers\.0\.self_attn\.q_proj', which this GPT2LM.* not have", make_model("gpt2")
+    )
+    refused(tmp_path, r"layers\.1\.self_attn\.q_proj', which this", make_model(num_hidden_layers=1))
+    refused(tmp_path, r"q_proj: .*shape \(24, 24\), this model's has \(48, 48\)", make_model(hidden_size=48))
+    saved(tmp_path / "fused", method, "gpt_neox")
+    # The same shape and the same name, but other columns.
+    edit(tmp_path / "fused", lambda config: config["sites"][0].update(slice={"groups": 4, "start": 6, "stop": 12}))
+    refused(tmp_path / "fused", r"query_key_value\.q: ", make_model("gpt_neox"))
+
+
+def test_a_factor_that_came_out_differently_is_refused(tmp_path):
+    saved(tmp_path, "mo_sara")
+
+    def turn_one_sign(config):
+        sketch = bytearray(base64.b64decode(config["sites"][0]["sketch"]))
+        sketch[0:4] = struct.pack("<f", struct.unpack("<f", sketch[0:4])[0] + 0.01)
+        config["sites"][0]["sketch"] = base64.b64encode(bytes(sketch)).decode()
+
+    edit(tmp_path, turn_one_sign)
+    refused(tmp_path, r"layers\.0\.self_attn\.q_proj: the singular vectors computed here are not.*factors='save'")
+
+
+# ---- damaged files ----
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q}.S"), rf"Missing: {Q}\.S"),
+        (lambda t: t.update(extra=torch.ones(1)), "unexpected: extra"),
+        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"][..., :-1].contiguous()}), rf"{Q}\.S: the tensor has the shape"),
+        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"][:0]}), rf"{Q}\.S: the tensor is empty"),
+        (lambda t: t[f"{Q}.S"].view(-1)[0].fill_(torch.nan), rf"{Q}\.S: .*NaN"),
+        (lambda t: t[f"{Q}.S"].view(-1)[1].fill_(-torch.inf), rf"{Q}\.S: .*infinite"),
+        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].half()}), rf"{Q}\.S: the file has dtype F16, expected \['F32'\]"),
+        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].double()}), rf"{Q}\.S: the file has dtype F64"),
+        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].int()}), rf"{Q}\.S: the file has dtype I32"),
+        (lambda t: t.clear() or t.update(nothing=torch.ones(1)), "Missing: .*unexpected: nothing"),
+    ],
+)
+def test_a_wrong_tensor_is_named(method, tmp_path, change, message):
+    saved(tmp_path, method)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / TENSORS_FILE)
+    refused(tmp_path, message)
+
+
+def test_a_wrong_factor_is_named(tmp_path):
+    saved(tmp_path, "mo_sara", factors="save")
+    good = load_file(tmp_path / FACTORS_FILE)
+    for change, message in (
+        ({f"{Q}.U": good[f"{Q}.U"][:-1]}, rf"{Q}\.U: the tensor has the shape"),
+        ({f"{Q}.U": good[f"{Q}.U"] * torch.nan}, rf"{Q}\.U: .*NaN"),
+        ({"extra": torch.ones(1)}, "unexpected: extra"),
+    ):
+        save_file({**good, **change}, tmp_path / FACTORS_FILE)
+        refused(tmp_path, message)
+    (tmp_path / FACTORS_FILE).unlink()
+    refused(tmp_path, f"incomplete: .*{FACTORS_FILE} is missing", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:5],
+        lambda content: content[:60],
+        lambda content: content[:-4],
+        lambda content: content + b"more",
+        lambda content: struct.pack("<Q", 2**40) + content[8:],  # a header of a terabyte
+        lambda content: struct.pack("<Q", 2**63 + 5) + content[8:],
+        lambda content: struct.pack("<Q", len(content) - 8) + content[8:],
+        lambda content: content[:8] + b"[" + content[9:],
+        lambda content: b"\x80\x04K\x01.",  # a pickle
+    ],
+)
+def test_a_damaged_tensor_file_is_refused(tmp_path, damage, method):
+    saved(tmp_path, method)
+    path = tmp_path / TENSORS_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    refused(tmp_path, f"{TENSORS_FILE} is damaged")
+
+
+def test_a_file_that_claims_to_be_enormous_is_refused_before_anything_is_allocated(tmp_path, monkeypatch):
+    # The shapes of the config and of the file agree with one another: 10^12 heads. The bytes do not exist.
+    saved(tmp_path, "mo_sara")
+    edit(tmp_path, lambda config: config["arguments"].update(num_heads=10**12))
+    monkeypatch.setattr(SaraAdapter, "_insert", None)  # this is where tensors are made
+    refused(tmp_path, "S: the tensor has the shape")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), r"format version 2; this hf_sara reads version 1\. Update"),
+        (lambda c: c["arguments"].update(rank_plan="x"), r"unknown names \['rank_plan'\]: update hf_sara"),
+        (lambda c: c["arguments"].update(num_heads=0), "num_heads=0"),
+        (lambda c: c.update(arguments=[1]), "is damaged"),
+        (lambda c: c.update(arguments=None), "is damaged"),
+        (lambda c: c.update(threshold="high"), "threshold='high'"),
+        (lambda c: c.update(threshold=float("nan")), "threshold=nan"),
+        (lambda c: c.update(dtype="bfloat16"), "method or dtype"),
+        (lambda c: c.update(method="lora"), "method or dtype"),
+        (lambda c: c.update(sites=[]), "names no sites"),
+        (lambda c: c["sites"].append(c["sites"][0]), "or one twice"),
+        (lambda c: c["sites"][0].update(k=13), "layers.0.self_attn.v_proj"),
+        (lambda c: c["sites"][0].update(k=0), "has k=0"),
+        (lambda c: c["sites"][0].update(k=10**30), "k=1000"),
+        (lambda c: c["sites"][0].update(k=2.5), "not of the known form"),
+        (lambda c: c["sites"][0].update(k=True), "not of the known form"),
+        (lambda c: c["sites"][0].update(shape=[24]), "not of the known form"),
+        (lambda c: c["sites"][0].update(shape=24), "is damaged"),
+        (lambda c: c["sites"][0].update(name=7), "is damaged|not of the known form"),
+        (lambda c: c["sites"].append("text"), "is damaged"),
+        (lambda c: c.update(base=7), "is damaged"),
+        *[(lambda c, name=name: c.pop(name), f"has no '{name}'") for name in ("arguments", "sites", "base", "dtype")],
+        *[(lambda c, name=name: c["sites"][1].pop(name), f"has no '{name}'") for name in ("name", "shape", "k")],
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, change, message, method):
+    saved(tmp_path, method, target_modules=["v_proj"])
+    edit(tmp_path, change)
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sha256", "0" * 63),
+        ("sha256", 7),
+        ("sketch", "%%%"),
+        ("sketch", base64.b64encode(bytes(28)).decode()),
+        ("sketch", base64.b64encode(struct.pack("<8f", *[float("nan")] * 8)).decode()),
+        ("clusters", [[3, 2]]),
+        ("clusters", [[0, 25]]),
+        ("clusters", [[-1, 2]]),
+        ("clusters", [[0, float("inf")]]),
+        ("clusters", 5),
+    ],
+)
+def test_a_damaged_seed_is_refused(tmp_path, field, value):
+    saved(tmp_path, "mo_sara")
+    edit(tmp_path, lambda config: config["sites"][0].update({field: value}))
+    refused(tmp_path, f"{CONFIG_FILE} is damaged")
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b"[1, 2]", b"\xff\xfe", b"[" * 10**5, b'{"a": ' + b"9" * 5000])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
+    saved(tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes(content)
+    refused(tmp_path, f"{CONFIG_FILE} is damaged")
+
+
+def test_a_config_of_absurd_size_is_not_read(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setattr(storage, "MAX_CONFIG_BYTES", 100)
+    refused(tmp_path, "a config has at most 100")
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path):
+    refused(tmp_path / "nowhere", "no adapter folder .*nowhere", error=FileNotFoundError)
+    refused(tmp_path, f"has no {CONFIG_FILE}", error=FileNotFoundError)
+    saved(tmp_path)
+    (tmp_path / TENSORS_FILE).unlink()
+    refused(tmp_path, f"has no {TENSORS_FILE}", error=FileNotFoundError)
+    assert not storage.is_adapter(tmp_path)
+
+
+# ---- writing ----
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("exists", [True, False])
+def test_tensors_that_are_not_finite_are_refused_and_nothing_is_written(method, tmp_path, value, exists):
+    folder = tmp_path / "adapter"
+    adapter = attach_trained(make_model(), method)
+    if exists:
+        adapter.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()} if exists else None
+    name, tensor = list(adapter.trained().items())[-1]
+    tensor.data.view(-1)[-1] = value
+    with pytest.raises(AdapterError, match=f"{name}: .*NaN or infinite"):
+        adapter.save_pretrained(folder)
+    assert folder.exists() == exists
+    if exists:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+class Crash(BaseException):
+    """The machine stops here; no handler of ordinary errors sees it."""
+
+
+def save_until(adapter, folder, step: int, when: str) -> bool:
+    """Save, with a crash at the step-th rename: before it, after it, or while its file is written."""
+    count = 0
+    with pytest.MonkeyPatch.context() as patch:
+        name = "fsync" if when == "writing" else "replace"
+        original = getattr(storage.os, name)
+
+        def stop(*arguments):
+            nonlocal count
+            count += 1
+            if count == step and when != "after":
+                raise Crash
+            result = original(*arguments)
+            if count == step:
+                raise Crash
+            return result
+
+        patch.setattr(storage.os, name, stop)
+        try:
+            adapter.save_pretrained(folder)
+        except Crash:
+            return True
+    return False
+
+
+WRITES = {
+    "sara over sara": ({"method": "sara"}, {"method": "sara", "threshold": 0.4}),
+    "mo_sara over sara": ({"method": "sara"}, {"method": "mo_sara"}),
+    "same shapes": ({"method": "sara"}, {"method": "sara"}),
+    "factors over seeds": ({"method": "mo_sara"}, {"method": "mo_sara", "factors": "save"}),
+    "seeds over factors": ({"method": "mo_sara", "factors": "save"}, {"method": "mo_sara"}),
+    "sara over factors": ({"method": "mo_sara", "factors": "save"}, {"method": "sara"}),
+}
+
+
+@pytest.mark.parametrize("when", ["writing", "before", "after"])
+@pytest.mark.parametrize("write", WRITES)
+def test_after_a_crash_the_folder_has_the_old_adapter_or_the_new_one(write, when, tmp_path):
+    old, new = WRITES[write]
+    _, old_output = saved(tmp_path / "old", **old)
+    adapter = train(attach_trained(make_model(), seed=17, **new))
+    new_output = logits(adapter.model)
+    assert not torch.allclose(old_output, new_output, atol=1e-3)
+    check_crashes(tmp_path, adapter, when, old_output, new_output)
+
+
+@pytest.mark.parametrize("when", ["writing", "before", "after"])
+def test_after_a_crash_factors_are_those_of_their_tensors(when, tmp_path):
+    # Two adapters with the same shapes, trained on two bases, each with its own factors, over one another.
+    old, _ = saved(tmp_path / "old", "mo_sara", factors="save", layers="0")
+    adapter, _ = saved(tmp_path / "new", "mo_sara", factors="save", layers="0", seed=5)
+    assert [site.k for site in old.sites] == [site.k for site in adapter.sites]
+    outputs = []
+    for name in ("old", "new"):
+        base = make_model()
+        SaraAdapter.load(base, tmp_path / name)
+        outputs.append(logits(base))
+    assert not torch.allclose(*outputs, atol=1e-3)
+    check_crashes(tmp_path, adapter, when, *outputs)
+
+
+def check_crashes(tmp_path, adapter, when, old_output, new_output):
+    seen = []
+    for step in range(1, 10):
+        folder = tmp_path / f"crashed at {step}"
+        shutil.copytree(tmp_path / "old", folder)
+        crashed = save_until(adapter, folder, step, when)
+        model = make_model()
+        SaraAdapter.load(model, folder)
+        found = logits(model)
+        is_new = torch.allclose(found, new_output, atol=1e-5)
+        assert is_new or torch.allclose(found, old_output, atol=1e-5)
+        seen.append(is_new)
+        # Nothing temporary stays behind, and the next write puts everything in order.
+        assert not list(folder.glob(".*")), list(folder.iterdir())
+        adapter.save_pretrained(folder)
+        model = make_model()
+        SaraAdapter.load(model, folder)
+        assert torch.allclose(logits(model), new_output, atol=1e-5)
+        expected = {TENSORS_FILE, CONFIG_FILE} | ({FACTORS_FILE} if adapter.args.factors == "save" else set())
+        assert {path.name for path in folder.iterdir()} == expected
+        if not crashed:
+            break
+    # There were crashes, and from some step on the new adapter is the one.
+    assert not crashed
+    assert len(seen) >= 3
+    assert seen == sorted(seen)
+    assert not seen[0]
+    assert seen[-1]
+
+
+def test_a_first_write_that_is_cut_off_leaves_the_adapter_or_none(method, tmp_path):
+    adapter = attach_trained(make_model(), method)
+    live = logits(adapter.model)
+    found = []
+    for step in range(1, 4):
+        folder = tmp_path / str(step)
+        assert save_until(adapter, folder, step, "before")
+        model = make_model()
+        try:
+            SaraAdapter.load(model, folder)
+        except FileNotFoundError:
+            found.append(False)
+        else:
+            found.append(True)
+            assert torch.allclose(logits(model), live, atol=1e-6)
+    assert found == [False, False, True]
+
+
+def test_an_error_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
+    adapter, _ = saved(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        adapter.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+# ---- what the config says ----
+
+
+def test_the_config_can_be_read_by_people(method, tmp_path):
+    adapter, _ = saved(tmp_path, method)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["format_version"] == 1
+    assert config["method"] == method
+    assert config["arguments"] == adapter.args.to_dict()
+    assert [(s["name"], tuple(s["shape"]), s["k"]) for s in config["sites"]] == [
+        (site.name, site.shape, site.k) for site in adapter.sites
+    ]
+    assert config["base"]["class"] == "LlamaForCausalLM"
+    assert config["base"]["dtype"] == "float32"
+    assert set(config["versions"]) == {"hf_sara", "transformers", "torch", "python"}
+
+
+def test_the_base_is_named_by_its_hub_id_but_never_by_a_path_of_this_machine(tmp_path):
+    model = make_model()
+    for name, expected in (("someone/model", "someone/model"), (str(tmp_path), None), ("/home/me/model", None)):
+        model.config._name_or_path = name
+        assert storage.describe_base(model)["model_id"] == expected
+    labels = storage.describe_base(make_model("bert"))["id2label"]
+    assert labels == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+
+
+def test_a_compiled_model_takes_a_saved_adapter(tmp_path):
+    _, live = saved(tmp_path)
+    model = make_model()
+    adapter = SaraAdapter.load(torch.compile(model, backend="eager"), tmp_path)
+    assert adapter.model is model
+    assert torch.allclose(model(**make_inputs(model)).logits, live, atol=1e-6)
