@@ -1,7 +1,8 @@
 """What `transformers.Trainer` needs to train an adapter alone.
 
 Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls
-through all of them, and its whole base would be written at every checkpoint, so each of those places is overridden here.
+through all of them, and its whole base would be written at every checkpoint, so each of those places is overridden
+here.
 """
 
 import functools
@@ -64,6 +65,9 @@ class SaraTrainerMixin:
         self._sara_checked_gradients = False
         self._sara_resumed_loss: dict[str, float] | None = None
         self._sara_trial_overrides: dict[str, Any] = {}
+        self._sara_input_gradients: nn.Module | None = None
+        # Trainer switches the cache off for training; generation afterwards is many times slower without.
+        self._sara_use_cache = getattr(getattr(model, "config", None), "use_cache", True)
         if model is not None and not isinstance(model, str):
             if args is not None:
                 # Trainer seeds only later, but the adapter's random start has to follow from the seed too.
@@ -73,9 +77,8 @@ class SaraTrainerMixin:
             super().__init__(model, args, *positional, **kwargs)
         if model is not None and isinstance(model, str):
             self._attach(self.model)
-        self._use_cache = None
         self._tokenizer_state = _tokenizer_state(self.processing_class)
-        self.add_callback(_ResumeLoss(self))
+        self.add_callback(_OnTrainBegin(self))
 
     # ---- the adapter ----
 
@@ -103,6 +106,7 @@ class SaraTrainerMixin:
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
+        self._sara_use_cache = getattr(getattr(model, "config", None), "use_cache", True)
         self._sara_trial_overrides = self._sara_fields_of(trial)
         self._attach(model)
         self._sara_checked_gradients = False
@@ -126,23 +130,25 @@ class SaraTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
-        if self.model is not None and self.args.activation_checkpointing:
-            self._require_input_gradients()
-        config = getattr(self.model, "config", None)
-        use_cache = getattr(config, "use_cache", None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if use_cache is not None:
-                # Trainer switches the cache off for training; generation afterwards is many times slower without.
-                self.model.config.use_cache = True
+            if self._sara_input_gradients is not None:
+                self._sara_input_gradients.disable_input_require_grads()
+                self._sara_input_gradients = None
+            config = getattr(self.model, "config", None)
+            if hasattr(config, "use_cache"):
+                config.use_cache = self._sara_use_cache
 
-    def _require_input_gradients(self) -> None:
-        """Reentrant checkpointing needs an input with gradient: embeddings of a frozen base have none."""
+    def _on_train_begin(self) -> None:
+        """What has to happen after Trainer has made the model and reset its own state, and before the first step."""
+        self._restore_running_loss()
         model = self.accelerator.unwrap_model(self.model)
-        if not getattr(model, "_sara_input_gradients", False) and hasattr(model, "enable_input_require_grads"):
+        wants_hooks = self.args.activation_checkpointing and hasattr(model, "enable_input_require_grads")
+        if wants_hooks and not getattr(model, "_require_grads_hooks", None):
+            # Reentrant checkpointing needs an input with gradient: embeddings of a frozen base have none.
             model.enable_input_require_grads()
-            model._sara_input_gradients = True
+            self._sara_input_gradients = model
 
     def get_decay_parameter_names(self, model) -> list[str]:
         # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper.
@@ -489,14 +495,14 @@ class SaraSeq2SeqTrainer(SaraTrainerMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] for SARA and Mo-SARA adapters."""
 
 
-class _ResumeLoss(TrainerCallback):
-    """Puts the running loss of a resumed run in place, once Trainer has reset it."""
+class _OnTrainBegin(TrainerCallback):
+    """Trainer has no method of its own to override at that moment, only an event."""
 
     def __init__(self, trainer: SaraTrainerMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._restore_running_loss()
+        self.trainer._on_train_begin()
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

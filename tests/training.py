@@ -1,0 +1,84 @@
+"""A small training, for the tests of the trainer; also a script, so that it can be killed or run on several processes.
+
+python training.py OUTPUT_DIR METHOD [--kill_at STEP] [TrainingArguments as a JSON object]
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+from conftest import VOCABULARY, make_model, sara_arguments
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_sara import SaraTrainer
+
+STEPS = 7
+
+
+def dataset(size: int = 24, seed: int = 0) -> Dataset:
+    """Random sequences with labels; a column that the model does not take, which Trainer has to remove."""
+    ids = torch.randint(3, VOCABULARY, (size, 8), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [8] * size})
+
+
+def training_arguments(folder, **changes) -> TrainingArguments:
+    values = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.02,
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+    }
+    return TrainingArguments(**{**values, **changes})
+
+
+def make_trainer(
+    folder, method: str = "sara", trainer_class=SaraTrainer, model=None, sara_args=None, dropout=0.1, **changes
+):
+    return trainer_class(
+        model=make_model() if model is None else model,
+        args=training_arguments(folder, **changes),
+        sara_args=sara_arguments(method, dropout=dropout) if sara_args is None else sara_args,
+        train_dataset=dataset(),
+        eval_dataset=dataset(8, seed=1),
+    )
+
+
+class At(TrainerCallback):
+    """Do something at the end of a step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(control)
+
+
+def log_of(trainer) -> list[dict[str, float]]:
+    """What a run logged, without its times."""
+    timed = ("runtime", "per_second", "flos")
+    return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in trainer.state.log_history]
+
+
+if __name__ == "__main__":
+    folder, method, kill_at, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    resume = arguments.pop("resume_from_checkpoint", False)
+    trainer = make_trainer(folder, method, **arguments)
+    if kill_at:
+        trainer.add_callback(At(kill_at, lambda control: os.kill(os.getpid(), signal.SIGKILL)))
+    trainer.train(resume_from_checkpoint=resume)
+    rank = trainer.args.process_index
+    trainer.save_model()
+    torch.save(trainer.sara_adapter.state_dict(), os.path.join(folder, f"rank{rank}.pt"))
+    with open(os.path.join(folder, f"log{rank}.json"), "w") as file:
+        json.dump(log_of(trainer), file)
