@@ -301,6 +301,12 @@ def is_adapter(folder: str | PathLike) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file() and (Path(folder) / TENSORS_FILE).is_file()
 
 
+def size_on_disk(folder: str | PathLike) -> int:
+    """Bytes of an adapter's own files in a folder."""
+    files = (Path(folder, name) for name in (CONFIG_FILE, TENSORS_FILE, FACTORS_FILE))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def read(folder: str | PathLike) -> SavedAdapter:
     """
     Read an adapter's config and check it in itself.

@@ -156,6 +156,13 @@ class SaraTrainerMixin:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run that is resumed. Trainer looks for the end after a step only, and would train one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
         # DeepSpeed keeps gradients of its own, there is nothing to see here.

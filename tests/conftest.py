@@ -1,6 +1,7 @@
 """Tiny random models of every family, and what the tests share. Nothing here touches a network."""
 
 import os
+from pathlib import Path
 
 # huggingface_hub reads this when it is imported, so it is set before anything imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import logging as transformers_logging
 
 from hf_sara import SaraAdapter, SaraArguments, spectrum
@@ -178,6 +180,33 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return list(one) == list(other) and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def make_tokenizer(texts=("The quick brown fox : jumps | over the lazy dog .",), size: int = 400):
+    """A byte-level BPE tokenizer like GPT-2's, with <|endoftext|> as its only special token."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """
+    The folder with public data and reference outputs that `HF_SARA_TEST_DATA` names: e2e/, e2e_metrics/, golden/,
+    gpt2_tokenizer/. Tests that need it are extra.
+    """
+    folder = os.environ.get("HF_SARA_TEST_DATA")
+    if not folder:
+        pytest.skip("extra: compares with reference data; set HF_SARA_TEST_DATA to their folder")
+    return Path(folder)
 
 
 def rotated_lapack(clusters, seed=0):

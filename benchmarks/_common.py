@@ -1,0 +1,45 @@
+"""What the benchmarks share: a quiet allocator, interleaved runs, and medians of paired ratios."""
+
+import ctypes
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+
+def keep_memory() -> None:
+    """
+    Tell glibc to keep freed memory. By default every large tensor is mapped anew and its pages are cleared at first
+    touch, which costs more than an adapter and falls on whoever comes after a larger model.
+    """
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def interleave(contenders: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Run every contender once per round, in random order; seconds per contender and round."""
+    seconds = {name: [] for name in contenders}
+    for round_index in range(warmup + rounds):
+        for name in random.sample(list(contenders), len(contenders)):
+            start = time.perf_counter()
+            contenders[name]()
+            if round_index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], reference: str, extra: dict[str, str] | None = None) -> str:
+    """A Markdown table: median seconds, and the median of the ratios to the reference within each round."""
+    lines = [f"| contender | median s | ratio to {reference} (median of rounds) | middle half |", "|---|---|---|---|"]
+    for name, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, seconds[reference], strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        label = name + (f" ({extra[name]})" if extra and name in extra else "")
+        lines.append(
+            f"| {label} | {statistics.median(times):.4f} | {statistics.median(ratios):.4f} | {low:.3f} to {high:.3f} |"
+        )
+    return "\n".join(lines)

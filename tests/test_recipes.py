@@ -1,0 +1,185 @@
+"""The recipes as a user runs them, on a tiny model."""
+
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+from hf_sara import SaraAdapter
+from hf_sara.tasks import e2e
+from hf_sara.tasks.demo_data import make_demo_data
+from hf_sara.tasks.recipe import load_base
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = make_demo_data(tmp_path_factory.mktemp("data"))
+    for name, lines in (("train.txt", 60), ("valid.txt", 12), ("test.txt", 9)):
+        (folder / name).write_text("".join((folder / name).read_text().splitlines(keepends=True)[:lines]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def base(request, data, tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer of its own, in a folder."""
+    tokenizer = make_tokenizer((data / "train.txt").read_text().splitlines(), size=500)
+    lengths = {"gpt2": {"n_positions": 256}, "llama": {"max_position_embeddings": 256}}[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    make_model(request.param, vocab_size=len(tokenizer), eos_token_id=0, **lengths).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def arguments(base, data, output, *more) -> list[str]:
+    values = {
+        "model_name_or_path": base,
+        "data_dir": data,
+        "output_dir": output,
+        "max_steps": 6,
+        "warmup_steps": 1,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "num_beams": 3,
+        "max_new_tokens": 6,
+        "generation_batch_size": 2,
+        "use_cpu": True,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))] + list(more)
+
+
+@pytest.mark.parametrize("method", ["sara", "mo_sara"])
+def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    argv = ["run_e2e.py", *arguments(base, data, output, "--method", method, "--threshold", "0.2")]
+    monkeypatch.setattr(sys, "argv", argv)
+    if base.name.startswith("gpt2"):
+        # Java is slow to start; once is enough.
+        fixed = {"meteor": 0.1, "rouge_l": 0.2, "cider": 0.3}
+        monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: fixed)
+    metrics = load("run_e2e").main()
+    assert metrics == json.loads((output / "metrics.json").read_text())
+    assert {"bleu", "nist", "meteor", "rouge_l", "cider", "eval_loss", "train_loss"} <= set(metrics)
+    assert (metrics["threshold"], metrics["test_mrs"]) == (0.2, 3)
+    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    references = json.loads((output / "references.json").read_text())
+    assert [row["mr"] for row in predictions] == list(e2e.group_by_mr(e2e.load_e2e(data)["test"]))
+    assert [len(group) for group in references] == [3, 3, 3]
+    log = (output / "run.log").read_text()
+    assert '"loss"' in log
+    assert '"bleu"' in log
+    # What lies in the folder does on a fresh base what was decoded.
+    model, tokenizer = load_base(str(base))
+    SaraAdapter.load(model, output)
+    mrs = [row["mr"] for row in predictions]
+    again = e2e.generate_predictions(
+        model, tokenizer, mrs, tmp_path / "again.jsonl", batch_size=2, num_beams=3, max_new_tokens=6
+    )
+    assert again == [row["prediction"] for row in predictions]
+    # Run again, it only reports.
+    assert load("run_e2e").main(argv[1:]) == metrics
+
+
+def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, monkeypatch):
+    run_e2e = load("run_e2e")
+    monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
+    whole = run_e2e.main(arguments(base, data, tmp_path / "whole"))
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    # First in the training, then in the decoding, then in the scoring.
+    save = e2e.E2ETrainer._save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            e2e.E2ETrainer,
+            "_save_checkpoint",
+            lambda self, *args: crash() if self.state.global_step == 4 else save(self, *args),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_e2e.main(arguments(base, data, tmp_path / "parts"))
+    for name in ("hf_sara.tasks.e2e.beam_search", "hf_sara.tasks.e2e_metrics.bleu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, crash)
+            with pytest.raises(KeyboardInterrupt):
+                run_e2e.main(arguments(base, data, tmp_path / "parts"))
+    parts = run_e2e.main(arguments(base, data, tmp_path / "parts"))
+    for name in ("sara_adapter.safetensors", "predictions.jsonl", "references.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {**parts, "seconds": 0} == pytest.approx({**whole, "seconds": 0})
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_e2e_with_other_settings_does_not_touch_a_run(base, data, tmp_path, monkeypatch):
+    run_e2e = load("run_e2e")
+    monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
+    run_e2e.main(arguments(base, data, tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"threshold: 0.012 there, 0.3 now"):
+        run_e2e.main(arguments(base, data, tmp_path, "--threshold", "0.3"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_e2e_alone_is_the_run_of_the_paper():
+    from transformers import TrainingArguments
+
+    from hf_sara import SaraArguments
+    from hf_sara.tasks import recipe
+
+    run_e2e = load("run_e2e")
+    kinds = [run_e2e.E2EArguments, SaraArguments, TrainingArguments]
+    options, sara, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--threshold", "0.012"])
+    assert options.model_name_or_path == "openai-community/gpt2-medium"
+    assert options.data_dir is None
+    assert (options.num_beams, options.length_penalty, options.no_repeat_ngram_size) == (10, 0.8, 4)
+    assert (sara.method, sara.threshold, sara.dropout) == ("sara", 0.012, 0.0)
+    assert (training.learning_rate, training.num_train_epochs, training.warmup_steps) == (8e-3, 5, 500)
+    assert (training.per_device_train_batch_size, training.label_smoothing_factor) == (16, 0.1)
+    assert (training.weight_decay, training.max_grad_norm, training.adam_epsilon) == (0.01, 0.0, 1e-6)
+    assert (training.seed, training.lr_scheduler_type, training.max_steps) == (314, "linear", -1)
+    _, sara, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--method", "mo_sara"])
+    assert (sara.method, sara.threshold, sara.num_heads, training.learning_rate) == ("mo_sara", 0.5, 3, 7e-2)
+    _, sara, _ = recipe.parse_arguments(kinds, run_e2e.defaults, ["--parameter_budget", "0.1%"])
+    assert (sara.threshold, sara.parameter_budget) == (None, "0.1%")
+
+
+def test_an_error_of_the_user_is_one_line(tmp_path):
+    command = [sys.executable, str(RECIPES / "run_e2e.py"), "--data_dir", str(tmp_path / "no")]
+    run = subprocess.run([*command, "--output_dir", str(tmp_path / "run")], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "has no train.txt" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_data_are_fetched_from_a_web_server(data, tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        code = (
+            "from hf_sara.tasks.e2e import load_e2e\n"
+            f"print({{split: len(part) for split, part in load_e2e({address!r}).items()}})\n"
+            f"load_e2e({address!r} + '/elsewhere')"
+        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_CACHE": str(tmp_path)}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        server.shutdown()
+    assert "{'train': 60, 'validation': 12, 'test': 9}" in run.stdout
+    assert "FileNotFoundError: The data cannot be had from" in run.stderr
