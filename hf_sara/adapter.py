@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,9 +15,12 @@ from torch import nn
 from . import storage
 from .arguments import SaraArguments
 from .deltas import DELTAS, Delta
-from .plan import Plan, count_base, plan, solve_threshold
+from .planning import Plan, count_base, plan, solve_threshold
 from .sites import Site, find_sites
 from .spectrum import Factors, find_factors, for_each
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
 
@@ -112,26 +115,30 @@ class SaraAdapter:
         return cls(model, args, sites, threshold, factors, seeds, name)
 
     @classmethod
-    def load(cls, model: nn.Module, folder: str | PathLike, name: str = "default") -> "SaraAdapter":
+    def load(
+        cls, model: nn.Module, folder_or_repo_id: str | PathLike, name: str = "default", **access: Any
+    ) -> "SaraAdapter":
         """
         Attach a saved adapter to a base that is already in memory. Everything is checked before the model is touched.
 
         Args:
             model ([`~transformers.PreTrainedModel`]): The base model that the adapter was trained on.
-            folder (`str` or `os.PathLike`): Folder that [`SaraAdapter.save_pretrained`] wrote.
+            folder_or_repo_id (`str` or `os.PathLike`): Folder that [`SaraAdapter.save_pretrained`] wrote, or a Hub id.
             name (`str`, *optional*, defaults to `"default"`): Name on this model.
+            access: `revision`, `token`, `cache_dir` and `local_files_only`, as in [`~hf_sara.storage.locate`].
 
         Returns:
             [`SaraAdapter`]: The handle. Its tensors can be trained further.
 
         Raises:
-            `FileNotFoundError`: If the folder or one of its files is missing.
+            `FileNotFoundError`: If the folder, the repository or one of its files is missing.
+            `OSError`: If the download failed.
             [`storage.AdapterError`]: If a file is damaged, a tensor is missing, unexpected, misshaped, empty or not
                 finite, or the base is not the one of the training.
         """
         model = unwrap(model)
         _check_name(model, name)
-        saved = storage.read(folder)
+        saved = storage.read(storage.locate(folder_or_repo_id, **access))
         sites = saved.sites_on(model)
         tensors = saved.tensors
         factors = saved.factors_on(model, sites)
@@ -228,6 +235,12 @@ class SaraAdapter:
             [`storage.AdapterError`]: If a trained tensor is empty or not finite. Nothing is written then.
         """
         storage.write(self, folder)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> "CommitInfo":
+        """Push the adapter and its model card to the Hub, in one commit: see [`~hf_sara.push_to_hub`]."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
 
     # ---- switching ----
 

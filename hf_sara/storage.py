@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -47,6 +55,10 @@ FORMAT_VERSION = 1
 # A config has about 200 bytes per site; this is room for a hundred thousand of them.
 MAX_CONFIG_BYTES = 32 * 2**20
 SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
+
+
+# OSError, and the errors of the HTTP library below huggingface_hub, which differs between its versions.
+NETWORK_ERRORS = HfHubHTTPError.__bases__
 
 
 class AdapterError(ValueError):
@@ -213,9 +225,9 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
     # Putting the tensors in place is the moment of change: everything else is ready before, and the old files stay
     # until then. See `_read_config`.
     if factors is not None:
-        _write_file(folder / PENDING_FACTORS_FILE, factors)
-    _write_file(folder / PENDING_CONFIG_FILE, config.encode())
-    _write_file(folder / TENSORS_FILE, payload)
+        write_file(folder / PENDING_FACTORS_FILE, factors)
+    write_file(folder / PENDING_CONFIG_FILE, config.encode())
+    write_file(folder / TENSORS_FILE, payload)
     if factors is not None:
         os.replace(folder / PENDING_FACTORS_FILE, folder / FACTORS_FILE)
     os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
@@ -224,8 +236,8 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
             (folder / left_over).unlink(missing_ok=True)
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -248,10 +260,7 @@ def _config_text(adapter: "SaraAdapter", dtype: str, tensors_sha256: str) -> str
         "dtype": dtype,
         "tensors_sha256": tensors_sha256,
         "base": describe_base(adapter.model),
-        "versions": {
-            **{name: version(name) for name in ("hf_sara", "transformers", "torch")},
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     records = []
     for site in adapter.sites:
@@ -263,6 +272,12 @@ def _config_text(adapter: "SaraAdapter", dtype: str, tensors_sha256: str) -> str
         records.append("    " + json.dumps(record, separators=(",", ":")))
     head = json.dumps(config, indent=2).removesuffix("\n}")
     return head + ',\n  "sites": [\n' + ",\n".join(records) + "\n  ]\n}\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an adapter."""
+    packages = {name: version(name) for name in ("hf_sara", "transformers", "torch")}
+    return {**packages, "python": platform.python_version()}
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -294,6 +309,56 @@ def hub_id(name: str | None) -> str | None:
 
 
 # ---- reading ----
+
+
+def locate(
+    folder_or_repo_id: str | PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """
+    The folder of an adapter: the one that is given, or the cached files of a Hub repository, downloaded where needed.
+    Only an adapter's own files are downloaded.
+
+    Args:
+        folder_or_repo_id (`str` or `os.PathLike`): A folder, or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): For private repositories; defaults to the one of `hf auth login`.
+        cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads; defaults to huggingface_hub's.
+        local_files_only (`bool`, *optional*, defaults to `False`): Take what the cache has, without a network.
+
+    Returns:
+        `Path`: A folder for [`read`].
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder, repository or revision, or the cache does not have it.
+        `OSError`: If the download failed; calling again goes on with it.
+    """
+    if os.path.isdir(folder_or_repo_id):
+        return Path(folder_or_repo_id)
+    name = str(folder_or_repo_id)
+    if hub_id(name) is None:
+        raise FileNotFoundError(f"There is no adapter folder {name!r}, and it cannot be a Hub id.")
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_FILE, TENSORS_FILE, FACTORS_FILE],
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {name!r}, and no adapter can be had from the Hub: {error}"
+        ) from error
+    except NETWORK_ERRORS as error:
+        raise OSError(
+            f"The adapter {name!r} could not be downloaded: {error}. Try again; it goes on from here."
+        ) from error
+    return Path(found)
 
 
 def is_adapter(folder: str | PathLike) -> bool:

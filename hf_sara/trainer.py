@@ -9,6 +9,8 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,14 +18,12 @@ from typing import Any
 
 import torch
 import transformers.trainer as transformers_trainer
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import EvalResult, HfApi
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     HPSearchBackend,
     HubStrategy,
     SaveStrategy,
@@ -32,18 +32,15 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import PushInProgress
 
-from . import storage
+from . import hub, model_card, storage
 from .adapter import SaraAdapter, unwrap
 from .arguments import SaraArguments
 
 logger = logging.getLogger(__name__)
 
-# A masked, readable stand-in for training_args.bin, which is a pickle that holds the Hub token in clear.
-TRAINING_ARGS_FILE = "training_args.json"
 RUNNING_LOSS_FILE = "running_loss.json"
-# What may leave the machine; everything else that lies in an output folder stays there.
-UPLOAD_FILES = (storage.CONFIG_FILE, storage.TENSORS_FILE, storage.FACTORS_FILE, TRAINING_ARGS_FILE, "README.md")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.jinja", "*.model")
+# What resuming needs besides the adapter.
+CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
 
 
 class SaraTrainerMixin:
@@ -235,7 +232,7 @@ class SaraTrainerMixin:
         if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every token by a placeholder.
-        Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+        Path(output_dir, hub.TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
         logger.info("Saved the adapter to %s", output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -359,17 +356,10 @@ class SaraTrainerMixin:
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        try:
-            super().init_hf_repo(token=token, private=private)
-        except (HfHubHTTPError, OSError) as error:
-            if getattr(self, "callback_handler", None) is None or not hasattr(self, "state"):
-                # In the constructor: training must not wait for a network. The first push tries again.
-                logger.warning(
-                    "The Hub repository could not be made now (%s); it is tried again at the first push.", error
-                )
-                self.push_in_progress = None
-            else:
-                raise
+        # Trainer calls this in its constructor. A training must not wait for, or fail with, a network: each push makes
+        # the repository if it has to.
+        self.hub_model_id = self.args.hub_model_id
+        self.push_in_progress = None
 
     def push_to_hub(
         self,
@@ -380,26 +370,29 @@ class SaraTrainerMixin:
         private: bool | None = None,
         **kwargs,
     ):
-        """Save the adapter to `args.output_dir` and upload its files, and only those, in one commit."""
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+        """
+        Save the adapter and its card to `args.output_dir` and push them, and only them, in one commit. The arguments
+        are Trainer's; `kwargs` go to [`~SaraTrainerMixin.create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        name = self.args.hub_model_id or Path(self.args.output_dir).name
-        self.create_model_card(model_name=kwargs.pop("model_name", None) or name, **kwargs)
+        self.create_model_card(**kwargs)
         self._finish_current_push()
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
+        push = functools.partial(
+            hub.push_folder,
+            self.args.output_dir,
+            self._hub_repo_id(),
             commit_message=commit_message,
-            token=token,
-            run_as_future=not blocking,
-            allow_patterns=[*UPLOAD_FILES, *TOKENIZER_FILES],
-            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*"],
+            private=self.args.hub_private_repo if private is None else private,
             revision=revision if revision is not None else self.args.hub_revision,
+            token=token if token is not None else self.args.hub_token,
         )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def _hub_repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -407,36 +400,29 @@ class SaraTrainerMixin:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
-        if self.hub_model_id is None:
-            self.init_hf_repo()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         where = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
-        upload = functools.partial(
-            HfApi().upload_folder,
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
-            token=self.args.hub_token,
-            run_as_future=True,
-            revision=self.args.hub_revision,
-        )
-        adapter_files = [*UPLOAD_FILES, *TOKENIZER_FILES]
-        message = f"Training in progress, {where}"
-        jobs = [upload(commit_message=message, allow_patterns=adapter_files)]
+        state = None
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            # What resuming needs besides the adapter.
-            state = [OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt"]
-            jobs.append(
-                upload(
-                    commit_message=f"{message}, checkpoint",
-                    path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                    allow_patterns=[*adapter_files, *state],
-                )
-            )
+            state = "last-checkpoint" if last else Path(checkpoint_folder).name
+        job = HfApi().run_as_future(
+            hub.push_checkpoint,
+            checkpoint_folder,
+            self._hub_repo_id(),
+            commit_message=f"Training in progress, {where}",
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            token=self.args.hub_token,
+            state_in_repo=state,
+            state_files=CHECKPOINT_FILES,
+        )
+        job.add_done_callback(_warn_of_failure)
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
+            self.push_in_progress.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress([job])
 
     def create_model_card(
         self,
@@ -449,33 +435,71 @@ class SaraTrainerMixin:
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        results: Sequence[EvalResult] = (),
     ) -> None:
-        """Trainer's card, tagged for this library, with a base model only where that is a Hub id."""
-        own = [tags] if isinstance(tags, str) else list(tags or [])
-        history = self.state.log_history
-        # Trainer's table of results takes its columns from the first evaluation and fails on any that come later.
-        metrics = {key: None for entry in history if "eval_loss" in entry for key in entry}
-        self.state.log_history = [{**metrics, **entry} if "eval_loss" in entry else entry for entry in history]
-        config = getattr(self.model, "config", None)
-        path = getattr(config, "_name_or_path", None)
-        try:
-            if config is not None:
-                config._name_or_path = finetuned_from or storage.hub_id(path) or ""
-            super().create_model_card(
-                language=language,
-                license=license,
-                tags=[*own, "hf_sara", self.sara_adapter.args.method],
-                model_name=model_name,
-                finetuned_from=finetuned_from,
-                tasks=tasks,
-                dataset_tags=dataset_tags,
-                dataset=dataset,
-                dataset_args=dataset_args,
+        """
+        Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
+
+        Args:
+            results (`Sequence[EvalResult]`, *optional*):
+                Evaluation results. Left out, those of the last evaluation, where `dataset_tags` or `dataset` says on
+                what.
+        """
+        if not self.is_world_process_zero():
+            return
+        names = [dataset] if isinstance(dataset, str) else list(dataset or [])
+        ids = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
+        repo_id = self._hub_repo_id()
+        path = Path(self.args.output_dir, model_card.CARD_FILE)
+        card = model_card.make_card(
+            self.sara_adapter,
+            folder=self.args.output_dir,
+            repo_id=repo_id,
+            title=model_name or repo_id.rsplit("/", 1)[-1],
+            base_model=finetuned_from,
+            language=language,
+            license=license,
+            tags=tags or (),
+            results=results or self._last_evaluation(ids, names, tasks),
+            training=model_card.Training(
+                hyperparameters=model_card.non_default(self.args),
+                log=self.state.log_history,
+                seconds=sum(entry.get("train_runtime", 0.0) for entry in self.state.log_history),
+                datasets=ids or names,
+            ),
+            existing=path.read_text(encoding="utf-8") if path.is_file() else None,
+        )
+        storage.write_file(path, card.encode())
+
+    def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
+        """The metrics of the last evaluation, where somebody said on what they were measured."""
+        entry = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        values = {
+            key.removeprefix("eval_"): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
+        }
+        task = tasks[0] if isinstance(tasks, list) and tasks else tasks
+        task = task or model_card.pipeline_of(type(self.sara_adapter.model).__name__) or "other"
+        dataset = (ids or names or [None])[0]
+        if dataset is None:
+            return []
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset,
+                dataset_name=(names or ids)[0],
+                metric_type=metric,
+                metric_value=value,
             )
-        finally:
-            self.state.log_history = history
-            if config is not None:
-                config._name_or_path = path
+            for metric, value in values.items()
+        ]
+
+
+def _warn_of_failure(job: Future) -> None:
+    """A push in the background that failed must not go unnoticed, nor end the training."""
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning("%s", job.exception())
 
 
 class SaraTrainer(SaraTrainerMixin, Trainer):

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from training import STEPS, At, dataset, log_of, make_trainer, training_argument
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
+from hf_sara.hub import TRAINING_ARGS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
-from hf_sara.trainer import RUNNING_LOSS_FILE, TRAINING_ARGS_FILE, last_complete_checkpoint
+from hf_sara.trainer import RUNNING_LOSS_FILE, last_complete_checkpoint
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -482,22 +482,3 @@ def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_p
     single.train()
     for name, tensor in single.sara_adapter.state_dict().items():
         torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=1e-4)
-
-
-# ---- the card that Trainer writes ----
-
-
-def test_the_card_takes_metrics_that_came_later_and_names_no_path_of_this_machine(tmp_path):
-    model = make_model()
-    model.config._name_or_path = str(tmp_path)
-    trainer = make_trainer(tmp_path, model=model, eval_strategy="steps", eval_steps=3)
-    trainer.train()
-    trainer.state.log_history.append({"eval_loss": 1.0, "eval_new": 2.0, "epoch": 1.0, "step": STEPS})
-    history = list(trainer.state.log_history)
-    trainer.create_model_card(model_name="card")
-    card = (tmp_path / "README.md").read_text()
-    assert "hf_sara" in card
-    assert str(tmp_path) not in card
-    assert trainer.state.log_history == history
-    assert model.config._name_or_path == str(tmp_path)
-    shutil.rmtree(tmp_path)

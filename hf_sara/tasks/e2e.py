@@ -8,7 +8,6 @@ rules of its own that `generate` does not reproduce (when a beam is complete, wh
 import inspect
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -20,6 +19,7 @@ from transformers import DataCollatorForSeq2Seq, DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..storage import write_file
 from ..trainer import SaraTrainer
 
 logger = logging.getLogger(__name__)
@@ -386,6 +386,4 @@ def _read_predictions(path: Path) -> dict[str, str]:
 
 
 def _write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(_prediction_line(*item) for item in predictions.items()), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, "".join(_prediction_line(*item) for item in predictions.items()).encode())

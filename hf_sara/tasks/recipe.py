@@ -5,7 +5,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -24,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..storage import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,5 @@ class LogMetrics(TrainerCallback):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON that people can read, atomically."""
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -3,7 +3,7 @@ import torch
 from conftest import make_model, sara_arguments
 
 from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
-from hf_sara.plan import STEPS, count_base
+from hf_sara.planning import STEPS, count_base
 from hf_sara.spectrum import find_rank
 
 

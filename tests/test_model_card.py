@@ -1,0 +1,189 @@
+import re
+
+import pytest
+import yaml
+from conftest import attach_trained, make_model
+from huggingface_hub import EvalResult, ModelCard
+from training import make_trainer
+
+from hf_sara import model_card, storage
+from hf_sara.model_card import BEGIN, END, Training, make_card
+
+HOSTILE = "a | b\n---\n# <script>`x` [y](z)\\ \"': {x: 1} <!-- hf_sara: generated up to here -->"
+
+
+def result(**changes):
+    values = {"task_type": "text-generation", "dataset_type": "e2e_nlg", "dataset_name": "E2E", "metric_type": "bleu"}
+    return EvalResult(**{**values, "metric_value": 0.7, **changes})
+
+
+def parts(card: str) -> tuple[dict, str]:
+    """Metadata and Markdown, read as any YAML reader does."""
+    _, head, text = card.split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def on_the_hub(model):
+    model.config._name_or_path = "someone/tiny-model"
+    return model
+
+
+def test_a_card_says_what_the_adapter_is(method, tmp_path):
+    adapter = attach_trained(on_the_hub(make_model()), method)
+    adapter.save_pretrained(tmp_path)
+    card = make_card(
+        adapter,
+        folder=tmp_path,
+        repo_id="me/my-adapter",
+        language="en",
+        license="apache-2.0",
+        tags="restaurants",
+        datasets=["e2e_nlg", "a file of mine"],
+        results=[result()],
+    )
+    metadata, text = parts(card)
+    assert metadata["base_model"] == "someone/tiny-model"
+    assert metadata["base_model_relation"] == "adapter"
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("hf_sara", "text-generation")
+    assert metadata["tags"] == ["hf_sara", method, "restaurants"]
+    assert (metadata["license"], metadata["language"]) == ("apache-2.0", ["en"])
+    assert metadata["datasets"] == ["e2e_nlg"]
+    assert metadata["metrics"] == ["bleu"]
+    scores = metadata["model-index"][0]["results"][0]
+    assert scores["metrics"][0]["value"] == 0.7
+    assert scores["dataset"]["type"] == "e2e_nlg"
+    for site in adapter.sites:
+        assert re.search(rf"^\| {site.layer} \|.*\b{site.k}\b.*\|$", text, re.MULTILINE)
+    assert f"{adapter.num_parameters():,}" in text
+    assert f"{storage.size_on_disk(tmp_path):,} bytes" in text
+    assert "a file of mine" not in str(metadata)
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_named(tmp_path):
+    model = make_model()
+    model.config._name_or_path = str(tmp_path)
+    metadata, text = parts(make_card(attach_trained(model)))
+    assert "base_model" not in metadata
+    assert "base_model_relation" not in metadata
+    assert str(tmp_path) not in text
+    assert "base_model=" in text
+    named, _ = parts(make_card(attach_trained(make_model()), base_model="someone/base"))
+    assert named["base_model"] == "someone/base"
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "text-generation"),
+        ("gpt2", "text-generation"),
+        ("t5", "text-generation"),
+        ("bert", "text-classification"),
+        ("vit", "image-classification"),
+    ],
+)
+def test_the_task_follows_from_the_class(family, task):
+    assert model_card.pipeline_of(type(make_model(family)).__name__) == task
+    assert model_card.pipeline_of("LlamaModel") is None
+
+
+def test_values_of_users_break_neither_yaml_nor_markdown(tmp_path):
+    training = Training({HOSTILE: HOSTILE}, [{"step": 1, HOSTILE: 1.0}], 61.0, [HOSTILE])
+    card = make_card(
+        attach_trained(make_model()),
+        title=HOSTILE,
+        language=[HOSTILE],
+        license=HOSTILE,
+        tags=[HOSTILE],
+        results=[result(dataset_name=HOSTILE, metric_name=HOSTILE)],
+        training=training,
+    )
+    metadata = ModelCard(card).data.to_dict()
+    assert metadata["license"] == HOSTILE
+    assert HOSTILE in metadata["tags"]
+    text = ModelCard(card).text
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert "<script>" not in text
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            assert cells in (3, 4), line
+
+
+def test_what_people_wrote_survives_the_next_card(method):
+    adapter = attach_trained(make_model(), method)
+    first = make_card(adapter, license="mit", tags=["mine"], title="first")
+    metadata, text = parts(first)
+    metadata["thumbnail"] = "picture.png"
+    metadata["tags"].append("by hand")
+    edited = f"---\n{yaml.safe_dump(metadata)}---\n\nWritten before.\n{text}\nWritten after.\n"
+    second = make_card(adapter, title="second", tags=["new"], existing=edited)
+    metadata, text = parts(second)
+    assert (metadata["thumbnail"], metadata["license"]) == ("picture.png", "mit")
+    assert {"mine", "by hand", "new"} <= set(metadata["tags"])
+    assert text.index("Written before.") < text.index(BEGIN) < text.index("# second") < text.index(END)
+    assert text.index(END) < text.index("Written after.")
+    assert "# first" not in text
+    # And again: nothing piles up.
+    assert make_card(adapter, title="second", tags=["new"], existing=second) == second
+
+
+def test_a_card_of_somebody_else_is_kept_whole():
+    card = make_card(attach_trained(make_model()), existing="# A title\n\nNo metadata.\n")
+    assert card.index("No metadata.") < card.index(BEGIN)
+    broken = make_card(attach_trained(make_model()), existing="---\nmodel-index: 3\ntags: x\n---\nText.\n")
+    assert "Text." in broken
+
+
+def test_taking_over_prefers_what_was_written_here():
+    adapter = attach_trained(make_model())
+    fresh = make_card(adapter, title="new")
+    remote = make_card(adapter, title="old", existing="From the Hub.")
+    merged = model_card.take_over(fresh, remote)
+    assert "From the Hub." in merged
+    assert "# new" in merged
+    assert "# old" not in merged
+    mine = make_card(adapter, title="new", existing="From here.")
+    assert model_card.take_over(mine, remote) == mine
+
+
+def test_the_log_is_thinned_and_says_how_the_training_went():
+    log = [{"step": step, "loss": 10.0 / step, "epoch": 0.1} for step in range(1, 200)]
+    log += [{"step": 199, "eval_loss": 0.5, "eval_runtime": 3.0}]
+    card = make_card(attach_trained(make_model()), training=Training({"learning_rate": 0.02}, log, 3721.0))
+    trained = card[card.index("## How it was trained") :]
+    rows = [line for line in trained.splitlines() if re.match(r"\| \d+ \| [\d.]+ \|", line)]
+    assert len(rows) == model_card.MAX_LOG_ROWS
+    assert rows[-1].startswith("| 199 | 0.050251 | 0.5 |")
+    assert "runtime" not in card
+    assert "1 h 2 min" in card
+    assert "| learning\\_rate | 0.02 |" in card
+
+
+def test_the_trainer_writes_the_card_of_its_run(method, tmp_path):
+    trainer = make_trainer(tmp_path, method, hub_token="hf_secretsecretsecret", eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    trainer.state.log_history.append({"eval_loss": 1.0, "eval_new": 2.0, "epoch": 1.0, "step": 7})
+    trainer.save_model()
+    trainer.create_model_card(model_name="card", dataset_tags="e2e_nlg", dataset="E2E", tags="mine")
+    card = (tmp_path / "README.md").read_text()
+    metadata, text = parts(card)
+    assert {"hf_sara", method, "mine"} <= set(metadata["tags"])
+    results = metadata["model-index"][0]["results"][0]
+    assert {entry["type"]: entry["value"] for entry in results["metrics"]} == {"loss": 1.0, "new": 2.0}
+    assert "learning\\_rate | 0.02" in text
+    assert "eval\\_loss" in text
+    assert "secretsecret" not in card
+    assert str(tmp_path) not in card
+    trainer.create_model_card()
+    assert "model-index" in (tmp_path / "README.md").read_text()
+
+
+def test_ranks_are_drawn_where_matplotlib_is_installed(tmp_path, monkeypatch):
+    adapter = attach_trained(make_model())
+    monkeypatch.setattr(model_card.importlib.util, "find_spec", lambda name: None)
+    assert model_card.PLOT_FILE not in make_card(adapter, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert f"![rank per layer]({model_card.PLOT_FILE})" in make_card(adapter, folder=tmp_path)
+    assert (tmp_path / model_card.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
