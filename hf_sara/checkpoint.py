@@ -1,0 +1,140 @@
+"""A base model's weights read one matrix at a time, from safetensors files in a folder or on the Hub, without loading the
+model: what a plan needs of a model that would not fit into memory."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+from huggingface_hub import HfFileSystem
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .export import names_in_model
+from .storage import NETWORK_ERRORS, hub_id
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# As safetensors itself allows.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: its file, and the dtype, shape and byte range that the file's header gives."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """
+    A model's configuration, its modules without values, and its weights on demand.
+
+    Args:
+        name_or_folder (`str`): Folder or Hub id of a model in safetensors files. From the Hub, only the headers of the
+            files and the matrices that are asked for are transferred.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): For private repositories.
+
+    Raises:
+        `FileNotFoundError`: If there is no such model, or it has no safetensors files.
+        `ValueError`: If a file is damaged, or the model is of an unknown kind.
+    """
+
+    def __init__(self, name_or_folder: str, revision: str | None = None, token: str | None = None):
+        self.folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else None
+        if self.folder is None and hub_id(name_or_folder) is None:
+            raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
+        self._remote = "" if self.folder else f"{name_or_folder}@{revision or 'main'}"
+        self._files = None if self.folder else HfFileSystem(token=token)
+        try:
+            config = AutoConfig.from_pretrained(name_or_folder, revision=revision or "main", token=token)
+            self.model = _empty_model(config)
+            entries = [entry for file in self._shards() for entry in self._entries(file)]
+        except NETWORK_ERRORS as error:
+            raise FileNotFoundError(f"The model {name_or_folder!r} cannot be read: {error}") from error
+        names = names_in_model(self.model, [key for key, _ in entries])
+        self._by_name = {names[key]: entry for key, entry in entries if key in names}
+
+    def load_into(self, module_name: str) -> None:
+        """Give a module its weight; [`Checkpoint.drop`] takes it away again."""
+        entry = self._by_name.get(f"{module_name}.weight")
+        if entry is None:
+            raise ValueError(f"The checkpoint has no tensor for {module_name!r}. Load the model, and plan on it.")
+        module = self.model.get_submodule(module_name)
+        if entry.dtype not in DTYPES or entry.shape != tuple(module.weight.shape):
+            raise ValueError(
+                f"{module_name}: the file has {entry.dtype} of shape {entry.shape}, and the configuration asks for a "
+                f"floating-point weight of shape {tuple(module.weight.shape)}."
+            )
+        with self._open(entry.file) as file:
+            file.seek(entry.start)
+            content = bytearray(file.read(entry.stop - entry.start))
+        weight = torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def drop(self, module_name: str) -> None:
+        """Free a module's weight."""
+        module = self.model.get_submodule(module_name)
+        module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+
+    def _shards(self) -> list[str]:
+        if self._exists(SAFE_WEIGHTS_NAME):
+            return [SAFE_WEIGHTS_NAME]
+        if not self._exists(SAFE_WEIGHTS_INDEX_NAME):
+            raise FileNotFoundError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+        with self._open(SAFE_WEIGHTS_INDEX_NAME) as file:
+            names = sorted(set(json.loads(file.read())["weight_map"].values()))
+        if any("/" in name or "\\" in name for name in names):
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names files outside of the model.")
+        return names
+
+    def _entries(self, name: str) -> Iterator[tuple[str, Entry]]:
+        """The tensors of one file: eight bytes with the header's length, the header as JSON, then the bytes."""
+        with self._open(name) as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise ValueError(f"{name} is damaged: it is not a safetensors file.")
+            header = json.loads(file.read(length))
+        for key, record in header.items():
+            if key == "__metadata__":
+                continue
+            start, stop = record["data_offsets"]
+            entry = Entry(name, record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
+            size = DTYPES[entry.dtype].itemsize * math.prod(entry.shape) if entry.dtype in DTYPES else None
+            if size is not None and (start < 0 or stop - start != size):
+                raise ValueError(f"{name} is damaged: {key} has {stop - start} bytes, its shape asks for {size}.")
+            yield key, entry
+
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).is_file() if self.folder else self._files.exists(f"{self._remote}/{name}")
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        if self.folder:
+            with open(self.folder / name, "rb") as file:
+                yield file
+        else:
+            # Reads what is asked for by range requests, with no read-ahead.
+            with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
+                yield file
+
+
+def _empty_model(config: Any) -> nn.Module:
+    """A model's modules on the meta device: names, kinds and shapes, no values."""
+    for name in config.architectures or []:
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            with torch.device("meta"):
+                return kind(config)
+    raise ValueError(f"The model's architecture {config.architectures} is not one of transformers.")

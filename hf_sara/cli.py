@@ -1,0 +1,265 @@
+"""The command `hf-sara`: plan, look at, share, merge, export and try adapters without writing code.
+
+What takes long to import is imported inside of the commands, so that `--help` does not wait for it.
+"""
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+app = typer.Typer(
+    help="SARA and Mo-SARA adapters for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Base = Annotated[Optional[str], typer.Option(help="Folder or Hub id of the base; default: the recorded one.")]  # noqa: UP045
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit.")]  # noqa: UP045
+
+
+@contextmanager
+def _errors():
+    """What a user can mend is one line on stderr and exit code 1; anything else is a bug and shows its trace."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"hf-sara: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...], title: str | None = None) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.", show_default=False)],
+    method: Annotated[str, typer.Option(help="sara or mo_sara.")] = "sara",
+    threshold: Annotated[Optional[float], typer.Option(help="Share of the singular values, in (0, 1].")] = None,  # noqa: UP045
+    budget: Annotated[Optional[str], typer.Option(help="Solve the threshold: a count, or a share like 0.1%.")] = None,  # noqa: UP045
+    num_heads: Annotated[int, typer.Option(help="Mo-SARA: vectors that the router mixes.")] = 5,
+    target_modules: Annotated[Optional[list[str]], typer.Option(help="Modules to adapt; may be repeated.")] = None,  # noqa: UP045
+    layers: Annotated[Optional[str], typer.Option(help="Layers to adapt: 0-7,12.")] = None,  # noqa: UP045
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ranks and parameters per site, for a threshold or a budget. Reads one matrix at a time."""
+    with _errors():
+        from .arguments import SaraArguments
+        from .checkpoint import Checkpoint
+        from .planning import plan_checkpoint
+
+        args = SaraArguments(
+            method=method,
+            threshold=threshold,
+            parameter_budget=budget,
+            num_heads=num_heads,
+            target_modules=target_modules or None,
+            layers=layers,
+        )
+        found = plan_checkpoint(Checkpoint(model, revision=revision), args)
+        rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
+    if as_json:
+        keys = ("site", "d_in", "d_out", "k", "trained")
+        _print_json(
+            {
+                "method": method,
+                "threshold": found.threshold,
+                "trained_parameters": found.trained_parameters,
+                "share": found.share,
+                "sites": [dict(zip(keys, row, strict=True)) for row in rows],
+            }
+        )
+        return
+    _show(rows, ("site", "d_in", "d_out", "k", "trained"))
+    typer.echo(str(found))
+
+
+@app.command()
+def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -> None:
+    """What an adapter is: method, threshold, sites, base, versions, bytes."""
+    with _errors():
+        from . import storage
+        from .deltas import count_trained
+
+        folder = storage.locate(adapter, revision=revision)
+        saved = storage.read(folder)
+        facts = {
+            "method": saved.args.method,
+            "threshold": saved.threshold,
+            "base": saved.base,
+            "arguments": saved.args.to_dict(),
+            "versions": saved.config["versions"],
+            "trained_parameters": sum(count_trained(saved.args, site.shape, site.k) for site in saved.sites),
+            "bytes": storage.size_on_disk(folder),
+        }
+        rows = [(site.name, *site.shape, site.k) for site in saved.sites]
+    if as_json:
+        keys = ("site", "d_in", "d_out", "k")
+        _print_json({**facts, "sites": [dict(zip(keys, row, strict=True)) for row in rows]})
+        return
+    _show(rows, ("site", "d_in", "d_out", "k"))
+    base = saved.base.get("model_id") or f"a {saved.base.get('class')} that is not on the Hub"
+    typer.echo(
+        f"{facts['method']} at threshold {saved.threshold:.6g} for {base}: {len(rows)} sites, "
+        f"{facts['trained_parameters']:,} trained parameters, {facts['bytes']:,} bytes"
+    )
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Where to: user/name.", show_default=False)],
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload adapter",
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch; made if it does not exist.")] = None,  # noqa: UP045
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push an adapter's own files, and only those, in one commit."""
+    with _errors():
+        from .hub import push_folder
+
+        commit = push_folder(
+            folder,
+            repo_id,
+            commit_message=message,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    facts = {"url": commit.commit_url, "commit": commit.oid, "pull_request": commit.pr_url}
+    _print_json(facts) if as_json else typer.echo(commit.pr_url or commit.commit_url)
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="Hub id of an adapter.", show_default=False)],
+    to: Annotated[Optional[Path], typer.Option(help="Folder to copy it to; default: leave it in the cache.")] = None,  # noqa: UP045
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download an adapter, check it, and print its folder."""
+    with _errors():
+        from . import storage
+
+        folder = storage.locate(repo_id, revision=revision)
+        tensors = storage.read(folder).tensors
+        if to is not None:
+            to.mkdir(parents=True, exist_ok=True)
+            for name in (storage.CONFIG_FILE, storage.TENSORS_FILE, storage.FACTORS_FILE):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, to / name)
+            folder = to
+    _print_json({"folder": str(folder), "tensors": len(tensors)}) if as_json else typer.echo(str(folder))
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.", show_default=False)],
+    base: Base = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base, file by file, and save a plain model."""
+    with _errors():
+        from . import storage
+        from .export import merge_shards
+        from .hub import locate_base
+
+        folder = storage.locate(adapter, revision=revision)
+        merge_shards(locate_base(storage.read(folder), base), folder, out)
+    _print_json({"folder": str(out)}) if as_json else typer.echo(str(out))
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Folder for the LoRA.", show_default=False)],
+    base: Base = None,
+    max_rank: Annotated[Optional[int], typer.Option(help="Cut every rank to this, with the least error.")] = None,  # noqa: UP045
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export an adapter to PEFT's LoRA format, for vLLM, PEFT and others."""
+    with _errors():
+        from .export import export_lora
+
+        report = export_lora(_load(adapter, base, revision), out, max_rank=max_rank)
+    facts = {"folder": str(out), "ranks": report.ranks, "errors": report.errors, "bytes": report.size}
+    _print_json(facts) if as_json else typer.echo(f"{out}: {report}")
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.", show_default=False)],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest output in tokens.")] = 50,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a causal language model with its adapter go on from a prompt, greedily."""
+    with _errors():
+        from transformers import AutoTokenizer
+
+        model = _load(adapter, base, revision)
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    _print_json({"prompt": prompt, "text": text}) if as_json else typer.echo(text)
+
+
+def _load(adapter: str, base: str | None, revision: str | None) -> "PreTrainedModel":
+    from .hub import from_hub
+
+    return from_hub(adapter, base_model=base, revision=revision)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False, as_json: AsJson = False
+) -> None:
+    """Size and place of the cache of singular values and vectors."""
+    with _errors():
+        from .spectrum import cache_folder
+
+        folder = cache_folder()
+        files = [path for path in folder.rglob("*.safetensors") if path.is_file()] if folder.is_dir() else []
+        size = sum(path.stat().st_size for path in files)
+        if clear:
+            for path in files:
+                path.unlink()
+    facts = {"folder": str(folder), "files": len(files), "bytes": size, "cleared": clear}
+    done = "deleted" if clear else "kept"
+    _print_json(facts) if as_json else typer.echo(f"{folder}: {len(files):,} files, {size:,} bytes {done}")
+
+
+if __name__ == "__main__":
+    app()
