@@ -100,7 +100,7 @@ class SaraAdapter:
         sites = find_sites(model, args)
         threshold = args.resolved_threshold()
         if args.parameter_budget is not None:
-            threshold = solve_threshold(model, sites, args, count_base(model))
+            threshold = solve_threshold(sites, args, count_base(model), lambda site: site.weight(model))
 
         def factorise(site: Site) -> tuple[Factors, storage.Seed]:
             weight = site.weight(model)

@@ -1,5 +1,5 @@
-"""A base model's weights read one matrix at a time, from safetensors files in a folder or on the Hub, without loading the
-model: what a plan needs of a model that would not fit into memory."""
+"""A base model's weights read one matrix at a time, from safetensors files in a folder or on the Hub, without loading
+the model: what a plan needs of a model that would not fit into memory."""
 
 import json
 import math
@@ -17,7 +17,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .arguments import SaraArguments
 from .export import names_in_model
+from .planning import Plan, count_base, plan_sites
+from .sites import Site, find_sites
 from .storage import NETWORK_ERRORS, hub_id
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -66,27 +69,27 @@ class Checkpoint:
         names = names_in_model(self.model, [key for key, _ in entries])
         self._by_name = {names[key]: entry for key, entry in entries if key in names}
 
-    def load_into(self, module_name: str) -> None:
-        """Give a module its weight; [`Checkpoint.drop`] takes it away again."""
-        entry = self._by_name.get(f"{module_name}.weight")
+    def plan(self, args: SaraArguments) -> Plan:
+        """What [`~hf_sara.plan`] gives for the loaded model."""
+        return plan_sites(find_sites(self.model, args), args, count_base(self.model), self.weight)
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The weight W of a site, of shape (d_in, d_out)."""
+        module = self.model.get_submodule(site.module)
+        entry = self._by_name.get(f"{site.module}.weight")
         if entry is None:
-            raise ValueError(f"The checkpoint has no tensor for {module_name!r}. Load the model, and plan on it.")
-        module = self.model.get_submodule(module_name)
+            raise ValueError(f"{site.name}: the checkpoint has no tensor for it. Load the model, and plan on that.")
         if entry.dtype not in DTYPES or entry.shape != tuple(module.weight.shape):
             raise ValueError(
-                f"{module_name}: the file has {entry.dtype} of shape {entry.shape}, and the configuration asks for a "
+                f"{site.name}: the file has {entry.dtype} of shape {entry.shape}, and the configuration asks for a "
                 f"floating-point weight of shape {tuple(module.weight.shape)}."
             )
         with self._open(entry.file) as file:
             file.seek(entry.start)
             content = bytearray(file.read(entry.stop - entry.start))
-        weight = torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape)
-        module.weight = nn.Parameter(weight, requires_grad=False)
-
-    def drop(self, module_name: str) -> None:
-        """Free a module's weight."""
-        module = self.model.get_submodule(module_name)
-        module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+        if len(content) != entry.stop - entry.start:
+            raise ValueError(f"{entry.file} is damaged: it ends before {site.name} does.")
+        return site.orient(torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape), module)
 
     def _shards(self) -> list[str]:
         if self._exists(SAFE_WEIGHTS_NAME):

@@ -71,7 +71,6 @@ def plan(
     with _errors():
         from .arguments import SaraArguments
         from .checkpoint import Checkpoint
-        from .planning import plan_checkpoint
 
         args = SaraArguments(
             method=method,
@@ -81,7 +80,7 @@ def plan(
             target_modules=target_modules or None,
             layers=layers,
         )
-        found = plan_checkpoint(Checkpoint(model, revision=revision), args)
+        found = Checkpoint(model, revision=revision).plan(args)
         rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
     if as_json:
         keys = ("site", "d_in", "d_out", "k", "trained")

@@ -299,6 +299,9 @@ def from_hub(
             **access,
             **kwargs,
         )
+        if commit is not None:
+            # What transformers does not keep, for the next save.
+            model.config._commit_hash = commit
         for key in ("pad_token_id", "eos_token_id"):
             if isinstance(base.get(key), (int, list)) and hasattr(model.config, key):
                 setattr(model.config, key, base[key])

@@ -1,14 +1,17 @@
 """Ranks and parameter counts for a threshold, and the threshold for a budget of parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from .arguments import SaraArguments, parse_budget
 from .deltas import Delta, count_trained
 from .sites import Site, find_sites
 from .spectrum import Spectrum, find_rank, find_spectrum, for_each
+
+WeightOf = Callable[[Site], torch.Tensor]
 
 # A solved threshold is a multiple of one part in so many.
 STEPS = 10**9
@@ -34,7 +37,11 @@ class Plan:
     @property
     def trained_parameters(self) -> int:
         """Number of trained parameters: k (d_in + d_out + 1) per site for SARA, m k + k + m + d_out for Mo-SARA."""
-        return sum(count_trained(self.args, site.shape, site.k) for site in self.sites)
+        return sum(self.count(site) for site in self.sites)
+
+    def count(self, site: Site) -> int:
+        """Trained parameters of one site."""
+        return count_trained(self.args, site.shape, site.k)
 
     @property
     def share(self) -> float:
@@ -64,12 +71,15 @@ def plan(model: nn.Module, args: SaraArguments) -> Plan:
     Raises:
         `ValueError`: For sites that do not exist, weights without a rank, and budgets that not even k = 1 meets.
     """
-    sites = find_sites(model, args)
-    base = count_base(model)
+    return plan_sites(find_sites(model, args), args, count_base(model), lambda site: site.weight(model))
+
+
+def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> Plan:
+    """A plan for sites whose weights come from anywhere: `weight_of` gives one, of shape (d_in, d_out), at a time."""
     threshold = args.resolved_threshold()
     if args.parameter_budget is not None:
-        threshold = solve_threshold(model, sites, args, base)
-    ranks = for_each(lambda site: find_rank(site.weight(model), threshold, site.name), sites, "Singular values")
+        threshold = solve_threshold(sites, args, base, weight_of)
+    ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
     return Plan(args, threshold, [replace(site, k=k) for site, k in zip(sites, ranks, strict=True)], base)
 
 
@@ -79,7 +89,7 @@ def count_base(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in ours)
 
 
-def solve_threshold(model: nn.Module, sites: Sequence[Site], args: SaraArguments, base: int) -> float:
+def solve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
     """The largest threshold (to 9 digits) whose adapter stays within `args.parameter_budget`."""
     share, budget = parse_budget(args.parameter_budget)
     if share is not None:
@@ -91,7 +101,7 @@ def solve_threshold(model: nn.Module, sites: Sequence[Site], args: SaraArguments
             f"parameter_budget={args.parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of "
             f"the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
         )
-    spectra = for_each(lambda site: find_spectrum(site.weight(model), site.name), sites, "Singular values")
+    spectra = for_each(lambda site: find_spectrum(weight_of(site), site.name), sites, "Singular values")
 
     def cost(threshold: float) -> int:
         counts = (spectrum.count(threshold) for spectrum in spectra)
@@ -110,7 +120,7 @@ def solve_threshold(model: nn.Module, sites: Sequence[Site], args: SaraArguments
             return low / STEPS
 
         def better(index: int, around: Sequence[float] = around) -> Spectrum:
-            return find_spectrum(sites[index].weight(model), sites[index].name, thresholds=around)
+            return find_spectrum(weight_of(sites[index]), sites[index].name, thresholds=around)
 
         for index, spectrum in zip(doubtful, for_each(better, doubtful, "Singular values"), strict=True):
             spectra[index] = spectrum

@@ -89,8 +89,12 @@ class Site:
         return self.read(model.get_submodule(self.module))
 
     def read(self, module: nn.Module) -> torch.Tensor:
-        weight = plain_weight(module, self.name)
-        weight = weight if isinstance(module, Conv1D) else weight.t()
+        """The weight W of the site in its module."""
+        return self.orient(plain_weight(module, self.name), module)
+
+    def orient(self, stored: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """The weight W of the site in a weight that is stored as this kind of module does."""
+        weight = stored if isinstance(module, Conv1D) else stored.t()
         if self.slice is None:
             return weight
         return self.slice.view(weight, dim=1).flatten(1)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -283,10 +284,11 @@ def versions() -> dict[str, str]:
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """What loading needs to know of the base model. Paths of the local machine are left out."""
     config = getattr(model, "config", None)
+    model_id = hub_id(getattr(config, "_name_or_path", None))
     labels = getattr(config, "id2label", None) if "Classification" in type(model).__name__ else None
     return {
-        "model_id": hub_id(getattr(config, "_name_or_path", None)),
-        "revision": getattr(config, "_commit_hash", None),
+        "model_id": model_id,
+        "revision": getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None),
         "class": type(model).__name__,
         "model_type": getattr(config, "model_type", None),
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
@@ -295,6 +297,16 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "eos_token_id": getattr(config, "eos_token_id", None),
         "id2label": None if labels is None else {str(key): str(label) for key, label in labels.items()},
     }
+
+
+def cached_commit(repo_id: str) -> str | None:
+    """
+    The commit of a model in huggingface_hub's cache, if there is one only. transformers 5.24 no longer keeps the
+    commit that it loaded, and with several in the cache, which one that was is anybody's guess.
+    """
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
+    return commits[0] if len(commits) == 1 else None
 
 
 def hub_id(name: str | None) -> str | None:
