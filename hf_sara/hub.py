@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import PreTrainedModel
 
-from . import model_card, storage
+from . import export, model_card, storage
 from .adapter import SaraAdapter
 from .storage import AdapterError
 
@@ -306,10 +306,16 @@ def from_hub(
             if isinstance(base.get(key), (int, list)) and hasattr(model.config, key):
                 setattr(model.config, key, base[key])
     adapter = SaraAdapter.load(model, folder)
-    if merge:
-        adapter.merge()
-        adapter.forget()
-    return model.eval()
+    return (export.merge(adapter) if merge else model).eval()
+
+
+def locate_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
+    """The folder of a base in safetensors files: the given one, or the recorded one, downloaded where needed."""
+    name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
+    if Path(name).is_dir():
+        return Path(name)
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
 
 
 def recorded_base(base: dict[str, Any], folder: Path) -> tuple[str, str | None]:

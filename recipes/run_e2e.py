@@ -12,8 +12,8 @@ A run of minutes, offline, on data that the project makes itself, with the small
 
     python recipes/run_e2e.py --demo
 
-The output folder receives the adapter, predictions.jsonl, references.json, metrics.json and run.log. The same command
-again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
+The output folder receives the adapter with its card, predictions.jsonl, references.json, metrics.json and run.log.
+The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 """
 
 import itertools
@@ -170,8 +170,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     recipe.write_json(folder / "references.json", references)
     adapter = trainer.sara_adapter
+    scores = metric.compute(predictions=predictions, references=references)
     metrics = {
-        **metric.compute(predictions=predictions, references=references),
+        **scores,
         "eval_loss": evaluation["eval_loss"],
         "train_loss": trained.training_loss,
         "trained_parameters": adapter.num_parameters(),
@@ -181,6 +182,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "test_mrs": len(groups),
         "seconds": time.monotonic() - started,
     }
+    recipe.write_card(
+        trainer,
+        scores,
+        dataset="E2E NLG" if not options.demo else "restaurant data made by hf_sara",
+        dataset_id="e2e_nlg" if not options.demo else None,
+        split=f"test, {len(groups)} meaning representations",
+    )
     recipe.write_json(metrics_file, metrics)
     log.info("Metrics: %s", json.dumps(metrics))
     return metrics

@@ -6,13 +6,14 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import EvalResult
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..storage import write_file
+from ..trainer import SaraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -225,3 +227,31 @@ class LogMetrics(TrainerCallback):
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that people can read, atomically."""
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_card(
+    trainer: SaraTrainer, scores: Mapping[str, float], dataset: str, dataset_id: str | None, split: str
+) -> None:
+    """
+    Write the model card of a run.
+
+    Args:
+        trainer ([`SaraTrainer`]): The trainer, after its training.
+        scores (`Mapping[str, float]`): Names and values of the scores.
+        dataset (`str`): What the data are called.
+        dataset_id (`str`, *optional*): Their id on the Hub.
+        split (`str`): What was scored.
+    """
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_id or "custom",
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in scores.items()
+    ]
+    ids = {"dataset_tags": dataset_id} if dataset_id else {"dataset": dataset}
+    trainer.create_model_card(language="en", results=results, **ids)

@@ -1,0 +1,95 @@
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_model, sara_arguments
+from hub_server import HubServer
+
+from hf_sara import plan
+from hf_sara.checkpoint import Checkpoint
+from hf_sara.sites import find_sites
+
+
+@pytest.mark.parametrize("shard", ["50GB", "10KB"])
+def test_a_plan_from_the_files_is_that_of_the_loaded_model(family, method, shard, tmp_path):
+    model = make_model(family)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    found, expected = Checkpoint(str(tmp_path)).plan(sara_arguments(method)), plan(model, sara_arguments(method))
+    assert found == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_read_bit_by_bit(dtype, tmp_path):
+    model = make_model("gpt_neox", dtype=dtype)
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    for site in find_sites(model, sara_arguments()):
+        read = checkpoint.weight(site)
+        assert read.dtype == dtype
+        assert torch.equal(read, site.weight(model))
+
+
+def test_a_checkpoint_of_the_base_model_alone_has_no_prefix(tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    model.model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(str(tmp_path)).plan(sara_arguments()).sites == plan(model, sara_arguments()).sites
+
+
+def test_a_budget_is_solved_too(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    args = sara_arguments(threshold=None, parameter_budget="400")
+    assert Checkpoint(str(tmp_path)).plan(args).threshold == plan(model, args).threshold
+
+
+def test_what_cannot_be_read_is_a_clear_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot be a Hub id"):
+        Checkpoint(str(tmp_path / "no" / "where"))
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        Checkpoint(str(tmp_path))
+    for damaged in (b"", whole[:4], struct.pack("<Q", 2**60), whole[:8] + b"x" * 20):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError):  # noqa: PT011
+            Checkpoint(str(tmp_path))
+    weights.write_bytes(whole[:-2000])
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpoint(str(tmp_path)).plan(sara_arguments())
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
+    with pytest.raises(ValueError, match="not one of transformers"):
+        Checkpoint(str(tmp_path))
+
+
+def test_from_the_hub_only_headers_and_the_chosen_matrices_are_transferred(tmp_path):
+    model = make_model(vocab_size=20_000)
+    model.save_pretrained(tmp_path / "base")
+    expected = [site.k for site in plan(model, sara_arguments()).sites]
+    code = (
+        "from hf_sara import SaraArguments\nfrom hf_sara.checkpoint import Checkpoint\n"
+        "sites = Checkpoint('someone/base').plan(SaraArguments(threshold=0.3)).sites\n"
+        "print('ranks', [site.k for site in sites])"
+    )
+    with HubServer(tokens={}) as server:
+        server.add_repo("someone/base", files={p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()})
+        environment = server.environment(tmp_path / "cache")
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert f"ranks {expected}" in done.stdout, done.stderr
+        reads = [r for r in server.requests if "range" in r.headers]
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    asked = 0
+    for request in reads:
+        first, last = request.headers["range"].removeprefix("bytes=").split("-")
+        asked += int(last) - int(first) + 1
+    assert 0 < asked < size / 20
