@@ -213,9 +213,9 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
     # Putting the tensors in place is the moment of change: everything else is ready before, and the old files stay
     # until then. See `_read_config`.
     if factors is not None:
-        _write_file(folder / PENDING_FACTORS_FILE, factors)
-    _write_file(folder / PENDING_CONFIG_FILE, config.encode())
-    _write_file(folder / TENSORS_FILE, payload)
+        write_file(folder / PENDING_FACTORS_FILE, factors)
+    write_file(folder / PENDING_CONFIG_FILE, config.encode())
+    write_file(folder / TENSORS_FILE, payload)
     if factors is not None:
         os.replace(folder / PENDING_FACTORS_FILE, folder / FACTORS_FILE)
     os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
@@ -224,7 +224,7 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
             (folder / left_over).unlink(missing_ok=True)
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
