@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adapter import SaraAdapter
     from .arguments import SaraArguments
+    from .export import ExportReport, export_lora, merge, merge_shards
     from .hub import from_hub, push_to_hub
     from .planning import Plan, plan
     from .storage import AdapterError
@@ -15,33 +16,35 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "ExportReport",
     "Plan",
     "SaraAdapter",
     "SaraArguments",
     "SaraSeq2SeqTrainer",
     "SaraTrainer",
     "SaraTrainerMixin",
+    "export_lora",
     "from_hub",
+    "merge",
+    "merge_shards",
     "plan",
     "push_to_hub",
 ]
 
 # Every name loads on first use: torch and transformers take seconds, and a command's --help needs neither.
 _HOMES = {
-    "AdapterError": "storage",
-    "Plan": "planning",
-    "SaraAdapter": "adapter",
-    "SaraArguments": "arguments",
-    "SaraSeq2SeqTrainer": "trainer",
-    "SaraTrainer": "trainer",
-    "SaraTrainerMixin": "trainer",
-    "from_hub": "hub",
-    "plan": "planning",
-    "push_to_hub": "hub",
+    "adapter": ("SaraAdapter",),
+    "arguments": ("SaraArguments",),
+    "export": ("ExportReport", "export_lora", "merge", "merge_shards"),
+    "hub": ("from_hub", "push_to_hub"),
+    "planning": ("Plan", "plan"),
+    "storage": ("AdapterError",),
+    "trainer": ("SaraSeq2SeqTrainer", "SaraTrainer", "SaraTrainerMixin"),
 }
 
 
 def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
     raise AttributeError(f"module 'hf_sara' has no attribute {name!r}")

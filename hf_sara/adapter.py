@@ -289,22 +289,15 @@ class SaraAdapter:
         bits are kept, so that [`SaraAdapter.unmerge`] restores them.
 
         Raises:
-            `ValueError`: For Mo-SARA with more than one head (its update depends on the token), quantized weights, or
-                a sum that the dtype cannot hold. The weights are then as they were.
+            `ValueError`: For Mo-SARA with more than one head (its update depends on the token), weights that are
+                quantized or tied to another module's, or a sum that the dtype cannot hold. The weights are then as
+                they were.
         """
         self._refuse_merged("merge")
+        refuse_tied(self.model, self.sites)
         merged: dict[str, torch.Tensor] = {}
         for site, delta in self.deltas():
-            module = self.model.get_submodule(site.module)
-            if not module.weight.is_floating_point() or getattr(module.weight, "quant_state", None) is not None:
-                raise ValueError(f"{site.name}: a quantized weight cannot be merged into. Load the base unquantized.")
-            weight = site.read(module)
-            update = delta.merged()
-            merged[site.name] = (weight.to(update.dtype) + update).to(weight.dtype)
-            if not torch.isfinite(merged[site.name]).all():
-                raise ValueError(
-                    f"{site.name}: weight plus update leaves the range of {weight.dtype}. Use a wider dtype."
-                )
+            merged[site.name] = merged_weight(site, self.model.get_submodule(site.module), delta)
         for site in self.sites:
             module = self.model.get_submodule(site.module)
             self._originals[site.name] = site.read(module).clone()
@@ -325,6 +318,11 @@ class SaraAdapter:
             site.write(module, self._originals.pop(site.name).to(module.weight.device))
         self._merge_order = 0
         self._set_enabled(True)
+
+    def _keep_merged(self) -> None:
+        """Forget the base's own bits: the merged weights are the base from now on."""
+        self._originals.clear()
+        self._merge_order = 0
 
     def detach(self) -> None:
         """
@@ -349,6 +347,33 @@ class SaraAdapter:
             del self.model.sara_adapters, self.model.sara_adapter
             for name in self._unfrozen:
                 self.model.get_parameter(name).requires_grad_(True)
+
+
+def merged_weight(site: Site, module: nn.Module, delta: Delta) -> torch.Tensor:
+    """A site's weight plus its update, of shape (d_in, d_out): computed in at least float32, rounded once."""
+    if not module.weight.is_floating_point() or getattr(module.weight, "quant_state", None) is not None:
+        raise ValueError(f"{site.name}: a quantized weight cannot be merged into. Load the base unquantized.")
+    weight = site.read(module)
+    update = delta.merged()
+    merged = (weight.to(update.dtype) + update).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"{site.name}: weight plus update leaves the range of {weight.dtype}. Use a wider dtype.")
+    return merged
+
+
+def refuse_tied(model: nn.Module, sites: list[Site]) -> None:
+    """Raise a `ValueError` if a site's weight is another module's too, as an output layer's often is the embedding."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        others = [n for n in owners[id(model.get_submodule(site.module).weight)] if n != site.module]
+        if others:
+            raise ValueError(
+                f"{site.name}: its weight is tied to {', '.join(others)}, which merging would change as well. "
+                "Load the base with tie_word_embeddings=False, or leave the adapter unmerged."
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

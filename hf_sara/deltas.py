@@ -125,9 +125,15 @@ class Delta(nn.Module):
     def add_update(self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The update as factors of `U diag(S) Vh`: (d_in, k), (k,) and (k, d_out), in at least float32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def merged(self) -> torch.Tensor:
         """The update as a matrix of shape (d_in, d_out), in at least float32."""
-        raise NotImplementedError
+        U, S, Vh = self.low_rank()
+        return (U * S) @ Vh
 
     def extra_repr(self) -> str:
         return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}, dropout={self.dropout}"
@@ -150,9 +156,9 @@ class SaraDelta(Delta):
         return _AddSara.apply(x, output, self.U.to(dtype), S, self.Vh.to(dtype), self.slice)
 
     @torch.no_grad()
-    def merged(self):
-        U = self.U * self.S if "S" in self.trained_names else self.U
-        return U @ self.Vh
+    def low_rank(self):
+        S = self.S if "S" in self.trained_names else self.U.new_ones(self.k)
+        return self.U, S, self.Vh
 
 
 class MoSaraDelta(Delta):
@@ -200,18 +206,24 @@ class MoSaraDelta(Delta):
         return _softmax(z, self.gate_down.to(x.dtype), self.gate_up.to(x.dtype))
 
     @torch.no_grad()
-    def merged(self):
-        if self.num_heads > 1:
-            raise ValueError(
-                f"A Mo-SARA update with {self.num_heads} heads depends on the token, since a router mixes its heads, "
-                "so no single matrix equals it. Only num_heads=1 can be merged or exported."
-            )
+    def low_rank(self):
+        refuse_heads(self.num_heads)
         dtype = self.S.dtype
         U, Vh = self.U.to(dtype), self.Vh.to(dtype)
         if self.v_position == "front":
             U = self.v[:, None] * U
-        update = (U * self.S) @ Vh
-        return update * self.v if self.v_position == "back" else update
+        elif self.v_position == "back":
+            Vh = Vh * self.v
+        return U, self.S[0], Vh
+
+
+def refuse_heads(num_heads: int) -> None:
+    """Raise a `ValueError`, unless the update of a Mo-SARA adapter is one matrix."""
+    if num_heads > 1:
+        raise ValueError(
+            f"A Mo-SARA update with {num_heads} heads depends on the token, since a router mixes its heads, so no "
+            "single matrix equals it. Only num_heads=1 can be merged or exported."
+        )
 
 
 DELTAS = {"sara": SaraDelta, "mo_sara": MoSaraDelta}
