@@ -10,14 +10,16 @@ from collections.abc import Callable
 
 def keep_memory() -> None:
     """
-    Tell glibc to keep freed memory. By default every large tensor is mapped anew and its pages are cleared at first
-    touch, which costs more than an adapter and falls on whoever comes after a larger model.
+    Tell glibc to keep freed memory. By default large tensors are mapped anew, or the heap is trimmed behind them, and
+    their pages are cleared at first touch, which costs more than an adapter and falls on whoever comes after a larger
+    model.
     """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        # 32 MB is the largest threshold that glibc takes.
+        assert mallopt(mmap_threshold, 2**25) == 1
+        assert mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 def interleave(contenders: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:

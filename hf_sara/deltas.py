@@ -3,9 +3,9 @@
 SARA adds `dropout(x) U diag(S) Vh`, all trained. Mo-SARA adds `((z * (g S)) Vh) * v` with `z = dropout(x) U` and the
 router `g = softmax(z gate_down gate_up)`, where U and Vh are frozen singular vectors of the weight.
 
-Both compute in closed form, forward and backward, in one `torch.autograd.Function` each: the update is added to the
-linear's output in the same matrix product, nothing is stored that the backward pass can do without, and no gradient
-is computed that nobody asked for.
+Both are plain tensor operations with autograd's own gradients, few of them: at a layer's size, an update costs as
+much in calls and in memory traffic as in arithmetic. So the router's two matrices are multiplied first, and the
+update is added to the linear's output in the operation that computes its last factor.
 """
 
 import math
@@ -76,9 +76,9 @@ class Delta(nn.Module):
         self.trained_names = tuple(trained_shapes(args, site.shape, k))
         trained_dtype = torch.promote_types(dtype, torch.float32)
         for name, shape in trained_shapes(args, site.shape, k).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=trained_dtype)))
+            self.register_parameter(name, nn.Parameter(_empty(name, shape, trained_dtype)))
         for name, shape in frozen_shapes(args, site.shape, k).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(_empty(name, shape, dtype), requires_grad=False))
         self.reset_parameters(args)
         self.to(device)
 
@@ -100,12 +100,6 @@ class Delta(nn.Module):
                 parameter.data = value.to(parameter.device)
         return self
 
-    def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
-        """The input's dtype, or autocast's where that is on."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return x.dtype
-
     def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """
         Add the update.
@@ -117,8 +111,11 @@ class Delta(nn.Module):
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
-        dtype = self.compute_dtype(x)
-        x = F.dropout(x, self.dropout, self.training)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.add_update(x, output, x.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return self.add_update(x.to(dtype), output, dtype)
 
@@ -152,8 +149,11 @@ class SaraDelta(Delta):
             nn.init.zeros_(self.Vh)
 
     def add_update(self, x, output, dtype):
-        S = self.S.to(dtype) if "S" in self.trained_names else None
-        return _AddSara.apply(x, output, self.U.to(dtype), S, self.Vh.to(dtype), self.slice)
+        Vh = self.Vh.to(dtype)
+        if "S" in self.trained_names:
+            Vh = self.S.to(dtype)[:, None] * Vh
+        h = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
+        return _add_product(output, h, Vh, self.slice)
 
     @torch.no_grad()
     def low_rank(self):
@@ -191,10 +191,21 @@ class MoSaraDelta(Delta):
     def add_update(self, x, output, dtype):
         if self.v_position == "front":
             x = x * self.v.to(dtype)
-        v = self.v.to(dtype) if self.v_position == "back" else None
-        gates = (self.gate_down.to(dtype), self.gate_up.to(dtype)) if self.num_heads > 1 else (None, None)
-        U, Vh = self.U.to(dtype), self.Vh.to(dtype)
-        return _AddMoSara.apply(x, output, U, *gates, self.S.to(dtype), Vh, v, self.slice)
+        z = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
+        S = self.S.to(dtype)
+        mixed = S if self.num_heads == 1 else self.router(z).to(dtype) @ S
+        Vh = self.Vh.to(dtype)
+        if self.v_position == "back":
+            Vh = Vh * self.v.to(dtype)
+        return _add_product(output, z * mixed, Vh, self.slice)
+
+    def router(self, z: torch.Tensor) -> torch.Tensor:
+        """
+        The softmax of the router for z of shape (n, k): a tensor (n, m), in at least float32, since half precision
+        would blur its logits.
+        """
+        logits = z @ (self.gate_down @ self.gate_up).to(z.dtype)
+        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
     @torch.no_grad()
     def gates(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,8 +213,7 @@ class MoSaraDelta(Delta):
         if self.num_heads == 1:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
         x = x * self.v.to(x.dtype) if self.v_position == "front" else x
-        z = x @ self.U.to(x.dtype)
-        return _softmax(z, self.gate_down.to(x.dtype), self.gate_up.to(x.dtype))
+        return self.router(x @ self.U.to(x.dtype))
 
     @torch.no_grad()
     def low_rank(self):
@@ -226,6 +236,11 @@ def refuse_heads(num_heads: int) -> None:
         )
 
 
+def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # U lies in memory by columns: BLAS libraries multiply by a narrow matrix several times faster that way.
+    return torch.empty(shape[::-1], dtype=dtype).t() if name == "U" else torch.empty(shape, dtype=dtype)
+
+
 DELTAS = {"sara": SaraDelta, "mo_sara": MoSaraDelta}
 
 
@@ -234,103 +249,30 @@ def _uniform(tensor: torch.Tensor, fan_in: int) -> None:
     nn.init.uniform_(tensor, -1.0 / math.sqrt(fan_in), 1.0 / math.sqrt(fan_in))
 
 
-def _softmax(z: torch.Tensor, gate_down: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """The router's softmax, in at least float32: it tells apart logits that half precision would blur."""
-    logits = (z @ gate_down) * gate_up
-    return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-
-
-def _add(output: torch.Tensor, left: torch.Tensor, right: torch.Tensor, part: OutputSlice | None) -> torch.Tensor:
-    """`output` plus left @ right on the site's columns; the other columns keep their bits."""
+def _add_product(
+    output: torch.Tensor, left: torch.Tensor, right: torch.Tensor, part: OutputSlice | None
+) -> torch.Tensor:
+    """`output` plus left @ right, of shape (n, d_out), on the site's columns; the other columns keep their bits."""
     if part is None and output.dtype == left.dtype:
         return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
-    update = left @ right
-    if part is None:
-        return output + update.view(output.shape).to(output.dtype)
-    result = output.clone(memory_format=torch.contiguous_format)
-    columns = part.view(result)
-    columns.add_(update.view(columns.shape))
-    return result
+    update = (left @ right).to(output.dtype)
+    return output + update.view(output.shape) if part is None else _AddToColumns.apply(output, update, part)
 
 
-def _columns(grad: torch.Tensor, part: OutputSlice | None, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of the site's columns, as a matrix (n, d_out)."""
-    if part is not None:
-        grad = part.view(grad).flatten(-2)
-    return grad.reshape(-1, grad.shape[-1]).to(dtype)
-
-
-class _AddSara(torch.autograd.Function):
-    """output + (x U * S) Vh on the columns of `part`."""
+class _AddToColumns(torch.autograd.Function):
+    """
+    `output` plus `update` on the columns of `part`. An in-place addition to a view does the same, but autograd copies
+    the whole gradient for it.
+    """
 
     @staticmethod
-    def forward(ctx, x, output, U, S, Vh, part):
+    def forward(ctx, output, update, part):
         ctx.part = part
-        ctx.save_for_backward(x, U, S, Vh)
-        h = x.reshape(-1, x.shape[-1]) @ U
-        return _add(output, h, Vh if S is None else S[:, None] * Vh, part)
+        result = output.clone(memory_format=torch.contiguous_format)
+        columns = part.view(result)
+        columns.add_(update.view(columns.shape))
+        return result
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, U, S, Vh = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        x2 = x.reshape(-1, x.shape[-1])
-        grad = _columns(grad_output, ctx.part, x.dtype)
-        # Ranks are small beside the widths, so x U is cheaper to compute again than to keep.
-        dh = grad @ (Vh if S is None else S[:, None] * Vh).t()
-        dx = (dh @ U.t()).view(x.shape) if needs[0] else None
-        dU = x2.t() @ dh if needs[2] else None
-        dS = dVh = None
-        if needs[4] or needs[3]:
-            # h^T grad serves both: dVh = S * (h^T grad) by rows, dS = its product with Vh, summed along the rows.
-            outer = (x2 @ U).t() @ grad
-            dVh = outer if S is None else S[:, None] * outer
-            dS = None if S is None else (outer * Vh).sum(1)
-        return dx, grad_output, dU, dS, dVh, None
-
-
-class _AddMoSara(torch.autograd.Function):
-    """output + ((z * (g S)) Vh) * v on the columns of `part`, with z = x U and g = softmax(z gate_down gate_up)."""
-
-    @staticmethod
-    def forward(ctx, x, output, U, gate_down, gate_up, S, Vh, v, part):
-        z = x.reshape(-1, x.shape[-1]) @ U
-        ctx.part = part
-        ctx.x_shape = x.shape
-        # z is all that the backward pass needs of x: U and Vh are frozen.
-        ctx.save_for_backward(z, U, gate_down, gate_up, S, Vh, v)
-        return _add(output, z * _mix(z, gate_down, gate_up, S)[0], Vh if v is None else Vh * v, part)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        z, U, gate_down, gate_up, S, Vh, v = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad = _columns(grad_output, ctx.part, z.dtype)
-        mixed, g = _mix(z, gate_down, gate_up, S)
-        dw = grad @ (Vh if v is None else Vh * v).t()
-        dv = None
-        if v is not None and needs[7]:
-            # The diagonal of w^T ... Vh: column sums of grad * (w Vh) without the (n, d_out) product.
-            dv = (Vh * ((z * mixed).t() @ grad)).sum(0)
-        dmixed = dw * z
-        dz = dw * mixed
-        if g is None:
-            dS, d_down, d_up = dmixed.sum(0, keepdim=True), None, None
-        else:
-            dS = g.t().to(z.dtype) @ dmixed
-            dg = (dmixed @ S.t()).to(g.dtype)
-            dlogits = (g * (dg - (g * dg).sum(-1, keepdim=True))).to(z.dtype)
-            d_up = (z @ gate_down).t() @ dlogits
-            da = dlogits @ gate_up.t()
-            d_down = z.t() @ da
-            dz = torch.addmm(dz, da, gate_down.t())
-        dx = (dz @ U.t()).view(ctx.x_shape) if needs[0] else None
-        return dx, grad_output, None, d_down, d_up, dS, None, dv, None
-
-
-def _mix(z, gate_down, gate_up, S):
-    """The mixed singular values (g S) per token, and the gates g; one head has no gates."""
-    if gate_down is None:
-        return S, None
-    g = _softmax(z, gate_down, gate_up)
-    return g.to(S.dtype) @ S, g
+        return grad_output, ctx.part.view(grad_output).flatten(-2).flatten(0, -2), None
