@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ class SaraTrainerMixin:
         self._sara_resumed_loss: dict[str, float] | None = None
         self._sara_trial_overrides: dict[str, Any] = {}
         self._sara_input_gradients: nn.Module | None = None
+        self._sara_started: float | None = None
+        self._sara_seconds = 0.0
         # Trainer switches the cache off for training; generation afterwards is many times slower without.
         self._sara_use_cache = getattr(getattr(model, "config", None), "use_cache", True)
         if model is not None and not isinstance(model, str):
@@ -130,6 +133,7 @@ class SaraTrainerMixin:
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self._sara_seconds, self._sara_started = self.training_seconds, None
             if self._sara_input_gradients is not None:
                 self._sara_input_gradients.disable_input_require_grads()
                 self._sara_input_gradients = None
@@ -137,9 +141,15 @@ class SaraTrainerMixin:
             if hasattr(config, "use_cache"):
                 config.use_cache = self._sara_use_cache
 
+    @property
+    def training_seconds(self) -> float:
+        """How long the training took so far, over all calls that it was resumed by."""
+        return self._sara_seconds + (0.0 if self._sara_started is None else time.monotonic() - self._sara_started)
+
     def _on_train_begin(self) -> None:
         """What has to happen after Trainer has made the model and reset its own state, and before the first step."""
         self._restore_running_loss()
+        self._sara_started = time.monotonic()
         model = self.accelerator.unwrap_model(self.model)
         wants_hooks = self.args.activation_checkpointing and hasattr(model, "enable_input_require_grads")
         if wants_hooks and not getattr(model, "_require_grads_hooks", None):
@@ -334,11 +344,14 @@ class SaraTrainerMixin:
                 "since_last_log": loss,
                 "logged": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
+                "seconds": self.training_seconds,
             }
             Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
 
     def _restore_running_loss(self) -> None:
+        self._sara_seconds = 0.0
         if self._sara_resumed_loss is not None:
+            self._sara_seconds = self._sara_resumed_loss["seconds"]
             self._tr_loss = self._tr_loss + self._sara_resumed_loss["since_last_log"]
             self._total_loss_scalar = self._sara_resumed_loss["logged"]
             self._globalstep_last_logged = self._sara_resumed_loss["last_logged_step"]
@@ -464,7 +477,7 @@ class SaraTrainerMixin:
             training=model_card.Training(
                 hyperparameters=model_card.non_default(self.args),
                 log=self.state.log_history,
-                seconds=sum(entry.get("train_runtime", 0.0) for entry in self.state.log_history),
+                seconds=self.training_seconds,
                 datasets=ids or names,
             ),
             existing=path.read_text(encoding="utf-8") if path.is_file() else None,

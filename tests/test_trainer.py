@@ -135,6 +135,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, tmp_path):
     assert continued.training_loss == pytest.approx(result.training_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [STEPS, 12])
+def test_a_finished_run_that_is_resumed_trains_no_further(steps, tmp_path):
+    # 12 steps are the end of an epoch, 7 are not.
+    whole = make_trainer(tmp_path, max_steps=steps)
+    result = whole.train()
+    again = make_trainer(tmp_path, max_steps=steps)
+    seconds = json.loads((tmp_path / f"checkpoint-{steps}" / RUNNING_LOSS_FILE).read_text())["seconds"]
+    assert 0.0 < seconds <= whole.training_seconds
+    continued = again.train(resume_from_checkpoint=True)
+    assert continued.global_step == steps
+    assert continued.training_loss == pytest.approx(result.training_loss, rel=1e-6)
+    assert same_bits(again.sara_adapter.state_dict(), whole.sara_adapter.state_dict())
+    # What it took counts the first call too.
+    assert again.training_seconds >= seconds
+
+
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"lr_scheduler_type": "cosine"}]
 )
