@@ -170,7 +170,7 @@ def pull(
         tensors = storage.read(folder).tensors
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
-            for name in (storage.CONFIG_FILE, storage.TENSORS_FILE, storage.FACTORS_FILE):
+            for name in storage.ADAPTER_FILES:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, to / name)
             folder = to

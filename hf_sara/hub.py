@@ -4,7 +4,6 @@ One push is one commit of the files of an allow-list, so nothing that lies in a 
 The files are complete on disk before anything is sent, so a push that fails can be tried again from there.
 """
 
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,17 +22,20 @@ from . import export, model_card, storage
 from .adapter import SaraAdapter
 from .storage import AdapterError
 
-logger = logging.getLogger(__name__)
-
 # A masked, readable stand-in for training_args.bin, which is a pickle that holds the Hub token in clear.
 TRAINING_ARGS_FILE = "training_args.json"
-ADAPTER_FILES = (storage.CONFIG_FILE, storage.TENSORS_FILE, storage.FACTORS_FILE)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
 # What may leave the machine.
-UPLOAD_FILES = (*ADAPTER_FILES, TRAINING_ARGS_FILE, model_card.CARD_FILE, model_card.PLOT_FILE, *TOKENIZER_FILES)
+UPLOAD_FILES = (
+    *storage.ADAPTER_FILES,
+    TRAINING_ARGS_FILE,
+    model_card.CARD_FILE,
+    model_card.PLOT_FILE,
+    *TOKENIZER_FILES,
+)
 
 
 def push_to_hub(
@@ -51,8 +53,9 @@ def push_to_hub(
     Push an adapter and its model card to the Hub, in one commit. The repository is made if it does not exist.
 
     Args:
-        model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]): An adapter, or a model that carries
-        one. repo_id (`str`): Where to: `"user/name"`.
+        model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]):
+            An adapter, or a model that carries one.
+        repo_id (`str`): Where to: `"user/name"`.
         commit_message (`str`, *optional*, defaults to `"Upload adapter"`): Message of the commit.
         private (`bool`, *optional*): Whether a new repository is private.
         revision (`str`, *optional*): Branch to push to; made if it does not exist. Defaults to the main branch.
@@ -136,9 +139,10 @@ def push_checkpoint(
     needs to a folder there. The other arguments are those of [`push_folder`].
 
     Args:
-        state_in_repo (`str`, *optional*): Folder in the repository for the whole checkpoint. Left out: the adapter
-        only. state_files (`Sequence[str]`, *optional*): Names, or patterns of names, of the files besides the
-        adapter's.
+        state_in_repo (`str`, *optional*):
+            Folder in the repository for the whole checkpoint. Left out: the adapter only.
+        state_files (`Sequence[str]`, *optional*):
+            Names, or patterns of names, of the files besides the adapter's.
     """
     folder = Path(folder)
 
@@ -240,7 +244,8 @@ def refuse_secrets(folder: Path, token: str | None) -> None:
     """Raise a `ValueError` if a file of the folder contains the token in use: it might be uploaded."""
     secrets = {secret.encode() for secret in (token, get_token()) if isinstance(secret, str) and len(secret) > 7}
     for path in (path for path in folder.iterdir() if path.is_file()):
-        if any(secret in path.read_bytes() for secret in secrets):
+        content = path.read_bytes()
+        if any(secret in content for secret in secrets):
             raise ValueError(f"{path} contains your Hub token. Nothing was uploaded; take it out first.")
 
 

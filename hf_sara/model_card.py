@@ -189,9 +189,7 @@ def make_card(
 
 def pipeline_of(class_name: str) -> str | None:
     """The Hub's task for a model class, or `None`."""
-    return next((task for ending, task in PIPELINES.items() if class_name.endswith(f"For{ending}")), None) or (
-        "text-generation" if class_name.endswith("LMHeadModel") else None
-    )
+    return next((task for ending, task in PIPELINES.items() if class_name.endswith(ending)), None)
 
 
 def snippet(repo_id: str, base: str | None, pipeline: str | None) -> str:

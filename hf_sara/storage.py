@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "sara_config.json"
 TENSORS_FILE = "sara_adapter.safetensors"
 FACTORS_FILE = "sara_factors.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, FACTORS_FILE)
 # Files of a write that is under way; they count as soon as the tensors that this config describes are in place.
 PENDING_CONFIG_FILE = "sara_config.json.new"
 PENDING_FACTORS_FILE = "sara_factors.safetensors.new"
@@ -360,7 +361,7 @@ def locate(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG_FILE, TENSORS_FILE, FACTORS_FILE],
+            allow_patterns=list(ADAPTER_FILES),
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
@@ -380,7 +381,7 @@ def is_adapter(folder: str | PathLike) -> bool:
 
 def size_on_disk(folder: str | PathLike) -> int:
     """Bytes of an adapter's own files in a folder."""
-    files = (Path(folder, name) for name in (CONFIG_FILE, TENSORS_FILE, FACTORS_FILE))
+    files = (Path(folder, name) for name in ADAPTER_FILES)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
