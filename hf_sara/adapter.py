@@ -14,7 +14,7 @@ from torch import nn
 
 from . import storage
 from .arguments import SaraArguments
-from .deltas import DELTAS, Delta
+from .deltas import DELTAS, Delta, is_plain
 from .planning import Plan, count_base, plan, solve_threshold
 from .sites import Site, find_sites
 from .spectrum import Factors, find_factors, for_each
@@ -29,9 +29,13 @@ _merge_counter = itertools.count(1)
 
 def add_deltas(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """The one forward hook: adds the enabled updates of a linear to its output. It captures no state."""
+    # Whether this is the output of the frozen linear itself, which no other hook has seen or changed.
+    own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
+    linear = module if own else None
     for delta in module.sara.values():
         if delta.enabled:
-            output = delta(args[0], output)
+            output = delta(args[0], output, linear)
+            linear = None
     return output
 
 
@@ -166,6 +170,7 @@ class SaraAdapter:
             delta = DELTAS[self.args.method](self.args, site, site.k, dtype, module.weight.device)
             if site.name in factors:
                 delta.set_factors(factors[site.name].U, factors[site.name].Vh)
+                delta.follow_weight(module)
             if not hasattr(module, "sara"):
                 module.sara = nn.ModuleDict()
                 module.register_forward_hook(add_deltas)
@@ -301,7 +306,7 @@ class SaraAdapter:
         for site in self.sites:
             module = self.model.get_submodule(site.module)
             self._originals[site.name] = site.read(module).clone()
-            site.write(module, merged.pop(site.name))
+            self._write(site, merged.pop(site.name))
         self._set_enabled(False)
         self._merge_order = next(_merge_counter)
 
@@ -315,9 +320,15 @@ class SaraAdapter:
             raise ValueError(f"Unmerge {later} first: they were merged after {self.name!r}, on top of it.")
         for site in self.sites:
             module = self.model.get_submodule(site.module)
-            site.write(module, self._originals.pop(site.name).to(module.weight.device))
+            self._write(site, self._originals.pop(site.name).to(module.weight.device))
         self._merge_order = 0
         self._set_enabled(True)
+
+    def _write(self, site: Site, weight: torch.Tensor) -> None:
+        module = self.model.get_submodule(site.module)
+        site.write(module, weight)
+        for delta in module.sara.values():
+            delta.follow_weight(module)
 
     def _keep_merged(self) -> None:
         """Forget the base's own bits: the merged weights are the base from now on."""

@@ -3,9 +3,13 @@
 SARA adds `dropout(x) U diag(S) Vh`, all trained. Mo-SARA adds `((z * (g S)) Vh) * v` with `z = dropout(x) U` and the
 router `g = softmax(z gate_down gate_up)`, where U and Vh are frozen singular vectors of the weight.
 
-Both are plain tensor operations with autograd's own gradients, few of them: at a layer's size, an update costs as
-much in calls and in memory traffic as in arithmetic. So the router's two matrices are multiplied first, and the
-update is added to the linear's output in the operation that computes its last factor.
+Both are few plain tensor operations with autograd's own gradients: at a layer's size, an update costs as much in calls
+and in memory traffic as in arithmetic. Two short cuts save more of it where the update stands on the output of a plain
+frozen linear, and change no result but for rounding:
+
+- SARA's update brings the linear's gradient along (`_LinearWithUpdate`): both are written in one pass.
+- Mo-SARA reads z from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the leading part of
+  W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
 """
 
 import math
@@ -13,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .arguments import SaraArguments
 from .sites import OutputSlice, Site
@@ -100,27 +105,36 @@ class Delta(nn.Module):
                 parameter.data = value.to(parameter.device)
         return self
 
-    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, output: torch.Tensor, linear: nn.Linear | None = None) -> torch.Tensor:
         """
         Add the update.
 
         Args:
             x (`torch.Tensor` of shape `(..., d_in)`): The linear's input.
             output (`torch.Tensor` of shape `(..., outputs of the module)`): The linear's output.
+            linear (`torch.nn.Linear`, *optional*): The linear, if it is a plain and frozen one and `output` is what it
+                computed from `x` and nobody else's yet: then the short cuts are open.
 
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
         if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+            x, linear = F.dropout(x, self.dropout), None
         if not torch.is_autocast_enabled(x.device.type):
-            return self.add_update(x, output, x.dtype)
+            if linear is not None and (x.dtype != output.dtype or self.slice is not None):
+                linear = None
+            return self.add_update(x, output, x.dtype, linear)
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            return self.add_update(x.to(dtype), output, dtype)
+            return self.add_update(x.to(dtype), output, dtype, None)
 
-    def add_update(self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def add_update(
+        self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, linear: nn.Linear | None
+    ) -> torch.Tensor:
         raise NotImplementedError
+
+    def follow_weight(self, module: nn.Module) -> None:
+        """Take note of the base weight, whenever its values or the frozen factors were set."""
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The update as factors of `U diag(S) Vh`: (d_in, k), (k,) and (k, d_out), in at least float32."""
@@ -136,6 +150,13 @@ class Delta(nn.Module):
         return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}, dropout={self.dropout}"
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W and nothing else."""
+    if type(module) is not nn.Linear or module.weight.requires_grad:
+        return False
+    return module.bias is None or not module.bias.requires_grad
+
+
 class SaraDelta(Delta):
     """The update `dropout(x) U diag(S) Vh` of SARA: U (d_in, k), S (k), Vh (k, d_out), all trained, no scaling."""
 
@@ -148,12 +169,13 @@ class SaraDelta(Delta):
         if args.zero_init_vh:
             nn.init.zeros_(self.Vh)
 
-    def add_update(self, x, output, dtype):
-        Vh = self.Vh.to(dtype)
-        if "S" in self.trained_names:
-            Vh = self.S.to(dtype)[:, None] * Vh
-        h = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
-        return _add_product(output, h, Vh, self.slice)
+    def add_update(self, x, output, dtype, linear):
+        U, Vh = self.U.to(dtype), self.Vh.to(dtype)
+        S = self.S.to(dtype) if "S" in self.trained_names else None
+        if linear is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, U, S, Vh)
+        h = x.reshape(-1, x.shape[-1]) @ U
+        return _add_product(output, h if S is None else h * S, Vh, self.slice)
 
     @torch.no_grad()
     def low_rank(self):
@@ -171,6 +193,16 @@ class MoSaraDelta(Delta):
         self.v_position = args.v_position
         self.num_heads = args.num_heads
         super().__init__(args, site, k, dtype, device)
+        # 1 / sigma of shape (k,) while U diag(sigma) Vh is the leading part of the base weight, else None.
+        self.register_buffer("inverse_sigma", None, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        dtype = self.U.dtype
+        super()._apply(fn, recurse)
+        if self.U.dtype != dtype:
+            # Rounded factors of a rounded weight are not its singular vectors any more.
+            self.inverse_sigma = None
+        return self
 
     def reset_parameters(self, args: SaraArguments) -> None:
         _uniform(self.S, fan_in=self.k)
@@ -188,16 +220,37 @@ class MoSaraDelta(Delta):
         self.U.copy_(U)
         self.Vh.copy_(Vh)
 
-    def add_update(self, x, output, dtype):
-        if self.v_position == "front":
-            x = x * self.v.to(dtype)
-        z = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
-        S = self.S.to(dtype)
-        mixed = S if self.num_heads == 1 else self.router(z).to(dtype) @ S
-        Vh = self.Vh.to(dtype)
-        if self.v_position == "back":
-            Vh = Vh * self.v.to(dtype)
-        return _add_product(output, z * mixed, Vh, self.slice)
+    @torch.no_grad()
+    def follow_weight(self, module):
+        # In half precision, the output's rounding would cost z more than the short cut gains.
+        if not is_plain(module) or self.U.dtype not in (torch.float32, torch.float64):
+            return
+        if module.bias is not None or self.slice is not None or self.v_position == "front":
+            return
+        U, Vh = self.U.double(), self.Vh.double()
+        projected = module.weight.t().double() @ Vh.t()
+        sigma = projected.norm(dim=0)
+        error = (projected - U * sigma).norm(dim=0)
+        # Also false where sigma spans so many orders of magnitude that the output's rounding would show in z.
+        holds = bool((error <= 1e-5 * sigma).all())
+        self.inverse_sigma = (1 / sigma).to(self.U.dtype) if holds else None
+
+    def add_update(self, x, output, dtype, linear):
+        Vh, S = self.Vh.to(dtype), self.S.to(dtype)
+        if linear is not None and self.inverse_sigma is not None:
+            z = output.reshape(-1, output.shape[-1]) @ Vh.t() * self.inverse_sigma
+        else:
+            if self.v_position == "front":
+                x = x * self.v.to(dtype)
+            z = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
+        scaled = z * (S if self.num_heads == 1 else self.router(z).to(dtype) @ S)
+        if self.v_position != "back":
+            return _add_product(output, scaled, Vh, self.slice)
+        v = self.v.to(dtype)
+        if self.slice is None and output.dtype == dtype:
+            # Not Vh * v: the gradient of v from the update itself is a sum, that from the factor another product.
+            return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
+        return _add_product(output, scaled, Vh * v, self.slice)
 
     def router(self, z: torch.Tensor) -> torch.Tensor:
         """
@@ -257,6 +310,35 @@ def _add_product(
         return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
     update = (left @ right).to(output.dtype)
     return output + update.view(output.shape) if part is None else _AddToColumns.apply(output, update, part)
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    """
+    The output of a frozen linear, which is given and overwritten, plus `x U diag(S) Vh`; the gradient of x is both the
+    linear's and the update's. Left to autograd, the update's part would be written and read once more to be added.
+    """
+
+    @staticmethod
+    def forward(ctx, x, output, weight, U, S, Vh):
+        h = x.reshape(-1, x.shape[-1]) @ U
+        scaled = h if S is None else h * S
+        ctx.save_for_backward(x, weight, U, S, Vh, h, scaled)
+        ctx.mark_dirty(output)
+        output.view(-1, output.shape[-1]).addmm_(scaled, Vh)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight, U, S, Vh, h, scaled = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_scaled = grad @ Vh.t()
+        grad_h = grad_scaled if S is None else grad_scaled * S
+        # In U's own layout, see `_empty`.
+        grad_U = (grad_h.t() @ x.reshape(-1, x.shape[-1])).t()
+        grad_S = None if S is None else (grad_scaled * h).sum(0)
+        grad_x = (grad @ weight).addmm_(grad_h, U.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_U, grad_S, scaled.t() @ grad
 
 
 class _AddToColumns(torch.autograd.Function):

@@ -1,12 +1,14 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sara import SaraArguments
+from hf_sara import SaraAdapter, SaraArguments
+from hf_sara.adapter import add_deltas
 from hf_sara.deltas import DELTAS, count_trained, frozen_shapes, trained_shapes
 from hf_sara.sites import OutputSlice, Site
 
@@ -111,6 +113,135 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(variant, kind, dty
     frozen = {name for name, _ in delta.named_parameters()} - set(delta.trained())
     assert frozen == set(frozen_shapes(arguments(variant), delta.shape, K))
     assert all(delta.get_parameter(name).grad is None for name in frozen)
+
+
+class OneLinear(nn.Module):
+    def __init__(self, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(5)
+        self.linear = nn.Linear(D_IN, 9, bias=bias, dtype=dtype)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def attach(variant: str, dtype=torch.float64, bias: bool = False, dropout: float = 0.0, name: str = "default"):
+    """A linear with an adapter of which no trained tensor is at its start."""
+    model = OneLinear(bias, dtype)
+    adapter = add(model, variant, dropout, name)
+    return model, adapter, adapter.delta(adapter.sites[0])
+
+
+def add(model, variant: str, dropout: float = 0.0, name: str = "default"):
+    args = replace(arguments(variant, dropout), threshold=0.6, target_modules=["linear"])
+    adapter = SaraAdapter.attach(model, args, name)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for tensor in adapter.trained().values():
+            tensor.normal_(std=0.6)
+    return adapter
+
+
+def results(model, x, longhand: bool = False, **tensors):
+    """Output and gradients of a model, by the short cuts where they are open, or longhand without them."""
+    another = model.linear.register_forward_hook(lambda module, args, output: None) if longhand else None
+    x = x.clone().requires_grad_()
+    output = model(x)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((output * weights).sum(), [x, *named.values()])
+    if another is not None:
+        another.remove()
+    return {"output": output.detach(), **dict(zip(["x", *named], found, strict=True))}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_short_cuts_give_what_the_formula_gives(variant, bias, dtype, tolerance):
+    model, _, delta = attach(variant, dtype, bias)
+    x = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    short, long = results(model, x), results(model, x, longhand=True)
+    assert short.keys() == long.keys()
+    for name, value in short.items():
+        scale = max(float(long[name].abs().max()), 1.0)
+        assert float((value - long[name]).abs().max()) <= tolerance * scale, name
+        assert value.stride() == long[name].stride(), name
+    # It is a short cut: its rounding is another one. What has none agrees to the bit.
+    has_one = (variant.startswith("sara") or not bias) and "front" not in variant
+    assert (not torch.equal(short["x"], long["x"])) == has_one
+    assert (getattr(delta, "inverse_sigma", None) is not None) == (has_one and variant.startswith("mo_sara"))
+
+
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+def test_the_short_cuts_are_closed_where_the_output_is_not_the_frozen_linears_own(variant):
+    x = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    # A hook before the adapter's changes the output: with its own gradient to x, and another output to read z from.
+    model, _, delta = attach(variant)
+    model.linear._forward_hooks.clear()
+    model.linear.register_forward_hook(
+        lambda module, args, output: output + args[0].sin() @ torch.ones(D_IN, 9).double()
+    )
+    model.linear.register_forward_hook(add_deltas)
+    changed = results(model, x)
+    wide = x.clone().requires_grad_()
+    expected = delta(wide, nn.functional.linear(wide, model.linear.weight) + wide.sin().sum(1, keepdim=True))
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view(expected.shape)
+    assert torch.allclose(changed["output"], expected, atol=1e-12)
+    assert torch.allclose(changed["x"], torch.autograd.grad((expected * weights).sum(), wide)[0], atol=1e-12)
+
+    # A weight that is trained gets its gradient.
+    model, _, _ = attach(variant)
+    model.linear.weight.requires_grad_(True)
+    assert results(model, x)["linear.weight"].abs().max() > 0
+
+    # Dropout: the update's input is not the linear's.
+    model, _, delta = attach(variant, dropout=0.5)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.manual_seed(0)
+    assert torch.allclose(model(x), delta.eval()(dropped, nn.functional.linear(x, model.linear.weight)), atol=1e-12)
+
+    # A second adapter stands on the first one's output; each adds what it adds alone.
+    model, adapter, _ = attach(variant)
+    base = nn.functional.linear(x, model.linear.weight)
+    alone = model(x) - base
+    second = add(model, variant, name="second")
+    with adapter.disabled():
+        alone = alone + model(x) - base
+    assert torch.allclose(model(x) - base, alone, atol=1e-12)
+    second.detach()
+
+
+def test_mo_sara_reads_no_output_of_a_weight_that_is_not_its_own():
+    x = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model, adapter, delta = attach("mo_sara")
+    base = nn.functional.linear(x, model.linear.weight)
+    before = model(x)
+    assert delta.inverse_sigma is not None
+
+    merged = add(model, "sara", name="merged")
+    merged.merge()
+    assert delta.inverse_sigma is None
+    changed = nn.functional.linear(x, model.linear.weight)
+    assert not torch.allclose(changed, base)
+    assert torch.allclose(model(x) - changed, before - base, atol=1e-12)
+    merged.unmerge()
+    merged.detach()
+    assert torch.equal(model(x), before)
+
+    # A cast rounds the weight and the factors each on its own.
+    assert copy.deepcopy(model).to(torch.bfloat16).linear.sara["default"].inverse_sigma is None
+    assert copy.deepcopy(model).float().linear.sara["default"].inverse_sigma is None
+
+    # Singular values of many orders of magnitude: the small ones would be read out of the output's rounding.
+    torch.manual_seed(0)
+    model = OneLinear(False, torch.float32)
+    U, _, Vh = torch.linalg.svd(model.linear.weight.detach(), full_matrices=False)
+    model.linear.weight.data = U * torch.logspace(0, -5, 9) @ Vh
+    adapter = SaraAdapter.attach(model, SaraArguments(method="mo_sara", threshold=1.0, target_modules=["linear"]))
+    assert adapter.delta(adapter.sites[0]).inverse_sigma is None
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "interleaved"])
