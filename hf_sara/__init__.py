@@ -5,6 +5,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter import SaraAdapter
+    from .analysis import (
+        plot_correlation,
+        plot_rank_curves,
+        plot_routing,
+        rank_correlation,
+        rank_curves,
+        routing,
+    )
     from .arguments import SaraArguments
     from .export import ExportReport, export_lora, merge, merge_shards
     from .hub import from_hub, push_to_hub
@@ -28,12 +36,26 @@ __all__ = [
     "merge",
     "merge_shards",
     "plan",
+    "plot_correlation",
+    "plot_rank_curves",
+    "plot_routing",
     "push_to_hub",
+    "rank_correlation",
+    "rank_curves",
+    "routing",
 ]
 
 # Every name loads on first use: torch and transformers take seconds, and a command's --help needs neither.
 _HOMES = {
     "adapter": ("SaraAdapter",),
+    "analysis": (
+        "plot_correlation",
+        "plot_rank_curves",
+        "plot_routing",
+        "rank_correlation",
+        "rank_curves",
+        "routing",
+    ),
     "arguments": ("SaraArguments",),
     "export": ("ExportReport", "export_lora", "merge", "merge_shards"),
     "hub": ("from_hub", "push_to_hub"),

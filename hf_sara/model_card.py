@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import storage
 from .arguments import SaraArguments
+from .sites import sites_by_kind
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -224,7 +225,7 @@ def plot_ranks(adapter: "SaraAdapter", path: Path) -> bool:
 
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for kind, sites in _by_kind(adapter).items():
+    for kind, sites in sites_by_kind(adapter.sites).items():
         axes.plot([site.layer or 0 for site in sites], [site.k for site in sites], marker="o", ms=3, label=kind)
     axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {adapter.threshold:.4g}")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -235,18 +236,9 @@ def plot_ranks(adapter: "SaraAdapter", path: Path) -> bool:
     return True
 
 
-def _by_kind(adapter: "SaraAdapter") -> dict[str, list]:
-    """The sites by the last part of their names: all query projections, all value projections."""
-    kinds: dict[str, list] = {}
-    for site in adapter.sites:
-        leaf = site.module.rsplit(".", 1)[-1] + (f".{site.label}" if site.label else "")
-        kinds.setdefault(leaf, []).append(site)
-    return kinds
-
-
 def _rank_table(adapter: "SaraAdapter") -> dict[str, Any]:
     """A row per layer and a column per kind of site. Several sites in one cell stand side by side."""
-    kinds = _by_kind(adapter)
+    kinds = sites_by_kind(adapter.sites)
     layers = sorted({site.layer for site in adapter.sites}, key=lambda layer: (layer is None, layer))
     rows = [
         ["-" if layer is None else layer]

@@ -5,7 +5,10 @@ A *site* is one weight matrix W of shape (d_in, d_out), so that y = x W + b. `nn
 """
 
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -278,3 +281,27 @@ def _offer(sites: list[Site]) -> str:
         return "The model has no nn.Linear or Conv1D module at all."
     found = [f"{leaf} ({d_in} x {d_out}, {count} times)" for (leaf, (d_in, d_out)), count in counts.items()]
     return "It has: " + ", ".join(found) + "."
+
+
+def sites_by_kind(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """
+    Sites in rows of one per layer: all query projections, all value projections.
+
+    Args:
+        sites (`Sequence[Site]`): Sites of a model.
+
+    Returns:
+        `dict[str, list[Site]]`: In the order of their layers, by the shortest end of their names that tells the kinds
+        apart: `"q_proj"`, `"c_attn.q"`, or `"EncDecAttention.q"` beside `"encoder.block.*.layer.0.SelfAttention.q"`.
+    """
+    kinds: dict[str, list[Site]] = defaultdict(list)
+    for site in sorted(sites, key=lambda site: -1 if site.layer is None else site.layer):
+        kinds[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", site.name, count=1)].append(site)
+    return {_shortest_end(name, kinds, found[0]): found for name, found in kinds.items()}
+
+
+def _shortest_end(name: str, others: Mapping[str, Any], site: Site) -> str:
+    parts = name.split(".")
+    # A projection of a fused module is called by both names, as in target_modules.
+    ends = (".".join(parts[-count:]) for count in range(2 if site.label else 1, len(parts)))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in others) == 1), name)

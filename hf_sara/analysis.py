@@ -1,0 +1,472 @@
+"""What ranks and routers look like over the layers: the data, and the figures that the paper draws of them.
+
+Figures are matplotlib's `Figure` objects, made without pyplot: no window system and no global state is touched.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+
+from .adapter import SaraAdapter, unwrap
+from .arguments import SaraArguments, check_threshold, parse_layers
+from .checkpoint import Checkpoint
+from .sites import Site, find_sites, sites_by_kind
+from .spectrum import find_spectrum, for_each
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# At most so many layers have their number at the side of a heat map.
+MAX_LAYER_LABELS = 16
+MARKERS = "os^Dv*PX"
+# Between two numbers on an axis: these times a power of ten.
+STEPS = (1, 2, 5, 10)
+
+
+def _rows(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """`sites_by_kind` for what is compared by layers."""
+    outside = [site.name for site in sites if site.layer is None]
+    if outside:
+        raise ValueError(f"{outside[0]} is in no numbered layer. Leave it out of target_modules to compare layers.")
+    return sites_by_kind(sites)
+
+
+@dataclass
+class RankCurves:
+    """
+    Ranks over the layers, by threshold, per kind of site. `RankCurves(**curves.to_dict())` is the same again.
+
+    Args:
+        thresholds (`list[float]`): The thresholds.
+        layers (`dict[str, list[int]]`): Per kind, the layers that have such a site, counted from 0 as in the model.
+        ranks (`dict[str, np.ndarray]`): Per kind, the ranks k, of shape (thresholds, layers).
+    """
+
+    thresholds: list[float]
+    layers: dict[str, list[int]]
+    ranks: dict[str, np.ndarray]
+
+    def __post_init__(self):
+        self.ranks = {kind: np.asarray(k) for kind, k in self.ranks.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {**asdict(self), "ranks": {kind: k.tolist() for kind, k in self.ranks.items()}}
+
+    def mean_ranks(self, threshold: float) -> dict[int, float]:
+        """The mean k of each layer's sites at one of the thresholds."""
+        if threshold not in self.thresholds:
+            raise ValueError(f"threshold={threshold} is none of the curves' thresholds {self.thresholds}.")
+        row = self.thresholds.index(threshold)
+        found: dict[int, list[int]] = defaultdict(list)
+        for kind, layers in self.layers.items():
+            for layer, k in zip(layers, self.ranks[kind][row].tolist(), strict=True):
+                found[layer].append(k)
+        return {layer: sum(ranks) / len(ranks) for layer, ranks in sorted(found.items())}
+
+
+def rank_curves(
+    model: nn.Module | str | os.PathLike,
+    thresholds: Sequence[float],
+    args: SaraArguments | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> RankCurves:
+    """
+    The rank k of every site for each of some thresholds: the data of the paper's Figures 2 and 8.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`): A model with its weights loaded, or the
+            folder or Hub id of one in safetensors files, of which one matrix at a time is read.
+        thresholds (`Sequence[float]`): Each with 0 < threshold <= 1. A matrix is factorised once for all of them, and
+            its singular values are kept in the cache.
+        args ([`SaraArguments`], *optional*): `target_modules` and `layers` are read; defaults to the query and value
+            projections of all layers.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): For private repositories.
+
+    Returns:
+        [`RankCurves`]: One curve per threshold and kind of site.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder or repository, or it has no safetensors files.
+        `ValueError`: For thresholds out of range, sites that do not exist or are in no layer, and weights without a
+            rank.
+    """
+    thresholds = [float(threshold) for threshold in thresholds]
+    if not thresholds:
+        raise ValueError("thresholds is empty. Give at least one, such as [0.1, 0.5, 0.9].")
+    for threshold in thresholds:
+        check_threshold(threshold)
+    args = args or SaraArguments()
+    if isinstance(model, (str, os.PathLike)):
+        checkpoint = Checkpoint(os.fspath(model), revision=revision, token=token)
+        sites, weight_of = find_sites(checkpoint.model, args), checkpoint.weight
+    else:
+        sites, weight_of = find_sites(unwrap(model), args), lambda site: site.weight(unwrap(model))
+    kinds = _rows(sites)
+
+    def ranks(site: Site) -> list[int]:
+        spectrum = find_spectrum(weight_of(site), site.name, thresholds=thresholds)
+        return [spectrum.rank(threshold) for threshold in thresholds]
+
+    found = dict(zip(sites, for_each(ranks, sites, "Singular values"), strict=True))
+    return RankCurves(
+        thresholds,
+        {kind: [site.layer for site in row] for kind, row in kinds.items()},
+        {kind: np.array([found[site] for site in row]).T for kind, row in kinds.items()},
+    )
+
+
+@dataclass
+class Routing:
+    """
+    A router's gates over the layers, per kind of site. `Routing(**routing.to_dict())` is the same again.
+
+    Args:
+        layers (`dict[str, list[int]]`): Per kind, the layers that have such a site, counted from 0 as in the model.
+        gates (`dict[str, np.ndarray]`): Per kind, the mean gates, of shape (layers, heads). Each row sums to 1.
+    """
+
+    layers: dict[str, list[int]]
+    gates: dict[str, np.ndarray]
+
+    def __post_init__(self):
+        self.gates = {kind: np.asarray(gates) for kind, gates in self.gates.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {**asdict(self), "gates": {kind: gates.tolist() for kind, gates in self.gates.items()}}
+
+
+@torch.no_grad()
+def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None = None) -> Routing:
+    """
+    How the router of a Mo-SARA adapter mixes its heads: one forward pass in evaluation mode, and the gates averaged
+    over batch and length, without padding. The data of the paper's Figure 7 and appendix D. The model is left as it
+    was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A model that carries a Mo-SARA adapter with several heads.
+        batch (`Mapping[str, Any]`): The model's inputs, on its device. Padding is where `attention_mask`, of shape
+            (batch, length), is 0; without one, all positions count.
+        adapter_name (`str`, *optional*): Which adapter, if the model carries several; defaults to the first.
+
+    Returns:
+        [`Routing`]: Per kind of site, a row per layer and a column per head.
+
+    Raises:
+        `ValueError`: If the model has no such adapter, the adapter has no router, or the mask does not fit the inputs.
+    """
+    model = unwrap(model)
+    adapter = _routed_adapter(model, adapter_name)
+    kinds = _rows(adapter.sites)
+    mask = batch.get("attention_mask")
+    kept = None if mask is None else mask.flatten().bool()
+    totals: dict[Site, torch.Tensor] = {}
+    counts: dict[Site, int] = defaultdict(int)
+
+    def watch(site: Site):
+        delta = adapter.delta(site)
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            gates = delta.gates(inputs[0]).flatten(0, -2)
+            if kept is not None:
+                if len(kept) != len(gates):
+                    raise ValueError(
+                        f"attention_mask of shape {tuple(mask.shape)} does not fit the {len(gates)} positions that "
+                        f"{site.name} sees. Give the mask of the inputs, of shape (batch, length)."
+                    )
+                gates = gates[kept.to(gates.device)]
+            totals[site] = totals.get(site, 0.0) + gates.cpu().double().sum(0)
+            counts[site] += len(gates)
+
+        return model.get_submodule(site.module).register_forward_pre_hook(before)
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [watch(site) for site in adapter.sites]
+    try:
+        model.eval()(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    unused = [site.name for site in adapter.sites if not counts[site]]
+    if unused:
+        raise ValueError(f"{unused[0]} saw no token of this batch, so its router has no mean.")
+    return Routing(
+        {kind: [site.layer for site in row] for kind, row in kinds.items()},
+        {kind: np.stack([(totals[site] / counts[site]).numpy() for site in row]) for kind, row in kinds.items()},
+    )
+
+
+def _routed_adapter(model: nn.Module, name: str | None) -> SaraAdapter:
+    adapter = SaraAdapter.of(model, name)
+    if adapter is None:
+        wanted = "adapter" if name is None else f"adapter {name!r}"
+        raise ValueError(f"The model carries no {wanted}. Attach or load a Mo-SARA adapter first.")
+    if adapter.args.method != "mo_sara":
+        raise ValueError(f"The adapter {adapter.name!r} is SARA, which has no router; only Mo-SARA's has gates.")
+    if adapter.args.num_heads == 1:
+        raise ValueError(f"The adapter {adapter.name!r} has one head, so it has no router: its only gate is 1.")
+    if model.config.is_encoder_decoder:
+        # One attention_mask cannot tell the padding of both sides.
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; routing reads models with one sequence.")
+    return adapter
+
+
+@dataclass
+class Correlation:
+    """
+    How ranks and scores of groups of layers go together.
+
+    Args:
+        groups (`list[str]`): The groups of layers: `"0-7"`.
+        ranks (`list[float]`): Mean k of each group.
+        scores (`list[float]`): Score of each group.
+        pearson (`float`, *optional*): Pearson's r; `None` where ranks or scores are all the same.
+        spearman (`float`, *optional*): Spearman's rho, which is Pearson's r of the positions in order; likewise.
+    """
+
+    groups: list[str]
+    ranks: list[float]
+    scores: list[float]
+    pearson: float | None
+    spearman: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def rank_correlation(
+    ranks: RankCurves | Mapping[int, float], scores: Mapping[str | int, float], threshold: float | None = None
+) -> Correlation:
+    """
+    Correlation of the ranks with scores of layers, such as the accuracies of the paper's Figure 3, where the layers
+    0-7, 8-15, 16-23 and 24-31 are trained alone.
+
+    Args:
+        ranks ([`RankCurves`] or `Mapping[int, float]`): k per layer; of curves, the mean over a layer's
+            sites.
+        scores (`Mapping[str | int, float]`): Score per layer or group of layers: `{"0-7": 0.42, "8-15": 0.45, ...}`.
+        threshold (`float`, *optional*): Which of the curves; may be left out where there is one only.
+
+    Returns:
+        [`Correlation`]: The mean k and the score of each group, and how they correlate.
+
+    Raises:
+        `ValueError`: For layers without a rank, fewer than three groups, and a threshold that the curves have not.
+    """
+    if isinstance(ranks, RankCurves):
+        if threshold is None and len(ranks.thresholds) > 1:
+            raise ValueError(f"The curves have the thresholds {ranks.thresholds}. Choose one of them.")
+        ranks = ranks.mean_ranks(ranks.thresholds[0] if threshold is None else threshold)
+    if len(scores) < 3:
+        raise ValueError(f"There are {len(scores)} scores, but fewer than three say nothing about a correlation.")
+    means = []
+    for group in scores:
+        layers = parse_layers(group)
+        missing = sorted(layers - set(ranks))
+        if missing:
+            raise ValueError(f"scores has {group!r}, but there is no rank for the layers {missing}.")
+        means.append(sum(ranks[layer] for layer in layers) / len(layers))
+    values = [float(score) for score in scores.values()]
+    varied = len(set(means)) > 1 and len(set(values)) > 1
+    pearson, spearman = (
+        float(test(means, values).statistic) if varied else None for test in (stats.pearsonr, stats.spearmanr)
+    )
+    return Correlation([str(group) for group in scores], means, values, pearson, spearman)
+
+
+def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, title: str | None = None) -> "Figure":
+    """
+    Draw k over the layers, a panel per kind of site and a line per threshold, as in the paper's Figures 2 and 8.
+
+    Args:
+        curves ([`RankCurves`]): What to draw.
+        path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
+        title (`str`, *optional*): Title above the panels.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    figure, panels = _panels(list(curves.ranks), width=4.6, height=4.2)
+    from matplotlib import colormaps
+
+    # Thresholds have an order, so their colours have one too; the map's lightest end is hard to see on white.
+    order = np.argsort(curves.thresholds)
+    colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(order)))
+    for kind, axes in panels.items():
+        lines = [
+            axes.plot(curves.layers[kind], curves.ranks[kind][row], "o-", ms=3, color=colour, clip_on=False)[0]
+            for row, colour in zip(order, colours, strict=True)
+        ]
+        axes.set(title=kind, xlabel="layer", ylabel="rank k")
+        _rank_axes(axes)
+    # From the top down, as the lines lie.
+    labels = [f"{curves.thresholds[row]:g}" for row in order]
+    figure.legend(lines[::-1], labels[::-1], title="threshold", loc="outside center right")
+    return _finish(figure, path, title)
+
+
+def plot_routing(routing: Routing, path: str | os.PathLike | None = None, title: str | None = None) -> "Figure":
+    """
+    Draw the gates as heat maps, a panel per kind of site on one colour scale from 0, with a row per layer and a column
+    per head, as in the paper's Figure 7 and appendix D.
+
+    Args:
+        routing ([`Routing`]): What to draw.
+        path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
+        title (`str`, *optional*): Title above the panels.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    longest = max(len(layers) for layers in routing.layers.values())
+    figure, panels = _panels(list(routing.gates), width=3.4, height=2.2 + 0.13 * longest)
+    highest = max(float(gates.max()) for gates in routing.gates.values())
+    for kind, axes in panels.items():
+        layers, gates = routing.layers[kind], routing.gates[kind]
+        image = axes.imshow(gates, vmin=0.0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
+        labelled = range(0, len(layers), math.ceil(len(layers) / MAX_LAYER_LABELS))
+        axes.set_yticks(labelled, [layers[row] for row in labelled])
+        axes.set_xticks(range(gates.shape[1]))
+        axes.set(title=kind, xlabel="head", ylabel="layer")
+    figure.colorbar(image, ax=list(panels.values()), label="gate, mean over tokens")
+    return _finish(figure, path, title)
+
+
+def plot_correlation(
+    correlation: Correlation, ylabel: str, path: str | os.PathLike | None = None, title: str | None = None
+) -> "Figure":
+    """
+    Draw the score of each group of layers over its mean k, with the correlations above.
+
+    Args:
+        correlation ([`Correlation`]): What to draw.
+        ylabel (`str`): What the score is, with its unit: `"accuracy (%)"`.
+        path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
+        title (`str`, *optional*): Title.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    figure, panels = _panels([""], width=6.4, height=4.2)
+    axes = panels[""]
+    axes.plot(correlation.ranks, correlation.scores, "o")
+    points = sorted(zip(correlation.ranks, correlation.scores, correlation.groups, strict=True))
+    for index, (k, score, group) in enumerate(points):
+        # In turns above and below, so that the names of neighbours stay apart.
+        axes.annotate(group, (k, score), xytext=(0, -16 if index % 2 else 6), textcoords="offset points", ha="center")
+    axes.margins(0.12)
+    pearson, spearman = (
+        "undefined" if value is None else f"{value:.2f}" for value in (correlation.pearson, correlation.spearman)
+    )
+    found = f"Pearson r = {pearson}, Spearman rho = {spearman} (n = {len(points)})"
+    axes.set(title=found, xlabel="mean rank k", ylabel=ylabel)
+    axes.ticklabel_format(useOffset=False)
+    axes.grid(alpha=0.3)
+    return _finish(figure, path, title)
+
+
+def plot_lines(
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    path: str | os.PathLike | None = None,
+    title: str | None = None,
+    log_x: bool = False,
+) -> "Figure":
+    """
+    Draw named series of points as lines, as in the paper's Figures 3 to 6 and 9.
+
+    Args:
+        series (`Mapping[str, tuple[Sequence, Sequence[float]]]`): Per name, the values on the x axis (numbers, or text
+            for categories) and those on the y axis.
+        xlabel (`str`): What is on the x axis, with its unit.
+        ylabel (`str`): What is on the y axis, with its unit.
+        path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
+        title (`str`, *optional*): Title.
+        log_x (`bool`, *optional*, defaults to `False`): Logarithmic x axis, for counts of parameters.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    figure, panels = _panels([""], width=6.4, height=4.0)
+    axes = panels[""]
+    for index, (name, (x, y)) in enumerate(series.items()):
+        axes.plot(x, y, marker=MARKERS[index % len(MARKERS)], label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(alpha=0.3)
+    values = [value for x, _ in series.values() for value in x]
+    if log_x:
+        _log_axis(axes, max(values) / min(values))
+    elif all(isinstance(value, int) for value in values):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside center right")
+    return _finish(figure, path, title)
+
+
+def _log_axis(axes: "Axes", span: float) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+
+    axes.set_xscale("log")
+    # Numbers that are enough to read values by, also where no power of ten, or none of these, lies between them.
+    within = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if span < 10 else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=within) if span > 2 else MaxNLocator(6, steps=STEPS))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
+
+
+def _rank_axes(axes: "Axes") -> None:
+    """Whole layers to the right, and whole ranks upwards. The baseline of 0 has no number: k is at least 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=STEPS, prune="lower"))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _panels(kinds: list[str], width: float, height: float) -> "tuple[Figure, dict[str, Axes]]":
+    """A figure with a panel per kind, two side by side, each of so many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_sara[plot]'") from error
+    columns, rows = min(2, len(kinds)), math.ceil(len(kinds) / 2)
+    figure = Figure(figsize=(1.0 + width * columns, height * rows), dpi=120, layout="constrained")
+    panels = [figure.add_subplot(rows, columns, index + 1) for index in range(len(kinds))]
+    return figure, dict(zip(kinds, panels, strict=True))
+
+
+def _finish(figure: "Figure", path: str | os.PathLike | None, title: str | None) -> "Figure":
+    if title is not None:
+        figure.suptitle(title)
+    if path is not None:
+        figure.savefig(path)
+    return figure
