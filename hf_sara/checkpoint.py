@@ -21,11 +21,12 @@ from .arguments import SaraArguments
 from .export import names_in_model
 from .planning import Plan, count_base, plan_sites
 from .sites import Site, find_sites
-from .storage import NETWORK_ERRORS, hub_id
+from .storage import NETWORK_ERRORS, check_fields, hub_id
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# As safetensors itself allows.
-MAX_HEADER_BYTES = 100_000_000
+# Room for a quarter of a million tensors, in the header of a file or in the index of all files.
+MAX_HEADER_BYTES = 32 * 2**20
+ENTRY_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class Checkpoint:
         if not self._exists(SAFE_WEIGHTS_INDEX_NAME):
             raise FileNotFoundError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
         with self._open(SAFE_WEIGHTS_INDEX_NAME) as file:
-            names = sorted(set(json.loads(file.read())["weight_map"].values()))
+            index = _parse(file.read(MAX_HEADER_BYTES), SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+        if type(index) is not dict or not all(type(name) is str for name in index.values()):
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is damaged: it has no map of weights files.")
+        names = sorted(set(index.values()))
         if any("/" in name or "\\" in name for name in names):
             raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names files outside of the model.")
         return names
@@ -108,10 +112,11 @@ class Checkpoint:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise ValueError(f"{name} is damaged: it is not a safetensors file.")
-            header = json.loads(file.read(length))
+            header = _parse(file.read(length), name)
         for key, record in header.items():
             if key == "__metadata__":
                 continue
+            check_fields(f"{key!r} of {name}", record, ENTRY_FIELDS)
             start, stop = record["data_offsets"]
             entry = Entry(name, record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
             size = DTYPES[entry.dtype].itemsize * math.prod(entry.shape) if entry.dtype in DTYPES else None
@@ -125,12 +130,24 @@ class Checkpoint:
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
         if self.folder:
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"it has no {name}.")
             with open(self.folder / name, "rb") as file:
                 yield file
         else:
             # Reads what is asked for by range requests, with no read-ahead.
             with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
                 yield file
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: it is not JSON ({error}).") from error
+    if type(parsed) is not dict:
+        raise ValueError(f"{name} is damaged: it is not a JSON object.")
+    return parsed
 
 
 def _empty_model(config: Any) -> nn.Module:

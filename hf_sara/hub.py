@@ -4,7 +4,7 @@ One push is one commit of the files of an allow-list, so nothing that lies in a 
 The files are complete on disk before anything is sent, so a push that fails can be tried again from there.
 """
 
-import re
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -295,20 +295,24 @@ def from_hub(
         model = base_model
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
-        model = model_class(base, trust_remote_code).from_pretrained(
-            name,
-            revision=commit or "main",
-            dtype=dtype or base_dtype(base),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            **access,
-            **kwargs,
-        )
+        kind = model_class(base, trust_remote_code)
+        try:
+            model = kind.from_pretrained(
+                name,
+                revision=commit or "main",
+                dtype=dtype or getattr(torch, base["dtype"]),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                **access,
+                **kwargs,
+            )
+        except OSError as error:
+            raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error
         if commit is not None:
             # What transformers does not keep, for the next save.
             model.config._commit_hash = commit
         for key in ("pad_token_id", "eos_token_id"):
-            if isinstance(base.get(key), (int, list)) and hasattr(model.config, key):
+            if base[key] is not None and hasattr(model.config, key):
                 setattr(model.config, key, base[key])
     adapter = SaraAdapter.load(model, folder)
     return (export.merge(adapter) if merge else model).eval()
@@ -324,27 +328,27 @@ def locate_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
 
 
 def recorded_base(base: dict[str, Any], folder: Path) -> tuple[str, str | None]:
-    """Hub id and commit of the base that an adapter names. Only a Hub id will do: never a path, never a URL."""
-    name, commit = base.get("model_id"), base.get("revision")
+    """Hub id and commit of the base that an adapter names."""
+    name = base["model_id"]
     if name is None:
         raise AdapterError(
-            f"The adapter in {folder} was trained on a {base.get('class')} that is not on the Hub. "
+            f"The adapter in {folder} was trained on a {base['class']} that is not on the Hub. "
             "Give it as base_model: a folder, a Hub id or a loaded model."
         )
-    if not isinstance(name, str) or storage.hub_id(name) is None:
-        raise AdapterError(f"The adapter in {folder} names the base {name!r}, which is not a Hub id. Give base_model.")
-    if commit is not None and not re.fullmatch(r"[0-9a-f]{40}", str(commit)):
+    if os.path.exists(name):
+        # `from_pretrained` would load what lies there.
         raise AdapterError(
-            f"The adapter in {folder} names the base's commit {commit!r}, which is none. Give base_model."
+            f"The adapter in {folder} names the base {name!r}, and there is a file or folder of that name here. "
+            "Give base_model, or go to another folder."
         )
-    return name, commit
+    return name, base["revision"]
 
 
 def model_class(base: dict[str, Any], trust_remote_code: bool) -> type:
     """The class of the base: one of transformers' own, or an Auto class where remote code may run."""
-    name = base.get("class")
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    name = base["class"]
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
         return found
     if trust_remote_code:
         return transformers.AutoModelForCausalLM
@@ -353,11 +357,3 @@ def model_class(base: dict[str, Any], trust_remote_code: bool) -> type:
         "the code in its repository, say trust_remote_code=True; otherwise load the model yourself and give it as "
         "base_model."
     )
-
-
-def base_dtype(base: dict[str, Any]) -> torch.dtype:
-    """The recorded dtype of the base."""
-    dtype = getattr(torch, str(base.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise AdapterError(f"The adapter names the dtype {base.get('dtype')!r}, which no base can have. Give dtype.")
-    return dtype

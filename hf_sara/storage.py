@@ -4,22 +4,26 @@
     sara_adapter.safetensors  the trained tensors
     sara_factors.safetensors  Mo-SARA with factors="save" only: U and Vh of every site
 
-Loading is strict and pickle-free: shapes come from the config only after they were checked against the base, and every
-tensor's name, shape and dtype is compared before its bytes are read.
+Loading is strict and pickle-free. A config has exactly the known fields, shapes come from it only after they were
+checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 
 import base64
 import hashlib
+import inspect
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -38,7 +42,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .arguments import SaraArguments, check_threshold
-from .deltas import frozen_shapes, trained_shapes
+from .deltas import count_trained, frozen_shapes, trained_shapes
 from .sites import OutputSlice, Site, all_sites
 from .spectrum import Factors, find_factors, for_each, sketch, sketches_agree, weight_digest
 
@@ -54,10 +58,39 @@ PENDING_CONFIG_FILE = "sara_config.json.new"
 PENDING_FACTORS_FILE = "sara_factors.safetensors.new"
 
 FORMAT_VERSION = 1
-# A config has about 200 bytes per site; this is room for a hundred thousand of them.
-MAX_CONFIG_BYTES = 32 * 2**20
+# A config has about 200 bytes per site; this is room for forty thousand of them. Parsed, it may take 20 times as much.
+MAX_CONFIG_BYTES = 8 * 2**20
+# A tensor takes about 150 bytes in the header of its file.
+MAX_HEADER_BYTES_PER_TENSOR = 1024
 SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
 
+# The fields of a config and the types of their values.
+CONFIG_FIELDS = {
+    "format_version": int,
+    "method": str,
+    "threshold": float,
+    "arguments": dict,
+    "dtype": str,
+    "tensors_sha256": str,
+    "factors_sha256": str,
+    "base": dict,
+    "versions": dict[str, str],
+    "sites": list,
+}
+BASE_FIELDS = {
+    "model_id": str | None,
+    "revision": str | None,
+    "class": str,
+    "model_type": str | None,
+    "dtype": str,
+    "pad_token_id": int | None,
+    "eos_token_id": int | list[int] | None,
+    "id2label": dict[str, str] | None,
+}
+SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict}
+SEED_FIELDS = {"dtype": str, "sha256": str, "sketch": str, "clusters": list[list[int]]}
+
+COMMIT = r"[0-9a-f]{40}"
 
 # OSError, and the errors of the HTTP library below huggingface_hub, which differs between its versions.
 NETWORK_ERRORS = HfHubHTTPError.__bases__
@@ -65,6 +98,11 @@ NETWORK_ERRORS = HfHubHTTPError.__bases__
 
 class AdapterError(ValueError):
     """An adapter's files are damaged, or do not belong to this base model."""
+
+    def __init__(self, message: str):
+        # It may quote what the files say, which a terminal must not obey, nor drown in.
+        shown = message if len(message) <= 2000 else f"{message[:1000]} [...] {message[-1000:]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown))
 
 
 @dataclass(frozen=True)
@@ -98,16 +136,23 @@ class Seed:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], site: Site) -> "Seed":
-        numbers = np.frombuffer(base64.b64decode(record["sketch"], validate=True), dtype="<f4")
-        if numbers.size != 8 or not np.isfinite(numbers).all():
-            raise ValueError("its sketch is damaged")
-        clusters = tuple((int(start), int(stop)) for start, stop in record.get("clusters", []))
-        ends = [end for cluster in clusters for end in cluster]
-        if ends != sorted(ends) or (ends and not 0 <= ends[0] < ends[-1] <= min(site.shape)):
-            raise ValueError("its clusters are out of range")
-        if not re.fullmatch(r"[0-9a-f]{64}", record["sha256"]):
-            raise ValueError("its sha256 is damaged")
-        return cls(str(record["dtype"]), record["sha256"], torch.from_numpy(numbers.copy()), clusters)
+        """The seed in a site's record, whose fields have been checked."""
+        if record["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{site.name}: a weight cannot have the dtype {record['dtype']!r}")
+        _check_digest(f"{site.name}: its sha256", record["sha256"])
+        packed = record["sketch"]
+        if not re.fullmatch(r"[A-Za-z0-9+/]{43}=", packed):
+            raise ValueError(f"{site.name}: its sketch {packed!r} is not 32 bytes in base64")
+        numbers = np.frombuffer(base64.b64decode(packed), dtype="<f4")
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"{site.name}: its sketch has NaN or infinite values")
+        clusters, end = [], 0
+        for cluster in record.get("clusters", []):
+            if len(cluster) != 2 or not end <= cluster[0] < cluster[1] - 1 < min(site.shape):
+                raise ValueError(f"{site.name}: its clusters {record['clusters']} are not ranges of its vectors")
+            clusters.append(tuple(cluster))
+            end = cluster[1]
+        return cls(record["dtype"], record["sha256"], torch.from_numpy(numbers.copy()), tuple(clusters))
 
 
 @dataclass(frozen=True)
@@ -126,7 +171,14 @@ class SavedAdapter:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained tensors, named `"<site>.<tensor>"`."""
-        return _read_tensors(self.folder / TENSORS_FILE, self._shapes(trained_shapes), {self.config["dtype"]})
+        file = self.folder / TENSORS_FILE
+        return _read_tensors(file, self._shapes(trained_shapes), {self.config["dtype"]}, self.config["tensors_sha256"])
+
+    def owns_tensors(self) -> bool:
+        """Whether the tensors in the folder are those of this config, by their digest."""
+        file = self.folder / TENSORS_FILE
+        limit = _most_bytes(self._shapes(trained_shapes), {self.config["dtype"]})
+        return file.stat().st_size <= limit and _sha256(file) == self.config["tensors_sha256"]
 
     def _shapes(self, shapes_of_site: Any) -> dict[str, tuple[int, ...]]:
         return {
@@ -147,9 +199,17 @@ class SavedAdapter:
                 )
             if (there.shape, there.slice, there.module) != (site.shape, site.slice, site.module):
                 raise AdapterError(
-                    f"{site.name}: the adapter in {self.folder} is for a weight of shape {site.shape}, this model's "
-                    f"has {there.shape}. It was trained on {self._base_text()}."
+                    f"{site.name}: the adapter in {self.folder} is for a weight of shape {_shape_text(site)}, this "
+                    f"model's has {_shape_text(there)}. It was trained on {self._base_text()}."
                 )
+        trained = sum(count_trained(self.args, site.shape, site.k) for site in self.sites)
+        weights = sum(math.prod(site.shape) for site in self.sites)
+        # SARA never has more; with Mo-SARA, the number of heads is the one size that the base does not bound.
+        if trained > 3 * weights:
+            raise AdapterError(
+                f"The adapter in {self.folder} claims num_heads={self.args.num_heads} and {trained:,} trained numbers "
+                f"beside weights of {weights:,}: it is damaged."
+            )
         return self.sites
 
     def factors_on(self, model: nn.Module, sites: list[Site]) -> dict[str, Factors]:
@@ -157,8 +217,8 @@ class SavedAdapter:
         if self.args.method != "mo_sara":
             return {}
         if self.args.factors == "save":
-            shapes = self._shapes(frozen_shapes)
-            tensors = _read_tensors(self.factors_file, shapes, set(SAFETENSORS_DTYPES))
+            shapes, digest = self._shapes(frozen_shapes), self.config["factors_sha256"]
+            tensors = _read_tensors(self.factors_file, shapes, set(SAFETENSORS_DTYPES), digest)
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
         found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
         return {site.name: factors for site, factors in zip(sites, found, strict=True)}
@@ -215,7 +275,7 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     payload = safetensors_bytes(tensors, metadata={"format": "pt"})
     factors = None
-    if adapter.args.method == "mo_sara" and adapter.args.factors == "save":
+    if _saves_factors(adapter.args):
         frozen = {
             f"{site.name}.{name}": getattr(delta, name).detach().cpu().contiguous()
             for site, delta in adapter.deltas()
@@ -223,9 +283,12 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, 
         }
         factors = safetensors_bytes(frozen, metadata={"format": "pt"})
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = _config_text(adapter, dtype, hashlib.sha256(payload).hexdigest())
+    digests = {"tensors_sha256": hashlib.sha256(payload).hexdigest()}
+    if factors is not None:
+        digests["factors_sha256"] = hashlib.sha256(factors).hexdigest()
+    config = _config_text(adapter, dtype, digests)
     # Putting the tensors in place is the moment of change: everything else is ready before, and the old files stay
-    # until then. See `_read_config`.
+    # until then. See `read`.
     if factors is not None:
         write_file(folder / PENDING_FACTORS_FILE, factors)
     write_file(folder / PENDING_CONFIG_FILE, config.encode())
@@ -252,7 +315,11 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def _config_text(adapter: "SaraAdapter", dtype: str, tensors_sha256: str) -> str:
+def _saves_factors(args: SaraArguments) -> bool:
+    return args.method == "mo_sara" and args.factors == "save"
+
+
+def _config_text(adapter: "SaraAdapter", dtype: str, digests: Mapping[str, str]) -> str:
     """The config as JSON with one line per site, so that it is small and differences of two can be read."""
     config = {
         "format_version": FORMAT_VERSION,
@@ -260,7 +327,7 @@ def _config_text(adapter: "SaraAdapter", dtype: str, tensors_sha256: str) -> str
         "threshold": adapter.threshold,
         "arguments": adapter.args.to_dict(),
         "dtype": dtype,
-        "tensors_sha256": tensors_sha256,
+        **digests,
         "base": describe_base(adapter.model),
         "versions": versions(),
     }
@@ -286,10 +353,11 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     """What loading needs to know of the base model. Paths of the local machine are left out."""
     config = getattr(model, "config", None)
     model_id = hub_id(getattr(config, "_name_or_path", None))
+    commit = getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None)
     labels = getattr(config, "id2label", None) if "Classification" in type(model).__name__ else None
     return {
         "model_id": model_id,
-        "revision": getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None),
+        "revision": commit if commit and re.fullmatch(COMMIT, commit) else None,
         "class": type(model).__name__,
         "model_type": getattr(config, "model_type", None),
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
@@ -399,88 +467,185 @@ def read(folder: str | PathLike) -> SavedAdapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
-    config, is_pending = _read_config(folder)
-    factors_file = folder / FACTORS_FILE
-    if is_pending and (folder / PENDING_FACTORS_FILE).is_file():
-        factors_file = folder / PENDING_FACTORS_FILE
-    try:
-        if config["format_version"] != FORMAT_VERSION:
-            raise AdapterError(
-                f"{folder / CONFIG_FILE} has format version {config['format_version']!r}; this hf_sara reads version "
-                f"{FORMAT_VERSION}. Update hf_sara: pip install -U hf_sara."
-            )
-        known = {field.name for field in fields(SaraArguments)}
-        unknown = set(config["arguments"]) - known
-        if unknown:
-            raise ValueError(f"its arguments have the unknown names {sorted(unknown)}: update hf_sara")
-        args = SaraArguments(**config["arguments"])
-        if args.method != config["method"] or config["dtype"] not in ("float32", "float64"):
-            raise ValueError("its method or dtype is not one that an adapter can have")
-        threshold = config["threshold"]
-        check_threshold(threshold)
-        sites = [_site(record) for record in config["sites"]]
-        if not sites or len({site.name for site in sites}) != len(sites):
-            raise ValueError("it names no sites, or one twice")
-        seeds = {}
-        if args.method == "mo_sara":
-            seeds = {s.name: Seed.from_json(r, s) for s, r in zip(sites, config["sites"], strict=True)}
-        base = dict(config["base"])
-    except AdapterError:
-        raise
-    except KeyError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: it has no {error}.") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}.") from error
-    return SavedAdapter(folder, args, threshold, sites, seeds, base, config, factors_file)
-
-
-def _site(record: Mapping[str, Any]) -> Site:
-    name, k = record["name"], record["k"]
-    shape = tuple(record["shape"])
-    part = OutputSlice(**record["slice"]) if "slice" in record else None
-    numbers = [*shape, k, *(asdict(part).values() if part else ())]
-    if not isinstance(name, str) or len(shape) != 2 or any(type(number) is not int for number in numbers):
-        raise ValueError(f"the record of site {name!r} is not of the known form")
-    if not 1 <= k <= min(shape):
-        raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
-    module = name.rsplit(".", 1)[0] if part else name
-    return Site(name, module, shape, part, k)
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
-    """The config in force, and whether it is that of a write that was cut off after its tensors were in place."""
-    path, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
-    if not (folder / TENSORS_FILE).is_file() or not (path.is_file() or pending.is_file()):
-        missing = TENSORS_FILE if path.is_file() else CONFIG_FILE
+    # What is no regular file, such as a pipe that would never end, counts as missing.
+    config_file, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
+    if not (folder / TENSORS_FILE).is_file() or not (config_file.is_file() or pending.is_file()):
+        missing = TENSORS_FILE if config_file.is_file() else CONFIG_FILE
         raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {missing}.")
-    config = _parse_config(path) if path.is_file() else None
     if pending.is_file():
         # A write was cut off. If it got as far as the tensors, they belong to the pending config.
-        newer = _parse_config(pending)
-        digest = hashlib.sha256((folder / TENSORS_FILE).read_bytes()).hexdigest()
-        if newer.get("tensors_sha256") == digest:
-            return newer, True
-    if config is None:
+        newer = _read_config(pending)
+        if newer.owns_tensors():
+            has_moved = not (folder / PENDING_FACTORS_FILE).is_file()
+            return newer if has_moved else replace(newer, factors_file=folder / PENDING_FACTORS_FILE)
+    if not config_file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {CONFIG_FILE}.")
-    return config, False
+    return _read_config(config_file)
 
 
-def _parse_config(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} is damaged: it has {size:,} bytes, a config has at most {MAX_CONFIG_BYTES:,}.")
+def _read_config(path: Path) -> SavedAdapter:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _parse(path)
+        version_found = config.get("format_version")
+        if type(version_found) is int and version_found > FORMAT_VERSION:
+            raise AdapterError(
+                f"{path} has format version {version_found}; this hf_sara reads version {FORMAT_VERSION}. "
+                "Update hf_sara: pip install -U hf_sara."
+            )
+        saved = _check_config(config, path.parent)
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise AdapterError(f"{path} is damaged: {error}.") from error
+    return saved
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes, which no config has")
+    try:
+        config = json.loads(
+            content.decode(), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_without_duplicates
+        )
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: it is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} is damaged: it is not a JSON object.")
+        raise ValueError(f"it is not JSON ({error})") from error
+    if type(config) is not dict:
+        raise ValueError("it is not a JSON object")
     return config
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str]) -> dict[str, torch.Tensor]:
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text} is not finite")
+    return number
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"{name!r} stands twice in one object")
+        record[name] = value
+    return record
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> SavedAdapter:
+    check_fields("the config", config, CONFIG_FIELDS, optional={"factors_sha256"})
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"there is no format version {config['format_version']}")
+    hints = get_type_hints(SaraArguments)
+    check_fields("its arguments", config["arguments"], hints, optional=hints)
+    args = SaraArguments(**config["arguments"])
+    if config["method"] != args.method:
+        raise ValueError(f"its method {config['method']!r} is not that of its arguments")
+    if config["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"trained tensors cannot have the dtype {config['dtype']!r}")
+    check_threshold(config["threshold"])
+    _check_digest("its tensors_sha256", config["tensors_sha256"])
+    if ("factors_sha256" in config) != _saves_factors(args):
+        raise ValueError("it has to have factors_sha256 if, and only if, the factors of a Mo-SARA adapter are saved")
+    if "factors_sha256" in config:
+        _check_digest("its factors_sha256", config["factors_sha256"])
+    _check_base(config["base"])
+    records = config["sites"]
+    sites = [_site(f"the record of site {number}", record, args) for number, record in enumerate(records)]
+    if not sites or len({site.name for site in sites}) != len(sites):
+        raise ValueError("it names no sites, or one twice")
+    seeds = {}
+    if args.method == "mo_sara":
+        seeds = {site.name: Seed.from_json(record, site) for site, record in zip(sites, records, strict=True)}
+    return SavedAdapter(folder, args, config["threshold"], sites, seeds, config["base"], config, folder / FACTORS_FILE)
+
+
+def _site(what: str, record: Any, args: SaraArguments) -> Site:
+    hints = {**SITE_FIELDS, **SEED_FIELDS} if args.method == "mo_sara" else SITE_FIELDS
+    check_fields(what, record, hints, optional={"slice", "clusters"})
+    name, shape, k, part = record["name"], tuple(record["shape"]), record["k"], None
+    if "slice" in record:
+        check_fields(f"the slice of {name!r}", record["slice"], get_type_hints(OutputSlice))
+        part = OutputSlice(**record["slice"])
+    if len(shape) != 2 or not 1 <= k <= min(shape):
+        raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
+    return Site(name, name.rsplit(".", 1)[0] if part else name, shape, part, k)
+
+
+def _check_base(base: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless what is said of the base is harmless to look for: never a path, never a URL."""
+    check_fields("its base", base, BASE_FIELDS)
+    if base["model_id"] is not None:
+        try:
+            validate_repo_id(base["model_id"])
+        except HFValidationError as error:
+            raise ValueError(f"its base {base['model_id']!r} is not a Hub id") from error
+    if base["revision"] is not None and not re.fullmatch(COMMIT, base["revision"]):
+        raise ValueError(f"its base's revision {base['revision']!r} is not a commit")
+    if not base["class"].isidentifier():
+        raise ValueError(f"its base's class {base['class']!r} is not the name of a class")
+    dtype = getattr(torch, base["dtype"], None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"its base's dtype {base['dtype']!r} is not one that a base can have")
+
+
+def check_fields(what: str, record: Any, hints: Mapping[str, Any], optional: Collection[str] = ()) -> None:
+    """Raise a `ValueError` unless a JSON object has exactly the known fields, with values of their types."""
+    if type(record) is not dict:
+        raise ValueError(f"{what} is not a JSON object")
+    for name in hints:
+        if name not in record and name not in optional:
+            raise ValueError(f"{name!r} is missing in {what}")
+    for name, value in record.items():
+        if name not in hints:
+            raise ValueError(f"the field {name!r} in {what} is unknown: update hf_sara, or leave it out")
+        if not _is_of_type(value, hints[name]):
+            expected = inspect.formatannotation(hints[name])
+            raise ValueError(f"{name}={reprlib.repr(value)} in {what} is not of the type {expected}")
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type. An integer is a float too, `True` is not an integer."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of_type(value, part) for part in parts)
+    if kind is list:
+        return type(value) is list and all(_is_of_type(item, parts[0]) for item in value)
+    if kind is dict:
+        return type(value) is dict and all(_is_of_type(item, parts[1]) for item in value.values())
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _check_digest(what: str, digest: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(f"{what} {digest!r} is not a SHA-256")
+
+
+def _most_bytes(shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str]) -> int:
+    """
+    More bytes than a file with these tensors has. What is larger is not opened, nor digested: a header may claim to be
+    gigabytes long, and a file may be as long as a disk with nothing in it.
+    """
+    widest = max(getattr(torch, dtype).itemsize for dtype in dtypes)
+    return widest * sum(map(math.prod, shapes.values())) + MAX_HEADER_BYTES_PER_TENSOR * (1 + len(shapes))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str], sha256: str
+) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The adapter is incomplete: {path} is missing.")
+    size, limit = path.stat().st_size, _most_bytes(shapes, dtypes)
+    if size > limit:
+        raise AdapterError(f"{path} is damaged: it has {size:,} bytes, the tensors of the config {limit:,} at most.")
     allowed = {SAFETENSORS_DTYPES[dtype] for dtype in dtypes}
     try:
         with safe_open(path, framework="pt") as file:
@@ -491,6 +656,11 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: set
                 _check_shape(key, tuple(part.get_shape()), shapes[key])
                 if part.get_dtype() not in allowed:
                     raise AdapterError(f"{key}: the file has dtype {part.get_dtype()}, expected {sorted(allowed)}.")
+            if _sha256(path) != sha256:
+                raise AdapterError(
+                    f"{path} is damaged: its SHA-256 is not the one that {CONFIG_FILE} gives. One of the two was "
+                    "changed, or belongs to another adapter."
+                )
             tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise AdapterError(f"{path} is damaged: {error}.") from error
@@ -522,6 +692,10 @@ def _check_names(names: Any, shapes: Mapping[str, tuple[int, ...]], path: Path |
             f"The tensors{where} are not those of the adapter. "
             f"Missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}."
         )
+
+
+def _shape_text(site: Site) -> str:
+    return str(site.shape) if site.slice is None else f"{site.shape} in the columns {site.slice}"
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -69,6 +70,47 @@ def test_what_cannot_be_read_is_a_clear_error(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
     with pytest.raises(ValueError, match="not one of transformers"):
+        Checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "model.safetensors is damaged: it is not a JSON object"),
+        ("[" * 10**5, "model.safetensors is damaged: it is not JSON"),
+        ('{"a": 1}', "'a' of model.safetensors is not a JSON object"),
+        ('{"a": {"dtype": "F32", "shape": [1]}}', "'data_offsets' is missing in 'a'"),
+        ('{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}', r"shape=\['1'\] .* list\[int\]"),
+        ('{"a": {"dtype": 32, "shape": [1], "data_offsets": [0, 4]}}', "dtype=32 .* type str"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "damaged"),
+        ('{"a": {"dtype": "F32", "shape": [1000000000, 1000000000], "data_offsets": [0, 4]}}', "its shape asks for"),
+    ],
+)
+def test_a_damaged_header_is_a_clear_error(header, message, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ("[1]", ValueError, "not a JSON object"),
+        ("{}", ValueError, "no map of weights files"),
+        ('{"weight_map": ["a"]}', ValueError, "no map of weights files"),
+        ('{"weight_map": {"a": 1}}', ValueError, "no map of weights files"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', ValueError, "files outside of the model"),
+        ('{"weight_map": {"a": ".."}}', FileNotFoundError, r"it has no \.\."),
+        ('{"weight_map": {"a": "pipe"}}', FileNotFoundError, "it has no pipe"),
+    ],
+)
+def test_a_damaged_index_is_a_clear_error(index, error, message, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(error, match=message):
         Checkpoint(str(tmp_path))
 
 

@@ -206,8 +206,8 @@ def test_the_base_is_named_where_it_is_on_the_hub(tmp_path):
     assert named() == (None, None)
     model.config._name_or_path = str(tmp_path)
     assert named() == (None, None)
-    model.config._name_or_path, model.config._commit_hash = "me/base", "0123abc"
-    assert named() == ("me/base", "0123abc")
+    model.config._name_or_path, model.config._commit_hash = "me/base", "0123456789abcdef0123456789abcdef01234567"
+    assert named() == ("me/base", "0123456789abcdef0123456789abcdef01234567")
     assert named(base_model_name_or_path="you/base") == ("you/base", None)
 
 

@@ -440,19 +440,13 @@ def test_a_training_goes_on_when_the_hub_does_not(server, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_id": "/etc"}, "not a Hub id"),
-        ({"model_id": "../../base"}, "not a Hub id"),
         ({"model_id": "https://example.org/base"}, "not a Hub id"),
-        ({"model_id": 3}, "not a Hub id"),
-        ({"revision": "../../x"}, "commit"),
-        ({"class": "os.system"}, "not one of transformers"),
+        ({"revision": "../../x"}, "not a commit"),
         ({"class": "Trainer"}, "not one of transformers"),
         ({"class": "MyRemoteModel"}, "trust_remote_code"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"dtype": "load"}, "dtype"),
     ],
 )
-def test_a_config_cannot_make_anything_else_be_loaded(server, tmp_path, change, message):
+def test_the_hub_is_not_asked_for_a_base_that_is_refused(server, tmp_path, change, message):
     folder = tmp_path / "adapter"
     attach_trained(load_base(server)).save_pretrained(folder)
     path = folder / storage.CONFIG_FILE

@@ -15,7 +15,7 @@ from conftest import (
     sara_arguments,
     train,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hf_sara import AdapterError, SaraAdapter, spectrum, storage
 from hf_sara.storage import CONFIG_FILE, FACTORS_FILE, TENSORS_FILE
@@ -246,145 +246,7 @@ def test_a_factor_that_came_out_differently_is_refused(tmp_path):
     refused(tmp_path, r"layers\.0\.self_attn\.q_proj: the singular vectors computed here are not.*factors='save'")
 
 
-# ---- damaged files ----
-
-
-Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"{Q}.S"), rf"Missing: {Q}\.S"),
-        (lambda t: t.update(extra=torch.ones(1)), "unexpected: extra"),
-        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"][..., :-1].contiguous()}), rf"{Q}\.S: the tensor has the shape"),
-        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"][:0]}), rf"{Q}\.S: the tensor is empty"),
-        (lambda t: t[f"{Q}.S"].view(-1)[0].fill_(torch.nan), rf"{Q}\.S: .*NaN"),
-        (lambda t: t[f"{Q}.S"].view(-1)[1].fill_(-torch.inf), rf"{Q}\.S: .*infinite"),
-        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].half()}), rf"{Q}\.S: the file has dtype F16, expected \['F32'\]"),
-        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].double()}), rf"{Q}\.S: the file has dtype F64"),
-        (lambda t: t.update({f"{Q}.S": t[f"{Q}.S"].int()}), rf"{Q}\.S: the file has dtype I32"),
-        (lambda t: t.clear() or t.update(nothing=torch.ones(1)), "Missing: .*unexpected: nothing"),
-    ],
-)
-def test_a_wrong_tensor_is_named(method, tmp_path, change, message):
-    saved(tmp_path, method)
-    tensors = load_file(tmp_path / TENSORS_FILE)
-    change(tensors)
-    save_file(tensors, tmp_path / TENSORS_FILE)
-    refused(tmp_path, message)
-
-
-def test_a_wrong_factor_is_named(tmp_path):
-    saved(tmp_path, "mo_sara", factors="save")
-    good = load_file(tmp_path / FACTORS_FILE)
-    for change, message in (
-        ({f"{Q}.U": good[f"{Q}.U"][:-1]}, rf"{Q}\.U: the tensor has the shape"),
-        ({f"{Q}.U": good[f"{Q}.U"] * torch.nan}, rf"{Q}\.U: .*NaN"),
-        ({"extra": torch.ones(1)}, "unexpected: extra"),
-    ):
-        save_file({**good, **change}, tmp_path / FACTORS_FILE)
-        refused(tmp_path, message)
-    (tmp_path / FACTORS_FILE).unlink()
-    refused(tmp_path, f"incomplete: .*{FACTORS_FILE} is missing", error=FileNotFoundError)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:5],
-        lambda content: content[:60],
-        lambda content: content[:-4],
-        lambda content: content + b"more",
-        lambda content: struct.pack("<Q", 2**40) + content[8:],  # a header of a terabyte
-        lambda content: struct.pack("<Q", 2**63 + 5) + content[8:],
-        lambda content: struct.pack("<Q", len(content) - 8) + content[8:],
-        lambda content: content[:8] + b"[" + content[9:],
-        lambda content: b"\x80\x04K\x01.",  # a pickle
-    ],
-)
-def test_a_damaged_tensor_file_is_refused(tmp_path, damage, method):
-    saved(tmp_path, method)
-    path = tmp_path / TENSORS_FILE
-    path.write_bytes(damage(path.read_bytes()))
-    refused(tmp_path, f"{TENSORS_FILE} is damaged")
-
-
-def test_a_file_that_claims_to_be_enormous_is_refused_before_anything_is_allocated(tmp_path, monkeypatch):
-    # The shapes of the config and of the file agree with one another: 10^12 heads. The bytes do not exist.
-    saved(tmp_path, "mo_sara")
-    edit(tmp_path, lambda config: config["arguments"].update(num_heads=10**12))
-    monkeypatch.setattr(SaraAdapter, "_insert", None)  # this is where tensors are made
-    refused(tmp_path, "S: the tensor has the shape")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.update(format_version=2), r"format version 2; this hf_sara reads version 1\. Update"),
-        (lambda c: c["arguments"].update(rank_plan="x"), r"unknown names \['rank_plan'\]: update hf_sara"),
-        (lambda c: c["arguments"].update(num_heads=0), "num_heads=0"),
-        (lambda c: c.update(arguments=[1]), "is damaged"),
-        (lambda c: c.update(arguments=None), "is damaged"),
-        (lambda c: c.update(threshold="high"), "threshold='high'"),
-        (lambda c: c.update(threshold=float("nan")), "threshold=nan"),
-        (lambda c: c.update(dtype="bfloat16"), "method or dtype"),
-        (lambda c: c.update(method="lora"), "method or dtype"),
-        (lambda c: c.update(sites=[]), "names no sites"),
-        (lambda c: c["sites"].append(c["sites"][0]), "or one twice"),
-        (lambda c: c["sites"][0].update(k=13), "layers.0.self_attn.v_proj"),
-        (lambda c: c["sites"][0].update(k=0), "has k=0"),
-        (lambda c: c["sites"][0].update(k=10**30), "k=1000"),
-        (lambda c: c["sites"][0].update(k=2.5), "not of the known form"),
-        (lambda c: c["sites"][0].update(k=True), "not of the known form"),
-        (lambda c: c["sites"][0].update(shape=[24]), "not of the known form"),
-        (lambda c: c["sites"][0].update(shape=24), "is damaged"),
-        (lambda c: c["sites"][0].update(name=7), "is damaged|not of the known form"),
-        (lambda c: c["sites"].append("text"), "is damaged"),
-        (lambda c: c.update(base=7), "is damaged"),
-        *[(lambda c, name=name: c.pop(name), f"has no '{name}'") for name in ("arguments", "sites", "base", "dtype")],
-        *[(lambda c, name=name: c["sites"][1].pop(name), f"has no '{name}'") for name in ("name", "shape", "k")],
-    ],
-)
-def test_a_damaged_config_is_refused(tmp_path, change, message, method):
-    saved(tmp_path, method, target_modules=["v_proj"])
-    edit(tmp_path, change)
-    refused(tmp_path, message)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("sha256", "0" * 63),
-        ("sha256", 7),
-        ("sketch", "%%%"),
-        ("sketch", base64.b64encode(bytes(28)).decode()),
-        ("sketch", base64.b64encode(struct.pack("<8f", *[float("nan")] * 8)).decode()),
-        ("clusters", [[3, 2]]),
-        ("clusters", [[0, 25]]),
-        ("clusters", [[-1, 2]]),
-        ("clusters", [[0, float("inf")]]),
-        ("clusters", 5),
-    ],
-)
-def test_a_damaged_seed_is_refused(tmp_path, field, value):
-    saved(tmp_path, "mo_sara")
-    edit(tmp_path, lambda config: config["sites"][0].update({field: value}))
-    refused(tmp_path, f"{CONFIG_FILE} is damaged")
-
-
-@pytest.mark.parametrize("content", [b"", b"not json", b"[1, 2]", b"\xff\xfe", b"[" * 10**5, b'{"a": ' + b"9" * 5000])
-def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
-    saved(tmp_path)
-    (tmp_path / CONFIG_FILE).write_bytes(content)
-    refused(tmp_path, f"{CONFIG_FILE} is damaged")
-
-
-def test_a_config_of_absurd_size_is_not_read(tmp_path, monkeypatch):
-    saved(tmp_path)
-    monkeypatch.setattr(storage, "MAX_CONFIG_BYTES", 100)
-    refused(tmp_path, "a config has at most 100")
+# ---- missing files; for damaged ones see test_hostile.py ----
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
