@@ -9,7 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ PIPELINES = {
 UNINTERESTING = re.compile(
     "output_dir|logging_|report_to|run_name|disable_tqdm|hub_|push_to_hub|log_|save_|dataloader_|project|trackio"
     "|local_rank|resume|do_|skip_memory|use_cpu|eval_|load_best|accelerator_config|deepspeed|fsdp|ddp_|debug"
+    # Masked, whatever their value.
+    "|.*_token$"
 )
 
 
@@ -81,11 +83,16 @@ class Training:
 
 def non_default(args: "TrainingArguments") -> dict[str, Any]:
     """The training arguments that differ from their defaults and that a reader of the card cares about."""
-    default = type(args)(output_dir=args.output_dir).to_dict()
+    # The declared defaults, not a new instance: making one is refused where the defaults do not suit this machine, and
+    # resets the state that Accelerate keeps for a training that goes on.
+    default = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
+    }
     return {
         name: value
         for name, value in args.to_dict().items()
-        if default.get(name) != value and not UNINTERESTING.match(name) and not name.startswith("_")
+        # Some that are declared None become False, or an empty list.
+        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name) and not name.startswith("_")
     }
 
 
@@ -134,7 +141,7 @@ def make_card(
     data = ModelCardData(
         base_model=base,
         library_name="hf_sara",
-        tags=["hf_sara", adapter.args.method, *_listed(tags)],
+        tags=["hf_sara", adapter.args.method, *_listed(tags), *_listed(getattr(adapter.model, "model_tags", None))],
         pipeline_tag=pipeline,
         license=license,
         language=list(_listed(language)) or None,
@@ -148,6 +155,7 @@ def make_card(
         metadata["base_model_relation"] = "adapter"
     plan = adapter.plan()
     ranks = [site.k for site in adapter.sites]
+    size = storage.size_on_disk(folder) if folder is not None else 0
     has_plot = folder is not None and plot_ranks(adapter, Path(folder, PLOT_FILE))
     hyperparameters = training.hyperparameters if training else {}
     columns, rows = _log_table(training.log if training else [])
@@ -161,7 +169,7 @@ def make_card(
         k_range=f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.1f})",
         trained=f"{plan.trained_parameters:,}",
         share=f"{100 * plan.share:.4g}",
-        bytes=f"{storage.size_on_disk(folder):,}" if folder is not None else "not saved yet",
+        size=f"{size:,} bytes" if size else "not saved yet",
         arguments=_cells(_non_default_arguments(adapter.args)),
         results=[
             tuple(map(_inline, (r.dataset_name, r.metric_name or r.metric_type, _number(r.metric_value))))

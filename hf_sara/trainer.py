@@ -73,11 +73,17 @@ class SaraTrainerMixin:
                 # Trainer seeds only later, but the adapter's random start has to follow from the seed too.
                 enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
+        # A constructor may change the tokenizer that it is given: TRL's take a pad token and a template from `args`.
+        tokenizer_state = _tokenizer_state(kwargs.get("processing_class"))
         with _pose_as_peft(model):
-            super().__init__(model, args, *positional, **kwargs)
+            if positional:
+                super().__init__(model, args, *positional, **kwargs)
+            else:
+                # By name: another argument may stand between the two, as `ref_model` does in DPOTrainer.
+                super().__init__(model=model, args=args, **kwargs)
         if model is not None and isinstance(model, str):
             self._attach(self.model)
-        self._tokenizer_state = _tokenizer_state(self.processing_class)
+        self._tokenizer_state = tokenizer_state or _tokenizer_state(self.processing_class)
         self.add_callback(_OnTrainBegin(self))
 
     # ---- the adapter ----
@@ -358,11 +364,9 @@ class SaraTrainerMixin:
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._sara_resumed_loss is not None:
-            # Trainer divides the sum by the steps of this call; the sum here is that of the whole run.
-            steps = self.state.global_step - self._initial_global_step
-            total = self._total_loss_scalar + self._tr_loss.item()
-            self._tr_loss = torch.zeros_like(self._tr_loss)
-            self._total_loss_scalar = total * (max(steps, 0.001) / max(self.state.global_step, 0.001))
+            # Trainer divides by the steps and the time of this call; the sum of the losses is that of the whole run.
+            self._initial_global_step = 0
+            start_time -= self._sara_seconds
             self._sara_resumed_loss = None
         return super()._finalize_training(trial, num_train_samples, start_time)
 
@@ -449,17 +453,20 @@ class SaraTrainerMixin:
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
         results: Sequence[EvalResult] = (),
+        dataset_name: str | None = None,
     ) -> None:
         """
         Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
 
         Args:
+            dataset_name (`str`, *optional*): `dataset`, as TRL's trainers call it.
             results (`Sequence[EvalResult]`, *optional*):
                 Evaluation results. Left out, those of the last evaluation, where `dataset_tags` or `dataset` says on
                 what.
         """
         if not self.is_world_process_zero():
             return
+        dataset = dataset or dataset_name
         names = [dataset] if isinstance(dataset, str) else list(dataset or [])
         ids = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
         repo_id = self._hub_repo_id()

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from conftest import (
+    METHODS,
     attach_trained,
     base_state,
     logits,
@@ -196,7 +197,7 @@ def test_several_adapters_are_switched_on_their_own_and_add_up(family):
     model = make_model(family, dtype=torch.float64)
     base = base_state(model)
     output = logits(model)
-    one = SaraAdapter.attach(model, sara_arguments("sara", layers="1"), "one")
+    one = attach_trained(model, "sara", "one", layers="1")
     other = attach_trained(model, "mo_sara", "other", layers="1")
     module = model.get_submodule(one.sites[0].module)
     seen = []
@@ -231,6 +232,31 @@ def test_several_adapters_are_switched_on_their_own_and_add_up(family):
 def at_linear_after(model, seen):
     logits(model)
     return seen[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_adapters_that_were_trained_apart_are_loaded_side_by_side_under_names(family, tmp_path):
+    alone, tensors = {}, {}
+    for method in METHODS:
+        model = make_model(family)
+        adapter = attach_trained(model, method)
+        adapter.save_pretrained(tmp_path / method)
+        alone[method], tensors[method] = logits(model), adapter.state_dict()
+
+    model = make_model(family)
+    base = logits(model)
+    adapters = {method: SaraAdapter.load(model, tmp_path / method, name=method) for method in METHODS}
+    both = logits(model)
+    assert all(float((both - output).abs().max()) > 1e-3 for output in (base, *alone.values()))
+    for method, other in (("sara", "mo_sara"), ("mo_sara", "sara")):
+        with adapters[other].disabled():
+            assert torch.allclose(logits(model), alone[method], rtol=0, atol=1e-6)
+        assert torch.equal(logits(model), both)
+        # Saved from beside the other, each is itself alone.
+        adapters[method].save_pretrained(tmp_path / "again" / method)
+        again = SaraAdapter.load(make_model(family), tmp_path / "again" / method)
+        assert again.args.method == method
+        assert same_bits(again.state_dict(), tensors[method])
 
 
 def test_merges_of_several_adapters_are_undone_in_reverse():
