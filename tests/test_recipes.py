@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, make_tokenizer
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
 
 from hf_sara import SaraAdapter
-from hf_sara.tasks import e2e
+from hf_sara.tasks import e2e, recipe
+from hf_sara.tasks.bottleneck import load_bottleneck
 from hf_sara.tasks.demo_data import make_demo_data
+from hf_sara.tasks.methods import METHODS, PEFT_METHODS, MethodArguments
 from hf_sara.tasks.recipe import load_base
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -76,7 +80,8 @@ def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp
     metrics = load("run_e2e").main()
     assert metrics == json.loads((output / "metrics.json").read_text())
     assert {"bleu", "nist", "meteor", "rouge_l", "cider", "eval_loss", "train_loss"} <= set(metrics)
-    assert (metrics["threshold"], metrics["test_mrs"]) == (0.2, 3)
+    assert (metrics["method"], metrics["threshold"], metrics["test_mrs"]) == (method, 0.2, 3)
+    assert {"trained_parameters", "share", "adapter_bytes", "peak_memory_bytes", "train_seconds"} <= set(metrics)
     predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     references = json.loads((output / "references.json").read_text())
     assert [row["mr"] for row in predictions] == list(e2e.group_by_mr(e2e.load_e2e(data)["test"]))
@@ -96,6 +101,49 @@ def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp
     assert load("run_e2e").main(argv[1:]) == metrics
 
 
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("method", ["lora", "adalora", "prefix", "series_adapter", "full"])
+def test_e2e_runs_the_baselines_just_so(method, base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {"meteor": 0.1})
+    sizes = ["--lora_r", "2", "--vera_r", "4", "--num_virtual_tokens", "3", "--bottleneck_size", "4"]
+    argv = arguments(base, data, tmp_path / "run", "--method", method, "--learning_rate", "0.01", *sizes)
+    metrics = load("run_e2e").main(argv)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"bleu", "nist", "meteor", "eval_loss", "train_loss", "train_seconds"} <= set(metrics)
+    assert (metrics["method"], metrics["test_mrs"]) == (method, 3)
+    assert 0.0 < metrics["share"] <= 1.0
+    # AdaLoRA prunes.
+    assert metrics["adapter_bytes"] > 2 * metrics["trained_parameters"]
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    # What lies in the folder does on a fresh base what was decoded.
+    model, tokenizer = load_base(str(base))
+    if method in PEFT_METHODS:
+        model = PeftModel.from_pretrained(model, tmp_path / "run")
+    elif method == "full":
+        model = type(model).from_pretrained(tmp_path / "run")
+    else:
+        load_bottleneck(model, tmp_path / "run")
+    mrs = [row["mr"] for row in predictions]
+    again = e2e.generate_predictions(
+        model, tokenizer, mrs, tmp_path / "again.jsonl", batch_size=2, num_beams=3, max_new_tokens=6
+    )
+    assert again == [row["prediction"] for row in predictions]
+    assert load("run_e2e").main(argv) == metrics
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("method", ["sara", "prefix"])
+def test_e2e_can_leave_the_decoding_out(method, base, data, tmp_path, monkeypatch):
+    # Neither Java nor anything else of the scores is asked for.
+    monkeypatch.setattr("hf_sara.tasks.e2e_metrics.E2EMetrics", None)
+    metrics = load("run_e2e").main(arguments(base, data, tmp_path, "--method", method, "--max_test_mrs", "0"))
+    assert metrics["eval_loss"] > 0.0
+    assert metrics["test_mrs"] == 0
+    assert not {"bleu", "meteor"} & set(metrics)
+    assert not (tmp_path / "predictions.jsonl").exists()
+    assert (tmp_path / "README.md").is_file()
+
+
 def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, monkeypatch):
     run_e2e = load("run_e2e")
     monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
@@ -105,10 +153,10 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
         raise KeyboardInterrupt
 
     # First in the training, then in the decoding, then in the scoring.
-    save = e2e.E2ETrainer._save_checkpoint
+    save = Trainer._save_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(
-            e2e.E2ETrainer,
+            Trainer,
             "_save_checkpoint",
             lambda self, *args: crash() if self.state.global_step == 4 else save(self, *args),
         )
@@ -122,7 +170,11 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
     parts = run_e2e.main(arguments(base, data, tmp_path / "parts"))
     for name in ("sara_adapter.safetensors", "predictions.jsonl", "references.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert {**parts, "seconds": 0} == pytest.approx({**whole, "seconds": 0})
+    for differing in ("seconds", "train_seconds", "peak_memory_bytes"):
+        assert parts.pop(differing) > 0
+        assert whole.pop(differing) > 0
+    assert (parts.pop("method"), whole.pop("method")) == ("sara", "sara")
+    assert parts == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("base", ["gpt2"], indirect=True)
@@ -137,13 +189,8 @@ def test_e2e_with_other_settings_does_not_touch_a_run(base, data, tmp_path, monk
 
 
 def test_e2e_alone_is_the_run_of_the_paper():
-    from transformers import TrainingArguments
-
-    from hf_sara import SaraArguments
-    from hf_sara.tasks import recipe
-
     run_e2e = load("run_e2e")
-    kinds = [run_e2e.E2EArguments, SaraArguments, TrainingArguments]
+    kinds = [run_e2e.E2EArguments, MethodArguments, TrainingArguments]
     options, sara, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--threshold", "0.012"])
     assert options.model_name_or_path == "openai-community/gpt2-medium"
     assert options.data_dir is None
@@ -157,6 +204,13 @@ def test_e2e_alone_is_the_run_of_the_paper():
     assert (sara.method, sara.threshold, sara.num_heads, training.learning_rate) == ("mo_sara", 0.5, 3, 7e-2)
     _, sara, _ = recipe.parse_arguments(kinds, run_e2e.defaults, ["--parameter_budget", "0.1%"])
     assert (sara.threshold, sara.parameter_budget) == (None, "0.1%")
+    rates = {}
+    for method in METHODS:
+        _, chosen, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--method", method])
+        rates[method] = training.learning_rate
+        assert (chosen.method, chosen.dropout, training.seed) == (method, 0.0, 314)
+        assert training.output_dir == f"runs/e2e-gpt2-medium-{method}"
+    assert (rates["vera"], rates["prefix"], rates["series_adapter"]) == (1e-1, 3e-2, 3e-4)
 
 
 def test_an_error_of_the_user_is_one_line(tmp_path):

@@ -1,11 +1,17 @@
-"""A small restaurant data set in the E2E task's layout, made from word lists and sentence patterns of our own.
+"""Small data sets in the tasks' layouts, made from word lists and sentence patterns of our own.
 
-It lets the E2E recipe run offline in minutes. It is far easier than the real data: a few patterns make all sentences.
+They let the recipes run offline in minutes. They are far easier than the real data: a few patterns make all sentences.
 """
 
+import json
 import random
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+
+Record = dict[str, str]
+
+# ---- E2E ----
 
 NAMES = (
     "The Copper Kettle,Marlow House,Saffron Gate,The Old Ferry,Juniper and Rye,The Lantern,Bellweather,Harbour Lights"
@@ -126,3 +132,200 @@ def _article(word: str) -> str:
 
 def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{' , '.join(parts[:-1])} and {parts[-1]}"
+
+
+# ---- math and commonsense ----
+
+TRAINING_RECORDS = 600
+TEST_RECORDS = 40
+
+
+def make_math_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
+    """
+    Write math/train.json, 600 word problems of one step with small numbers, and 40 others of each form as
+    math/test/NAME.json: AddSub (add or take away), MultiArith (multiply) and AQuA (either, with a choice of answers).
+
+    Args:
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
+
+    Returns:
+        `Path`: The folder.
+    """
+    train, tests = _records({"AddSub": _add_or_take, "MultiArith": _multiply, "AQuA": _choose_number}, seed)
+    root = Path(folder, "math")
+    _write(root / "train.json", [record for records in train.values() for record in records])
+    for name, records in tests.items():
+        _write(root / "test" / f"{name}.json", records)
+    return Path(folder)
+
+
+def make_commonsense_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
+    """
+    Write commonsense/NAME/train.json and test.json, 200 and 40 questions about what things are good for, in the forms
+    of boolq (true or false), piqa (two solutions) and openbookqa (four answers).
+
+    Args:
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
+
+    Returns:
+        `Path`: The folder.
+    """
+    train, tests = _records({"boolq": _true_or_false, "piqa": _two_solutions, "openbookqa": _four_answers}, seed)
+    for name in train:
+        _write(Path(folder, "commonsense", name, "train.json"), train[name])
+        _write(Path(folder, "commonsense", name, "test.json"), tests[name])
+    return Path(folder)
+
+
+def _records(
+    forms: dict[str, Callable[[random.Random], Record]], seed: int
+) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
+    """Distinct questions of each form, for training and for testing."""
+    chance = random.Random(seed)
+    train, tests = {}, {}
+    size = TRAINING_RECORDS // len(forms)
+    for name, make in forms.items():
+        records: dict[str, Record] = {}
+        while len(records) < size + TEST_RECORDS:
+            record = make(chance)
+            records.setdefault(record["instruction"], record)
+        train[name], tests[name] = list(records.values())[:size], list(records.values())[size:]
+    return train, tests
+
+
+def _write(path: Path, records: list[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+# No name begins with one of the letters A to E: the first one in a response is what counts as AQuA's answer.
+PEOPLE = "Farid,Greta,Hugo,Ines,Jonas,Kira,Leo,Mona,Nils,Olga,Pavel,Rosa,Sami,Tilda,Umar,Vera,Wanda,Yusuf,Zoe"
+THINGS = "marbles,stickers,shells,postcards,pencils,tickets,lemons,buttons,stamps,walnuts,ribbons,tiles"
+HOLDERS = "jars,bags,trays,folders,tins,shelves,parcels"
+
+
+def _problem(question: str, steps: str, result: int) -> Record:
+    output = f"\nA: {steps} The answer is {result}."
+    return {"instruction": question, "input": "", "output": output, "answer": f"{result}.0"}
+
+
+def _add_or_take(chance: random.Random) -> Record:
+    who, things = chance.choice(PEOPLE.split(",")), chance.choice(THINGS.split(","))
+    first, second = chance.randint(2, 12), chance.randint(2, 12)
+    total = first + second
+    if chance.random() < 0.5:
+        return _problem(
+            f"{who} owns {first} {things} and gets {second} more. How many {things} does {who} own now?",
+            f"There were {first} {things}, and {second} more came. So there are {first} + {second} = {total}.",
+            total,
+        )
+    return _problem(
+        f"{who} owns {total} {things} and gives {second} of them away. How many {things} are left?",
+        f"There were {total} {things}, and {second} went away. So there are {total} - {second} = {first}.",
+        first,
+    )
+
+
+def _multiply(chance: random.Random) -> Record:
+    who, things = chance.choice(PEOPLE.split(",")), chance.choice(THINGS.split(","))
+    holders, count, each = chance.choice(HOLDERS.split(",")), chance.randint(2, 9), chance.randint(2, 9)
+    return _problem(
+        f"{who} fills {count} {holders} with {each} {things} each. How many {things} is that?",
+        f"There are {count} {holders} with {each} {things} each. So there are {count} * {each} = {count * each}.",
+        count * each,
+    )
+
+
+def _choose_number(chance: random.Random) -> Record:
+    problem = chance.choice([_add_or_take, _multiply])(chance)
+    result = int(float(problem["answer"]))
+    others = [number for number in range(max(0, result - 5), result + 6) if number != result]
+    choices = sorted([result, *chance.sample(others, 4)])
+    listed = " ".join(f"({letter}) {number}" for letter, number in zip("ABCDE", choices, strict=True))
+    letter = "ABCDE"[choices.index(result)]
+    steps = problem["output"].removeprefix("\nA: ").split(" The answer is ")[0]
+    return {
+        "instruction": f"{problem['instruction']} Answer Choices: {listed}",
+        "input": "",
+        "output": f"\nRationale: {steps} The answer is ({letter}).",
+        "answer": letter,
+    }
+
+
+# What one wants, and what helps. No thing helps with two of them.
+PURPOSES = {
+    "cut a sheet of paper": "scissors",
+    "dry wet hair": "a towel",
+    "eat soup": "a spoon",
+    "hammer in a nail": "a hammer",
+    "stay dry in the rain": "an umbrella",
+    "see in a dark cellar": "a torch",
+    "write a letter": "a pen",
+    "sweep the floor": "a broom",
+    "carry water": "a bucket",
+    "measure a table": "a tape measure",
+    "sew on a button": "a needle",
+    "open a locked door": "a key",
+    "light a candle": "a match",
+    "cross a river": "a boat",
+    "reach a high shelf": "a ladder",
+    "tie up a parcel": "a string",
+    "tell the time": "a clock",
+    "keep milk cool": "a fridge",
+    "boil water": "a kettle",
+    "rest your head": "a pillow",
+    "look at the stars": "a telescope",
+    "dig a hole": "a shovel",
+    "iron a shirt": "an iron",
+    "clean your teeth": "a toothbrush",
+}
+
+
+def _question(question: str, choices: list[str], answer: str) -> Record:
+    # The output has a line of its own, unlike the real data's. Right behind the prompt's spaces, its first word takes
+    # one of them into its token in training, but not in decoding: more than a few steps are needed to learn that.
+    return {
+        "instruction": f"{question}\n\nAnswer format: {'/'.join(choices)}",
+        "input": "",
+        "output": f"\nthe right answer is {answer}",
+        "answer": answer,
+    }
+
+
+def _purpose(chance: random.Random, others: int) -> tuple[str, str, list[str]]:
+    """A purpose, what helps, and things that do not."""
+    purpose, *wrong = chance.sample(list(PURPOSES), others + 1)
+    return purpose, PURPOSES[purpose], [PURPOSES[other] for other in wrong]
+
+
+def _true_or_false(chance: random.Random) -> Record:
+    purpose, right, (wrong,) = _purpose(chance, 1)
+    answer = chance.choice(["true", "false"])
+    thing = right if answer == "true" else wrong
+    who = chance.choice(PEOPLE.split(","))
+    question = f"True or false: {who}, who wants to {purpose}, should take {thing}."
+    return _question(question, ["true", "false"], answer)
+
+
+def _two_solutions(chance: random.Random) -> Record:
+    purpose, right, wrong = _purpose(chance, 1)
+    return _choice(chance, f"How do you {purpose}?", "solution", [right, *wrong], "\n\n", "Use {}.")
+
+
+def _four_answers(chance: random.Random) -> Record:
+    purpose, right, wrong = _purpose(chance, 3)
+    return _choice(chance, f"What do you need to {purpose}?", "answer", [right, *wrong], " ", "{}")
+
+
+def _choice(
+    chance: random.Random, question: str, word: str, things: list[str], separator: str, pattern: str
+) -> Record:
+    """A question with a choice, of which the first thing is right; the choices are shuffled."""
+    shown = chance.sample(things, len(things))
+    names = [f"{word}{number}" for number in range(1, len(things) + 1)]
+    listed = separator.join(
+        f"{name.capitalize()}: {pattern.format(thing)}" for name, thing in zip(names, shown, strict=True)
+    )
+    return _question(f"{question}\n\n{listed}", names, names[shown.index(things[0])])

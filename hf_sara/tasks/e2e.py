@@ -6,10 +6,7 @@ rules of its own that `generate` does not reproduce (when a beam is complete, wh
 """
 
 import inspect
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -17,12 +14,9 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import DataCollatorForSeq2Seq, DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
-from ..storage import write_file
 from ..trainer import SaraTrainer
-
-logger = logging.getLogger(__name__)
+from .predictions import decode_to_file, evaluating
 
 DATA_URL = "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e"
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -142,15 +136,20 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
-class E2ETrainer(SaraTrainer):
-    """[`SaraTrainer`] whose evaluation loss is the plain cross-entropy also where training smooths its labels."""
+class E2ETrainerMixin:
+    """Makes a Trainer's evaluation loss the plain cross-entropy also where training smooths its labels."""
 
     def prediction_step(self, *args, **kwargs):
-        smoother, self.label_smoother = self.label_smoother, None
+        smoothing = self.label_smoother, self.compute_loss_func
+        self.label_smoother = self.compute_loss_func = None
         try:
             return super().prediction_step(*args, **kwargs)
         finally:
-            self.label_smoother = smoother
+            self.label_smoother, self.compute_loss_func = smoothing
+
+
+class E2ETrainer(E2ETrainerMixin, SaraTrainer):
+    """[`SaraTrainer`] for this task."""
 
 
 # ---- decoding ----
@@ -175,7 +174,7 @@ def beam_search(
     result.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): A decoder-only language model.
+        model ([`~transformers.PreTrainedModel`]): A decoder-only language model, or PEFT's wrapper around one.
         prompts (`Sequence[Sequence[int]]`): Token ids, of any lengths.
         num_beams (`int`, *optional*, defaults to 10): Number of beams.
         length_penalty (`float`, *optional*, defaults to 0.8): Exponent of the length in a candidate's score.
@@ -194,29 +193,28 @@ def beam_search(
     """
     if not prompts:
         return []
-    _check_search(model, prompts, num_beams, no_repeat_ngram_size, max_new_tokens)
+    model, cache, prefix = _start(model, len(prompts))
+    _check_search(model, prompts, num_beams, no_repeat_ngram_size, max_new_tokens, prefix)
     device = model.device
     accepted = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    # transformers 5.24 renames the argument.
-    cache_name = "cache" if "cache" in accepted else "past_key_values"
     eos = torch.tensor(list(eos_token_ids), device=device)
     best: list[list[int]] = [[] for _ in prompts]
     # What follows has one entry or one group of rows per prompt that is still being searched.
     searched = list(range(len(prompts)))
     best_scores = torch.full((len(prompts),), -torch.inf, device=device)
     tokens, mask = _pad_left(prompts, device)
-    cache = DynamicCache(config=model.config)
+    mask = torch.nn.functional.pad(mask, (prefix, 0), value=1)
     running = history = None
 
-    with _evaluating(model):
+    with evaluating(model):
         for step in range(max_new_tokens):
             positions = {"position_ids": mask.cumsum(1).sub(1).clamp_min(0)[:, -tokens.shape[1] :]}
             output = model(
                 input_ids=tokens,
                 attention_mask=mask,
                 use_cache=True,
-                **{cache_name: cache},
+                **{cache_argument(model): cache},
                 **(positions if "position_ids" in accepted else {}),
                 **last_only,
             )
@@ -264,8 +262,32 @@ def beam_search(
     return best
 
 
+def _start(model: torch.nn.Module, rows: int) -> tuple[PreTrainedModel, DynamicCache, int]:
+    """
+    The model to call, its cache for so many rows, and the positions that are in the cache already. PEFT adapts the
+    model inside of its wrapper, and that one is called: with prefix tuning the wrapper would start a new cache with
+    its prefix at every step, so the prefix goes into the cache here.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model, DynamicCache(config=model.config), 0
+    base, config = model.get_base_model(), model.active_peft_config
+    if not config.is_prompt_learning:
+        return base, DynamicCache(config=base.config), 0
+    return base, model.get_prompt(rows), config.num_virtual_tokens
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls its cache; transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _check_search(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_beams: int, ngram_size: int, max_new_tokens: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_beams: int,
+    ngram_size: int,
+    max_new_tokens: int,
+    prefix: int,
 ) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; this beam search is for decoders.")
@@ -278,7 +300,7 @@ def _check_search(
         raise ValueError(f"max_new_tokens={max_new_tokens} has to be at least 1.")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("A prompt has no tokens.")
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    longest = prefix + max(len(prompt) for prompt in prompts) + max_new_tokens
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and longest > room:
         raise ValueError(f"The longest prompt and max_new_tokens={max_new_tokens} take {longest} of {room} positions.")
@@ -300,16 +322,6 @@ def _ban_repeated_ngrams(logits: torch.Tensor, history: torch.Tensor, size: int)
     last = history[:, history.shape[1] - size + 1 :]
     row, start = (grams[..., :-1] == last[:, None]).all(-1).nonzero(as_tuple=True)
     logits[row, grams[row, start, -1]] = -torch.inf
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -346,44 +358,16 @@ def generate_predictions(
     Returns:
         `list[str]`: The texts, in the order of `mrs`.
     """
-    path = Path(path)
-    done = _read_predictions(path)
-    # Written anew: the last line of an interrupted call may be cut off.
-    _write_predictions(path, done)
     prompts = encode_prompts(tokenizer, mrs)
-    # Prompts of like length share a batch. A batch is decoded as a whole or not at all, so that a resumed call pads
-    # like an uninterrupted one.
-    order = sorted(range(len(mrs)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with tqdm(total=len(mrs), desc="Decoding", unit="text") as progress, open(path, "a", encoding="utf-8") as file:
-        for batch in batches:
-            if not all(mrs[index] in done for index in batch):
-                outputs = beam_search(
-                    model, [prompts[index] for index in batch], eos_token_ids=eos_tokens(tokenizer), **search
-                )
-                for index, output in zip(batch, outputs, strict=True):
-                    done[mrs[index]] = decode_text(tokenizer, output)
-                    file.write(_prediction_line(mrs[index], done[mrs[index]]))
-                file.flush()
-            progress.update(len(batch))
-    _write_predictions(path, {mr: done[mr] for mr in mrs})
-    return [done[mr] for mr in mrs]
 
+    def decode(batch: list[int]) -> list[dict[str, str]]:
+        outputs = beam_search(
+            model, [prompts[index] for index in batch], eos_token_ids=eos_tokens(tokenizer), **search
+        )
+        return [
+            {"mr": mrs[index], "prediction": decode_text(tokenizer, output)}
+            for index, output in zip(batch, outputs, strict=True)
+        ]
 
-def _prediction_line(mr: str, prediction: str) -> str:
-    return json.dumps({"mr": mr, "prediction": prediction}, ensure_ascii=False) + "\n"
-
-
-def _read_predictions(path: Path) -> dict[str, str]:
-    done = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            done[row["mr"]] = row["prediction"]
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s has a damaged line; its text is decoded again.", path)
-    return done
-
-
-def _write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
-    write_file(path, "".join(_prediction_line(*item) for item in predictions.items()).encode())
+    rows = decode_to_file(path, "mr", mrs, [len(prompt) for prompt in prompts], decode, batch_size)
+    return [row["prediction"] for row in rows]

@@ -1,6 +1,9 @@
 import re
 
-from hf_sara.tasks.demo_data import SIZES, make_demo_data
+import pytest
+
+from hf_sara.tasks import commonsense, math
+from hf_sara.tasks.demo_data import SIZES, make_commonsense_demo_data, make_demo_data, make_math_demo_data
 from hf_sara.tasks.e2e import group_by_mr, load_e2e
 
 
@@ -30,3 +33,51 @@ def test_every_text_tells_the_facts(tmp_path):
             assert "  " not in text
             for key in ("food", "near"):
                 assert facts.get(key, "") in text
+
+
+# ---- math and commonsense ----
+
+
+@pytest.mark.parametrize("make", [make_math_demo_data, make_commonsense_demo_data])
+def test_the_same_seed_gives_the_same_questions(make, tmp_path):
+    one, same, other = (make(tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.json"))
+    assert len(files) in (4, 6)
+    for name in files:
+        assert (one / name).read_bytes() == (same / name).read_bytes() != (other / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "load"),
+    [
+        (make_math_demo_data, math, lambda folder: math.load_math(folder, ["AddSub", "MultiArith", "AQuA"])),
+        (
+            make_commonsense_demo_data,
+            commonsense,
+            lambda folder: commonsense.load_commonsense(folder, ["boolq", "piqa", "openbookqa"]),
+        ),
+    ],
+)
+def test_every_output_is_judged_right_and_no_test_question_is_trained_on(make, task, load, tmp_path):
+    data = load(make(tmp_path))
+    trained = set(data.pop("train")["instruction"])
+    assert len(trained) == 600
+    for name, part in data.items():
+        assert len(part) == len(set(part["instruction"])) == 40
+        assert not trained & set(part["instruction"])
+        # More than one answer occurs, and what stands in the question does not give it away.
+        assert len(set(part["answer"])) > 1
+        for row in part:
+            assert task.judge(name, row["output"].strip(), row["answer"])[1], row
+
+
+def test_the_problems_add_up(tmp_path):
+    data = math.load_math(make_math_demo_data(tmp_path), ["AddSub", "MultiArith", "AQuA"])
+    for part in data.values():
+        for row in part:
+            first, sign, second, result = re.search(r"(\d+) ([+*-]) (\d+) = (\d+)", row["output"]).groups()
+            assert {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](int(first), int(second)) == int(result)
+            if row["answer"] in set("ABCDE"):
+                assert f"({row['answer']}) {result}" in re.split(" (?=\\([B-E]\\))|: ", row["instruction"])
+            else:
+                assert float(row["answer"]) == int(result)

@@ -1,0 +1,205 @@
+"""Series and parallel bottleneck adapters, two baselines of the paper that PEFT does not have.
+
+An adapter is `up(tanh(down(dropout(x))))` with biases, as in LLM-Adapters. Like SARA's updates it is a child module of
+the linear it stands at, and hooks add it, so the model stays the `PreTrainedModel` that it was. (The library
+`adapters`, which has both, requires a transformers of the 4.57 series.)
+"""
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from ..arguments import SaraArguments
+from ..sites import Site, all_sites, find_sites
+from ..storage import AdapterError, check_tensors, write_file
+
+CONFIG_FILE = "bottleneck_config.json"
+TENSORS_FILE = "bottleneck_adapter.safetensors"
+
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo", "stablelm")
+# The linears where each kind stands if `target_modules` is left open.
+DEFAULT_TARGETS = {
+    "series_adapter": {
+        **dict.fromkeys(GATED, ("gate_proj", "up_proj", "down_proj")),
+        "gptj": ("fc_in", "fc_out"),
+        "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    },
+    "parallel_adapter": {
+        **dict.fromkeys((*GATED, "gptj"), ("q_proj", "k_proj", "v_proj")),
+        "gpt2": ("c_attn.q", "c_attn.k", "c_attn.v"),
+    },
+}
+
+
+class Bottleneck(nn.Module):
+    """
+    One adapter, which starts at zero: `up` does. Parameters: d_in size + size + size d_out + d_out, in float32.
+
+    Args:
+        site ([`Site`]): The weight matrix where it stands.
+        shape (`tuple[int, int]`): (d_in, d_out) of the adapter.
+        size (`int`): Width of the bottleneck.
+        dropout (`float`): Dropout on its input.
+        device (`torch.device`): Where the base weight is.
+    """
+
+    def __init__(self, site: Site, shape: tuple[int, int], size: int, dropout: float, device: torch.device):
+        super().__init__()
+        self.slice = site.slice
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(shape[0], size, device=device, dtype=torch.float32)
+        self.up = nn.Linear(size, shape[1], device=device, dtype=torch.float32)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """`base` plus the adapter of x, on the site's columns of `base`, in the dtype of `base`."""
+        update = self.up(torch.tanh(self.down(self.dropout(x.to(self.down.weight.dtype))))).to(base.dtype)
+        if self.slice is None:
+            return base + update
+        result = base.clone()
+        columns = self.slice.view(result)
+        columns += update.view(columns.shape)
+        return result
+
+
+def add_to_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: a series adapter in front of a linear."""
+    return (module.bottleneck["series"](args[0], args[0]), *args[1:])
+
+
+def add_to_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """Forward hook: a series adapter behind a linear."""
+    return module.bottleneck["series"](output, output)
+
+
+def add_beside(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """Forward hook: parallel adapters, which see a linear's input; several where it is fused."""
+    for adapter in module.bottleneck.values():
+        output = adapter(args[0], output)
+    return output
+
+
+def find_bottleneck_sites(
+    model: nn.Module, method: str, target_modules: list[str] | None = None, layers: str | None = None
+) -> list[Site]:
+    """
+    Where a bottleneck adapter stands.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        method (`str`): `"series_adapter"` or `"parallel_adapter"`.
+        target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. Left open: series at the linears of the
+            feed-forward block, parallel beside query, key and value.
+        layers (`str`, *optional*): As in [`SaraArguments`].
+
+    Returns:
+        `list[Site]`: At least one.
+
+    Raises:
+        `ValueError`: If nothing is chosen, nothing is known for the model's type, or a series adapter would stand at
+            one projection of a fused module.
+    """
+    if target_modules is None:
+        known = DEFAULT_TARGETS[method]
+        model_type = model.config.get_text_config().model_type
+        if model_type not in known:
+            raise ValueError(
+                f"No default target modules of method={method!r} are known for the model type {model_type!r}, only "
+                f"for {', '.join(known)}. Set target_modules."
+            )
+        target_modules = list(known[model_type])
+    sites = find_sites(model, SaraArguments(target_modules=target_modules, layers=layers))
+    fused = [site.name for site in sites if site.slice is not None]
+    if method == "series_adapter" and fused:
+        raise ValueError(f"A series adapter changes a linear's whole input or output; {fused[0]} is a part of one.")
+    return sites
+
+
+def attach_bottleneck(model: nn.Module, method: str, sites: Sequence[Site], size: int, dropout: float = 0.0) -> None:
+    """
+    Freeze the base and attach an adapter at each site.
+
+    A series adapter stands at the narrow side of its linear: on the feed-forward block's way in it changes the
+    linear's input, on the way out the linear's output. A parallel adapter leads from the linear's input to its output.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model, changed in place.
+        method (`str`): `"series_adapter"` or `"parallel_adapter"`.
+        sites (`Sequence[Site]`): See [`find_bottleneck_sites`].
+        size (`int`): Width of the bottleneck; the paper's is 256.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapters' input.
+    """
+    model.requires_grad_(False)
+    for site in sites:
+        module = model.get_submodule(site.module)
+        d_in, d_out = shape = site.shape
+        key, hook = site.label or "whole", add_beside
+        if method == "series_adapter":
+            key, shape = "series", (min(shape), min(shape))
+            hook = add_to_input if d_in <= d_out else add_to_output
+        adapter = Bottleneck(site, shape, size, dropout, module.weight.device).train(module.training)
+        if hasattr(module, "bottleneck"):
+            module.bottleneck[key] = adapter
+            continue
+        module.bottleneck = nn.ModuleDict({key: adapter})
+        if hook is add_to_input:
+            module.register_forward_pre_hook(hook)
+        else:
+            module.register_forward_hook(hook)
+    model.bottleneck_config = {
+        "method": method,
+        "bottleneck_size": size,
+        "dropout": dropout,
+        "sites": [site.name for site in sites],
+    }
+
+
+def save_bottleneck(model: nn.Module, folder: str | PathLike) -> None:
+    """
+    Write the model's bottleneck adapter: its config, and the trained tensors as safetensors.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): See [`attach_bottleneck`].
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if ".bottleneck." in name}
+    write_file(folder / CONFIG_FILE, (json.dumps(model.bottleneck_config, indent=2) + "\n").encode())
+    write_file(folder / TENSORS_FILE, safetensors_bytes(tensors))
+
+
+@torch.no_grad()
+def load_bottleneck(model: nn.Module, folder: str | PathLike) -> None:
+    """
+    Attach a saved bottleneck adapter to a base.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base that it was trained on, changed in place.
+        folder (`str` or `os.PathLike`): What [`save_bottleneck`] wrote.
+
+    Raises:
+        `FileNotFoundError`: If a file is missing.
+        [`~hf_sara.storage.AdapterError`]: If the model lacks a site, or a tensor is missing, unexpected, misshaped or
+            not finite.
+    """
+    config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(Path(folder, TENSORS_FILE))
+    offered = {site.name: site for site in all_sites(model)}
+    missing = [name for name in config["sites"] if name not in offered]
+    if missing:
+        raise AdapterError(f"The adapter in {folder} stands at {missing[0]!r}, which this model does not have.")
+    sites = [offered[name] for name in config["sites"]]
+    attach_bottleneck(model, config["method"], sites, config["bottleneck_size"], config["dropout"])
+    own = {name: p for name, p in model.named_parameters() if ".bottleneck." in name}
+    check_tensors(tensors, {name: tuple(p.shape) for name, p in own.items()})
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])

