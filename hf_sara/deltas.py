@@ -15,7 +15,6 @@ frozen linear, and change no result but for rounding:
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -76,7 +75,8 @@ class Delta(nn.Module):
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = k
-        self.dropout = args.dropout
+        # A module, since some trainers turn dropout off by going through a model's modules.
+        self.dropout = nn.Dropout(args.dropout)
         self.enabled = True
         self.trained_names = tuple(trained_shapes(args, site.shape, k))
         trained_dtype = torch.promote_types(dtype, torch.float32)
@@ -118,8 +118,8 @@ class Delta(nn.Module):
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
-        if self.dropout and self.training:
-            x, linear = F.dropout(x, self.dropout), None
+        if self.dropout.p and self.training:
+            x, linear = self.dropout(x), None
         if not torch.is_autocast_enabled(x.device.type):
             if linear is not None and (x.dtype != output.dtype or self.slice is not None):
                 linear = None
@@ -147,7 +147,7 @@ class Delta(nn.Module):
         return (U * S) @ Vh
 
     def extra_repr(self) -> str:
-        return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}, dropout={self.dropout}"
+        return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}"
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -188,11 +188,13 @@ def test_dpo_trains_the_adapter_against_its_base(trl, base_folder, tokenizer, tm
     trainer = SaraDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_folder),
         args=trl.DPOConfig(**trl_settings(tmp_path, logging_steps=1, save_strategy="no")),
-        sara_args=sara_arguments("mo_sara", dropout=0.0),
+        sara_args=sara_arguments("mo_sara", dropout=0.5),
         train_dataset=Dataset.from_dict(DATA["preference"]),
         processing_class=tokenizer,
     )
     assert SaraAdapter.of(trainer.ref_model) is None
+    # DPOConfig turns dropout off, ours with it.
+    assert {delta.dropout.p for _, delta in SaraAdapter.of(trainer.model).deltas()} == {0}
     trainer.train()
     first, *_, last = (row for row in trainer.state.log_history if "loss" in row)
     # Mo-SARA starts at its base, which is the reference.
