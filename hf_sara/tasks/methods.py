@@ -286,7 +286,7 @@ class BaselineTrainer(SaraTrainerMixin, Trainer):
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def _attach(self, model) -> None:
-        """The constructor has done it: PEFT's models are not changed in place."""
+        """The constructor has done it: PEFT puts a wrapper in the model's place."""
 
     def _check_gradients(self) -> None:
         """Asks our adapter for its tensors."""
