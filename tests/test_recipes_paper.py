@@ -127,11 +127,13 @@ def test_tables_are_listed_and_reported(run_paper, capsys):
     assert {path.name for path in Path("docs/results").iterdir()} == {"small.json", "small-figure.png"}
 
 
-def test_the_tables_of_the_paper_are_listed_as_a_user_does(tmp_path):
+def test_the_tables_of_the_paper_are_listed(capsys):
+    assert load("run_paper").main([]) == 0
+    assert "table3               Table 3: E2E, GPT-2 medium\n" in capsys.readouterr().out
+
+
+def test_an_error_of_the_user_is_one_line(tmp_path):
     command = [sys.executable, str(RECIPES / "run_paper.py")]
-    listed = subprocess.run(command, capture_output=True, text=True)
-    assert listed.returncode == 0
-    assert "table3               Table 3: E2E, GPT-2 medium" in listed.stdout
     wrong = subprocess.run([*command, "table3", "--nonsense", "1"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 1
     assert wrong.stderr.strip() == "run_paper: --nonsense 1: no option of run_paper or of the recipe run_e2e."
@@ -186,7 +188,8 @@ def test_a_run_is_scored_later_and_further_without_training_again(name, base, tm
         assert 0.0 <= metrics[scored] <= 1.0
         assert metrics["eval_loss"] == pytest.approx(tried["eval_loss"])
         assert metrics["train_loss"] == pytest.approx(tried["train_loss"])
-        assert metrics["train_seconds"] == tried["train_seconds"]
+        # As of the last checkpoint, which is written a moment before the end.
+        assert 0.0 < metrics["train_seconds"] <= tried["train_seconds"]
     files = [tmp_path / "run" / "predictions.jsonl", *(tmp_path / "run").glob("predictions/*.jsonl")]
     (file,) = (file for file in files if file.is_file())
     assert len(file.read_text().splitlines()) == 3

@@ -32,7 +32,7 @@ SMALL = {
 def write(folder, name="small", **changes) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
 
 
