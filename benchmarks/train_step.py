@@ -35,9 +35,9 @@ def main() -> None:
     data = e2e.load_e2e(options.data_dir or make_demo_data(tempfile.mkdtemp()))
     encoded = e2e.encode_dataset(data, tokenizer)["train"].shuffle(seed=0)
     collate = e2e.make_collator(tokenizer)
-    # Batches of like lengths, as training groups them.
+    # Batches of like lengths, as training groups them: few, from short to long, so that each comes often.
     sample = sorted(encoded.select(range(320)).remove_columns("length"), key=lambda row: len(row["input_ids"]))
-    batches = [collate(sample[start : start + 8]) for start in range(0, 320, 8)]
+    batches = [collate(sample[start : start + 8]) for start in range(16, 320, 64)]
 
     def lora(model):
         settings = {"r": 2, "lora_alpha": 4, "lora_dropout": options.dropout, "target_modules": ["q_proj", "v_proj"]}
@@ -60,9 +60,15 @@ def main() -> None:
         "lora": lora,
         "vera": vera,
     }
-    models = {"base": copy.deepcopy(base).requires_grad_(False)}
+
+    def sharing():
+        """The base again, with the same frozen weights: copies elsewhere in memory differ by percents in speed."""
+        return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+    base.requires_grad_(False)
+    models = {"base": sharing()}
     models["base"].enable_input_require_grads()
-    models.update((name, makers[name](copy.deepcopy(base))) for name in options.only)
+    models.update((name, makers[name](sharing())) for name in options.only)
     trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
 
     def step_of(model, rounds):
@@ -79,8 +85,9 @@ def main() -> None:
 
     # Every contender walks through the same batches, so that each round compares like with like.
     steps = {name: step_of(model.train(), itertools.cycle(batches)) for name, model in models.items()}
-    seconds = interleave(steps, options.rounds)
-    print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}))
+    # The warm-up, too, is a whole walk.
+    seconds = interleave(steps, options.rounds, warmup=len(batches))
+    print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}, len(batches)))
 
 
 if __name__ == "__main__":

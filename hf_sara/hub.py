@@ -269,8 +269,7 @@ def from_hub(
     Args:
         repo_id_or_folder (`str` or `os.PathLike`): Hub id or folder of the adapter.
         base_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*): A base to use instead of
-        the
-            recorded one.
+            the recorded one.
         revision (`str`, *optional*): Branch, tag or commit of the adapter.
         dtype (`torch.dtype` or `str`, *optional*): Defaults to the one that the adapter was trained on.
         device_map (`str` or `dict`, *optional*): Passed on to the base's `from_pretrained`.

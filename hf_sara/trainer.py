@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, HfApi
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import (
     HPSearchBackend,
     HubStrategy,
@@ -42,6 +42,19 @@ logger = logging.getLogger(__name__)
 RUNNING_LOSS_FILE = "running_loss.json"
 # What resuming needs besides the adapter.
 CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
+
+
+class EpochSeededSampler(LengthGroupedSampler):
+    """[`~transformers.trainer_pt_utils.LengthGroupedSampler`] with an order that follows from seed and epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class SaraTrainerMixin:
@@ -210,6 +223,15 @@ class SaraTrainerMixin:
         finally:
             if space is not None:
                 self.hp_space = space
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Trainer groups by length with the global random numbers, of which methods use up different ones, and
+            # which a run that is resumed in a later epoch does not have.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
 
     # ---- writing ----
 

@@ -123,6 +123,27 @@ def test_weight_decay_applies_to_every_trained_tensor(method, tmp_path):
 # ---- resuming ----
 
 
+def test_batches_grouped_by_length_are_the_same_in_a_run_resumed_in_a_later_epoch(tmp_path):
+    options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 4}
+    options |= {"max_steps": 14, "save_steps": 8}
+
+    def trainer_in(folder):
+        trainer = make_trainer(folder, "sara", model=make_model(), **options)
+        # What is grouped by; the rows can stay as they are.
+        lengths = [3 + index % 7 for index in range(24)]
+        trainer.train_dataset = dataset().remove_columns("length").add_column("length", lengths)
+        return trainer
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.train()
+    # Six batches make an epoch: step 8 is in the second one.
+    resumed = trainer_in(tmp_path / "resumed")
+    torch.rand(5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert same_bits(resumed.sara_adapter.state_dict(), whole.sara_adapter.state_dict())
+    assert log_of(resumed) == log_of(whole)
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(method, tmp_path):
     whole = make_trainer(tmp_path / "whole", method)
     result = whole.train()

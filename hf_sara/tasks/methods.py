@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import enable_full_determinism
 
 from .. import storage
@@ -221,33 +220,6 @@ def orthogonality(model: nn.Module) -> torch.Tensor:
 # ---- the trainers ----
 
 
-class SameBatchesMixin:
-    """
-    Makes a Trainer's batches follow from its seed and the epoch alone. Trainer groups by length with the global random
-    numbers, of which methods use up different ones, and which a run resumed in a later epoch does not have.
-    """
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
-        return sampler
-
-
-class EpochSeededSampler(LengthGroupedSampler):
-    """[`~transformers.trainer_pt_utils.LengthGroupedSampler`] with an order that follows from seed and epoch."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer before each epoch."""
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class BaselineTrainer(SaraTrainerMixin, Trainer):
     """
     [`~transformers.Trainer`] for the methods that are not this library's. Resuming exactly, and all else that has
@@ -406,7 +378,7 @@ def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trai
     else:
         kind = AdaLoraTrainer if method_args.method == "adalora" else BaselineTrainer
         own = {"method_args": method_args}
-    bases = (SameBatchesMixin, kind) if mixin is None else (mixin, SameBatchesMixin, kind)
+    bases = (kind,) if mixin is None else (mixin, kind)
     return type(kind.__name__, bases, {})(**own, **trainer_kwargs)
 
 
