@@ -35,7 +35,7 @@ def run_paper(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     (recipes / "paper").mkdir(parents=True)
     shutil.copy(FAKE, recipes)
-    (recipes / "paper" / "small.yaml").write_text(yaml.safe_dump(TABLE))
+    (recipes / "paper" / "small.yaml").write_text(yaml.safe_dump(TABLE, sort_keys=False))
     module = load("run_paper")
     monkeypatch.setattr(module, "RECIPES", recipes)
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_a_failed_row_is_named_and_the_exit_code_is_1(run_paper, tmp_path, caplo
     switch = tmp_path / "switch"
     switch.write_text("raise")
     table = {**TABLE, "rows": [{"name": "A", "options": {"breaks": str(switch)}}, TABLE["rows"][1]]}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(table))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
     shutil.copy("own.yaml", "recipes/paper/small.yaml")
     assert run_paper(["small"]) == 1
     assert "Failed: A: ValueError: it is broken" in caplog.text

@@ -14,6 +14,7 @@ import yaml
 @dataclass
 class Options:
     model_name_or_path: str = "none"
+    gguf_file: str | None = None
     data_dir: str | None = None
     learning_rate: float = 0.01
     seed: int = 0
