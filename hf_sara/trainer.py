@@ -186,6 +186,9 @@ class SaraTrainerMixin:
         if self.state.global_step >= self.state.max_steps:
             # A finished run that is resumed. Trainer looks for the end after a step only, and would train one more.
             self.control.should_training_stop = True
+            if self.state.global_step == self._initial_global_step:
+                # Nothing is trained, and the time of the training stays what it was.
+                self._sara_started = None
             return
         super()._run_epoch(*args, **kwargs)
 

@@ -118,25 +118,33 @@ def defaults(given: dict) -> dict:
     return chosen
 
 
+def arguments() -> tuple:
+    """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
+    from transformers import TrainingArguments
+
+    from hf_sara.tasks.methods import MethodArguments
+
+    return [E2EArguments, MethodArguments, TrainingArguments], defaults
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the recipe; returns what metrics.json holds."""
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
     from hf_sara.tasks import e2e, methods, recipe
     from hf_sara.tasks.demo_data import make_demo_data
     from hf_sara.tasks.e2e_metrics import E2EMetrics
     from hf_sara.trainer import last_complete_checkpoint
 
-    options, method_args, args = recipe.parse_arguments(
-        [E2EArguments, methods.MethodArguments, TrainingArguments], defaults, argv, description=__doc__
-    )
+    options, method_args, args = recipe.parse_arguments(*arguments(), argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log = logging.getLogger("hf_sara.run_e2e")
     folder = recipe.open_run(args, recipe=options, method=method_args)
     metrics_file = folder / "metrics.json"
-    if metrics_file.is_file():
-        log.warning("%s is complete; its metrics are there. Delete the file to score again.", metrics_file)
-        return json.loads(metrics_file.read_text(encoding="utf-8"))
+    asked = {"max_test_mrs": options.max_test_mrs}
+    finished = recipe.finished_metrics(metrics_file, asked)
+    if finished is not None:
+        return finished
     # What decoding needs is asked for now, not after hours of training.
     metric = None if options.max_test_mrs == 0 else E2EMetrics()
     started = time.monotonic()
@@ -198,6 +206,7 @@ def main(argv: list[str] | None = None) -> dict:
         "eval_loss": evaluation["eval_loss"],
         "train_loss": trained.training_loss,
         **report,
+        **asked,
         "test_mrs": len(groups),
         "seconds": time.monotonic() - started,
     }

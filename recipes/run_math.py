@@ -69,6 +69,13 @@ def make_task():
     )
 
 
+def arguments() -> tuple:
+    """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
+    from hf_sara.tasks import instruct_recipe
+
+    return instruct_recipe.arguments(make_task())
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what metrics.json holds."""
     from hf_sara.tasks.instruct_recipe import run

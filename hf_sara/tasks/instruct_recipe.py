@@ -1,5 +1,6 @@
 """The run that the math and the commonsense recipe share: fine-tune on instructions, answer test sets, count."""
 
+import functools
 import json
 import logging
 import time
@@ -166,6 +167,11 @@ def defaults(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def arguments(task: Task) -> tuple[list[type], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The dataclasses whose fields are a recipe's options, and what gives their defaults."""
+    return [InstructArguments, MethodArguments, TrainingArguments], functools.partial(defaults, task)
+
+
 def run(task: Task, argv: Sequence[str] | None = None, description: str | None = None) -> dict[str, Any]:
     """
     Run a recipe: parse, load, train, answer, count. Called again, it goes on where it stopped.
@@ -178,15 +184,14 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     Returns:
         `dict[str, Any]`: What metrics.json holds; empty on all processes but the first.
     """
-    options, method_args, args = recipe.parse_arguments(
-        [InstructArguments, MethodArguments, TrainingArguments], lambda given: defaults(task, given), argv, description
-    )
+    options, method_args, args = recipe.parse_arguments(*arguments(task), argv, description)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     folder = recipe.open_run(args, recipe=options, method=method_args)
     metrics_file = folder / "metrics.json"
-    if metrics_file.is_file():
-        logger.warning("%s is complete; its metrics are there. Delete the file to score again.", metrics_file)
-        return json.loads(metrics_file.read_text(encoding="utf-8"))
+    asked = {"max_test_samples": options.max_test_samples}
+    finished = recipe.finished_metrics(metrics_file, asked)
+    if finished is not None:
+        return finished
     started = time.monotonic()
 
     # ---- data and model ----
@@ -243,6 +248,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
         **scores,
         **losses,
         **report(trainer),
+        **asked,
         "train_records": len(train),
         "test_records": {name: len(part) for name, part in tests.items()},
         "seconds": time.monotonic() - started,

@@ -39,6 +39,9 @@ LOG_FILE = "run.log"
 HARMLESS = ("logging_", "save_", "report_to", "disable_tqdm", "run_name", "project", "trackio", "hub_", "push_to_hub")
 HARMLESS += ("output_dir", "log_level", "dataloader_", "per_device_eval", "eval_accumulation", "resume", "skip_memory")
 HARMLESS += ("local_rank", "do_", "torch_empty_cache", "enable_jit_checkpoint", "debug", "restore_callback")
+# Options of the recipes that say how much is decoded and scored. They are no part of what defines a run: it can be
+# scored further later, without training again.
+SCORING = ("max_test_",)
 
 
 class RecipeError(ValueError):
@@ -69,23 +72,39 @@ def parse_arguments(
     Raises:
         [`RecipeError`]: If the YAML file is missing, not a mapping, or names an unknown option.
     """
-    parser = HfArgumentParser(
-        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it.")
+    given, _ = given_options(dataclasses, argv)
     known = {field.name for dataclass in dataclasses for field in fields(dataclass) if field.init}
-    # First without any defaults, to see what was given.
-    silent = argparse.ArgumentParser(parents=[parser], add_help=False, conflict_handler="resolve")
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(silent.parse_known_args(argv)[0])
     from_file = _read_yaml(given["config"], known) if given.get("config") else {}
-    parser = HfArgumentParser(
-        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it.")
+    parser = _make_parser(dataclasses, description)
     parser.set_defaults(**{**defaults({**from_file, **given}), **from_file})
     return parser.parse_args_into_dataclasses(args=argv)[: len(dataclasses)]
+
+
+def given_options(dataclasses: Sequence[type], argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """
+    What stands on a command line, without any defaults.
+
+    Args:
+        dataclasses (`Sequence[type]`): Whose fields are the options.
+        argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
+
+    Returns:
+        `tuple[dict[str, Any], list[str]]`: The values of the options that are given, by name (`config` too), and the
+        arguments that belong to none.
+    """
+    parser = argparse.ArgumentParser(parents=[_make_parser(dataclasses)], add_help=False, conflict_handler="resolve")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given, unknown = parser.parse_known_args(argv)
+    return vars(given), unknown
+
+
+def _make_parser(dataclasses: Sequence[type], description: str | None = None) -> HfArgumentParser:
+    parser = HfArgumentParser(
+        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it.")
+    return parser
 
 
 def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
@@ -167,7 +186,8 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
 
     Args:
         training ([`~transformers.TrainingArguments`]): Its `output_dir` is the folder.
-        others: Dataclass instances by name, whose fields also define the run.
+        others: Dataclass instances by name, whose fields also define the run, but for those that say how much is
+            scored.
 
     Returns:
         `Path`: The folder. Its file run.log receives all that is logged from now on.
@@ -176,7 +196,10 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
         [`RecipeError`]: If the folder holds a run with other settings, naming them. Nothing is touched then.
     """
     folder = Path(training.output_dir)
-    settings = {name: asdict(instance) for name, instance in others.items()}
+    settings = {
+        name: {key: value for key, value in asdict(instance).items() if not key.startswith(SCORING)}
+        for name, instance in others.items()
+    }
     settings["training"] = {
         key: value for key, value in training.to_dict().items() if not key.startswith(HARMLESS) and key != "_n_gpu"
     }
@@ -200,6 +223,24 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
     if training.should_log:
         _log_to(folder / LOG_FILE)
     return folder
+
+
+def finished_metrics(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """
+    The metrics of a finished run, if they are of what is asked for.
+
+    Args:
+        path (`Path`): Its metrics.json.
+        asked (`Mapping[str, Any]`): How much is to be scored; the metrics hold the same entries.
+
+    Returns:
+        `dict[str, Any]`, *optional*: What the file holds; `None` if the run is not finished, or was scored otherwise.
+    """
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if metrics is None or any(metrics.get(name) != value for name, value in asked.items()):
+        return None
+    logger.warning("%s is complete; its metrics are there. Delete the file to score again.", path)
+    return metrics
 
 
 def _log_to(path: Path) -> None:

