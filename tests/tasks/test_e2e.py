@@ -323,6 +323,7 @@ def golden_gpt2(reference_data):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [7, 60])
 def test_the_search_equals_the_original_token_by_token(reference_data, golden_gpt2, batch_size):
     folder = reference_data / "golden"

@@ -57,7 +57,9 @@ def test_an_input_without_references_is_an_error(references):
         E2EMetrics().compute(predictions=["a", "b"], references=references)
 
 
-@pytest.mark.parametrize("name", ["example", "tgen", "ukp_seed1"])
+@pytest.mark.parametrize(
+    "name", ["example", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tgen", "ukp_seed1"))]
+)
 def test_the_scores_equal_the_official_script(reference_data, name):
     case = json.loads((reference_data / "e2e_metrics" / f"{name}.json").read_text())
     scores = E2EMetrics().compute(predictions=case["predictions"], references=case["references"])
