@@ -45,8 +45,8 @@ def table(
         reference (`str`): The contender to compare with.
         extra (`dict[str, str]`, *optional*): A remark per contender.
         cycle (`int`, *optional*): Rounds after which the same work comes again. Then one more column compares the
-            quickest times that each piece of work took: a neighbour on the machine only ever adds time, so that they
-            agree from run to run far better than medians do.
+            quickest times that each piece of work took, since a neighbour on the machine only ever adds time. It takes
+            many visits to each.
     """
     heads = ["contender", "median s", f"ratio to {reference} (median of rounds)", "middle half"]
     if cycle:
