@@ -261,12 +261,13 @@ def _draw_tries(sweep: Sweep, module: ModuleType, results: Mapping[str, Any], pa
             lines[Row(row["name"], row["group"]).label] = tuple(zip(*points, strict=True))
     if lines:
         figure = analysis.plot_lines(lines, "learning rate", "evaluation loss", title=results["title"], log_x=True)
-        from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+        from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-        # Learning rates are read by their powers of ten.
+        # Powers of ten, and more where the rates span hardly one: an axis needs more than one number.
+        rates = [rate for line in lines.values() for rate in line[0]]
         axis = figure.axes[0].xaxis
-        axis.set_major_locator(LogLocator())
-        axis.set_major_formatter(LogFormatterSciNotation())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(rates) < 100 * min(rates) else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         figure.savefig(path)
 
 
