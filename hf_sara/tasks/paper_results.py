@@ -263,7 +263,7 @@ def _draw_tries(sweep: Sweep, module: ModuleType, results: Mapping[str, Any], pa
         figure = analysis.plot_lines(lines, "learning rate", "evaluation loss", title=results["title"], log_x=True)
         from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-        # Powers of ten, and more where the rates span hardly one: an axis needs more than one number.
+        # Powers of ten, and more where the rates span less than two: an axis needs more than one number.
         rates = [rate for line in lines.values() for rate in line[0]]
         axis = figure.axes[0].xaxis
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(rates) < 100 * min(rates) else (1,)))
