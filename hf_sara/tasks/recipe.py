@@ -147,15 +147,15 @@ def load_base(
     if name == SMOLLM2:
         name, gguf_file = smollm2_file()
     source = {"gguf_file": gguf_file} if gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    # Read once and passed on: each reading of a GGUF file's header takes seconds.
+    config = AutoConfig.from_pretrained(name, **source)
+    tokenizer = AutoTokenizer.from_pretrained(name, config=config, **source)
     if without_dropout:
-        values = AutoConfig.from_pretrained(name, **source).to_dict()
-        rates = {
-            key for key, value in values.items() if isinstance(value, float) and re.search("dropout|_pdrop$", key)
-        }
-        kwargs = {**dict.fromkeys(rates, 0.0), **kwargs}
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and re.search("dropout|_pdrop$", key):
+                setattr(config, key, 0.0)
     model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **source, **kwargs
+        name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **source, **kwargs
     )
     if gguf_file:
         # The weights were dequantized while they were read; what is left of the quantizer would refuse training.
