@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_model, sara_arguments
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
 from hf_sara.planning import STEPS, count_base
+from hf_sara.sites import find_sites
 from hf_sara.spectrum import find_rank
 
 
@@ -98,3 +102,52 @@ def test_shared_parameters_are_counted_once():
     model = make_model("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
     assert plan(model, SaraArguments()).base_parameters == model.num_parameters()
+
+
+# ---- the paper's models ----
+
+LLAMA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+LLAMA_13B = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+GPT_J_6B = GPTJConfig()
+GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+
+
+def attach_at_rank(config, k, **arguments):
+    """A paper's model without values, and an adapter of rank k at all its sites."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        args = SaraArguments(**arguments)
+        sites = [replace(site, k=k) for site in find_sites(model, args)]
+        return SaraAdapter(model, args, sites, threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "sites", "d"),
+    [
+        (LLAMA_7B, 6_738_415_616, 64, 4096),
+        (LLAMA_13B, 13_015_864_320, 80, 5120),
+        (GPT_J_6B, 6_050_882_784, 56, 4096),
+        (GPT2_MEDIUM, 354_823_168, 48, 1024),
+    ],
+    ids=["llama-7b", "llama-13b", "gpt-j-6b", "gpt2-medium"],
+)
+def test_the_papers_models_have_the_counts_of_its_formulas(config, base, sites, d):
+    for arguments, k, trained in [
+        ({"method": "sara"}, 8, sites * 8 * (d + d + 1)),
+        ({"method": "mo_sara", "num_heads": 5}, 300, sites * (5 * 300 + 300 + 5 + d)),
+        ({"method": "mo_sara", "num_heads": 1}, 300, sites * (300 + d)),
+        ({"method": "mo_sara", "num_heads": 10, "v_position": "none"}, 300, sites * (10 * 300 + 300 + 10)),
+    ]:
+        adapter = attach_at_rank(config, k, **arguments)
+        parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+        assert sum(map(torch.numel, parameters)) == adapter.num_parameters() == trained
+        assert adapter.plan().base_parameters == base
+        assert adapter.plan().share == trained / (base + trained)
+
+
+def test_the_papers_shares_of_mo_sara():
+    # It prints no ranks. Of 4096 and of 1024, these are what half of the sum of singular values can well take.
+    llama = attach_at_rank(LLAMA_7B, 808, method="mo_sara", num_heads=5)
+    assert f"{100 * llama.plan().share:.2g}" == "0.0085"
+    gpt2 = attach_at_rank(GPT2_MEDIUM, 233, method="mo_sara", num_heads=3)
+    assert f"{gpt2.num_parameters() / 1e6:.3f}" == "0.094"
