@@ -387,6 +387,21 @@ def refuse_tied(model: nn.Module, sites: list[Site]) -> None:
             )
 
 
+def adapter_of(model_or_adapter: nn.Module | SaraAdapter) -> SaraAdapter:
+    """The adapter itself, or the only one that a model carries; a `ValueError` if it carries none or several."""
+    if isinstance(model_or_adapter, SaraAdapter):
+        return model_or_adapter
+    adapters = getattr(unwrap(model_or_adapter), "sara_adapters", {})
+    if not adapters:
+        raise ValueError(f"This {type(model_or_adapter).__name__} carries no SARA adapter. Attach or load one first.")
+    if len(adapters) > 1:
+        raise ValueError(
+            f"The model carries the adapters {', '.join(adapters)}. Pass the one that is meant: "
+            "SaraAdapter.of(model, name)."
+        )
+    return next(iter(adapters.values()))
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of `torch.compile`'s wrapper."""
     return getattr(model, "_orig_mod", model)

@@ -14,11 +14,12 @@ import torch
 import transformers
 from huggingface_hub import HfFileSystem
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import SaraArguments
-from .export import names_in_model
 from .planning import Plan, count_base, plan_sites
 from .sites import Site, find_sites
 from .storage import NETWORK_ERRORS, check_fields, hub_id
@@ -63,7 +64,7 @@ class Checkpoint:
         self._files = None if self.folder else HfFileSystem(token=token)
         try:
             config = AutoConfig.from_pretrained(name_or_folder, revision=revision or "main", token=token)
-            self.model = _empty_model(config)
+            self.model = empty_model(_architecture(config), config)
             entries = [entry for file in self._shards() for entry in self._entries(file)]
         except NETWORK_ERRORS as error:
             raise FileNotFoundError(f"The model {name_or_folder!r} cannot be read: {error}") from error
@@ -150,11 +151,37 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:
     return parsed
 
 
-def _empty_model(config: Any) -> nn.Module:
+# ---- models of which only the name or the configuration is known ----
+
+
+def model_class(name: Any) -> type[PreTrainedModel] | None:
+    """The model class of transformers of that name, or `None`. No code of a repository is run to find it."""
+    found = getattr(transformers, str(name), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel
+    return found if is_model else None
+
+
+def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    kinds = [kind for kind in map(model_class, config.architectures or []) if kind is not None]
+    if not kinds:
+        raise ValueError(f"The model's architecture {config.architectures} is not one of transformers.")
+    return kinds[0]
+
+
+def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model's modules on the meta device: names, kinds and shapes, no values."""
-    for name in config.architectures or []:
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            with torch.device("meta"):
-                return kind(config)
-    raise ValueError(f"The model's architecture {config.architectures} is not one of transformers.")
+    with torch.device("meta"):
+        return kind(config)
+
+
+def names_in_model(model: nn.Module, keys: list[str]) -> dict[str, str]:
+    """
+    The model's names of a checkpoint's tensors: transformers renames them as it loads them, and adds or removes the
+    prefix of the base model. Tensors that it also changes are left out.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    own = model.state_dict()
+    found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in keys}
+    return {key: name for key, (name, converted) in found.items() if converted is None}

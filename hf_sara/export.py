@@ -22,8 +22,6 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -33,7 +31,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.logging import tqdm
 
 from . import storage
-from .adapter import SaraAdapter, merged_weight, refuse_tied, unwrap
+from .adapter import SaraAdapter, adapter_of, merged_weight, refuse_tied
+from .checkpoint import empty_model, model_class, names_in_model
 from .deltas import DELTAS, refuse_heads
 from .sites import Site, linear_shape
 
@@ -105,7 +104,7 @@ def export_lora(
         `ValueError`: For Mo-SARA with more than one head (its update depends on the token), for a tensor that is not
             finite, and where it is open which adapter is meant. Nothing is written then.
     """
-    adapter = _find_adapter(model_or_adapter)
+    adapter = adapter_of(model_or_adapter)
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
     pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
@@ -127,16 +126,6 @@ def export_lora(
     report = ExportReport(ranks, errors, len(payload) + len(config))
     logger.info("Exported a LoRA: %s", report)
     return report
-
-
-def _find_adapter(model_or_adapter: nn.Module | SaraAdapter) -> SaraAdapter:
-    if isinstance(model_or_adapter, SaraAdapter):
-        return model_or_adapter
-    adapters = getattr(unwrap(model_or_adapter), "sara_adapters", {})
-    if len(adapters) != 1:
-        carried = f"the adapters {', '.join(adapters)}" if adapters else "no adapter"
-        raise ValueError(f"The model carries {carried}. Pass the adapter itself: SaraAdapter.of(model, name).")
-    return next(iter(adapters.values()))
 
 
 def _lora_pair(adapter: SaraAdapter, module_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,7 +251,7 @@ def merge(
         `ValueError`: Where [`SaraAdapter.merge`] has one, and for a model that carries several adapters.
         `FileExistsError`: If the folder holds weights already.
     """
-    adapter = _find_adapter(model_or_adapter)
+    adapter = adapter_of(model_or_adapter)
     model = adapter.model
     if len(model.sara_adapters) > 1:
         raise ValueError(
@@ -325,8 +314,8 @@ def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> nn.Module:
     """The base without values: what its modules are called, of what kind and shape they are, and what is tied."""
     if not base_folder.is_dir():
         raise FileNotFoundError(f"There is no base folder {str(base_folder)!r}. Download the base first.")
-    kind = getattr(transformers, str(saved.base.get("class")), None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    kind = model_class(saved.base.get("class"))
+    if kind is None:
         raise ValueError(
             f"The adapter was trained on a {saved.base.get('class')}, which is not a model class of transformers. "
             "Load the base yourself, and use SaraAdapter.load and merge."
@@ -337,8 +326,7 @@ def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> nn.Module:
             f"The adapter was trained on a model of type {saved.base.get('model_type')!r}, and {base_folder} holds "
             f"one of type {config.model_type!r}."
         )
-    with torch.device("meta"):
-        return kind(config)
+    return empty_model(kind, config)
 
 
 def _locate(base_folder: Path, model: nn.Module, sites: list[Site]) -> dict[str, dict[str, str]]:
@@ -357,19 +345,6 @@ def _locate(base_folder: Path, model: nn.Module, sites: list[Site]) -> dict[str,
             "that are put together then, load it and use SaraAdapter.load and merge."
         )
     return shards
-
-
-def names_in_model(model: nn.Module, keys: list[str]) -> dict[str, str]:
-    """
-    The model's names of a checkpoint's tensors: transformers renames them as it loads them, and adds or removes the
-    prefix of the base model. Tensors that it also changes are left out.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    own = model.state_dict()
-    found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in keys}
-    return {key: name for key, (name, converted) in found.items() if converted is None}
 
 
 def _shard_names(base_folder: Path) -> list[str]:

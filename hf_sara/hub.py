@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import export, model_card, storage
-from .adapter import SaraAdapter
+from .adapter import SaraAdapter, adapter_of
+from .checkpoint import model_class
 from .storage import AdapterError
 
 # A masked, readable stand-in for training_args.bin, which is a pickle that holds the Hub token in clear.
@@ -54,7 +54,7 @@ def push_to_hub(
 
     Args:
         model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]):
-            An adapter, or a model that carries one.
+            An adapter, or a model that carries exactly one.
         repo_id (`str`): Where to: `"user/name"`.
         commit_message (`str`, *optional*, defaults to `"Upload adapter"`): Message of the commit.
         private (`bool`, *optional*): Whether a new repository is private.
@@ -68,7 +68,7 @@ def push_to_hub(
 
     Raises:
         `OSError`: If the push failed. The adapter then lies in a folder that the message names, to be pushed later.
-        `ValueError`: If the model carries no adapter, or `repo_id` is not one.
+        `ValueError`: If the model carries no adapter or several, or `repo_id` is not one.
     """
     adapter = adapter_of(model_or_adapter)
     check_repo_id(repo_id)
@@ -223,16 +223,6 @@ def merge_cards(api: HfApi, folder: Path, repo_id: str, revision: str | None) ->
     storage.write_file(path, merged.encode())
 
 
-def adapter_of(model_or_adapter: PreTrainedModel | SaraAdapter) -> SaraAdapter:
-    """The adapter itself, or the one that a model carries."""
-    if isinstance(model_or_adapter, SaraAdapter):
-        return model_or_adapter
-    adapter = SaraAdapter.of(model_or_adapter)
-    if adapter is None:
-        raise ValueError(f"This {type(model_or_adapter).__name__} carries no SARA adapter. Attach or load one first.")
-    return adapter
-
-
 def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
@@ -294,7 +284,7 @@ def from_hub(
         model = base_model
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
-        kind = model_class(base, trust_remote_code)
+        kind = base_class(base["class"], trust_remote_code)
         try:
             model = kind.from_pretrained(
                 name,
@@ -343,14 +333,13 @@ def recorded_base(base: dict[str, Any], folder: Path) -> tuple[str, str | None]:
     return name, base["revision"]
 
 
-def model_class(base: dict[str, Any], trust_remote_code: bool) -> type:
+def base_class(name: str, trust_remote_code: bool) -> type:
     """The class of the base: one of transformers' own, or an Auto class where remote code may run."""
-    name = base["class"]
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
+    found = model_class(name)
+    if found is not None:
         return found
     if trust_remote_code:
-        return transformers.AutoModelForCausalLM
+        return AutoModelForCausalLM
     raise AdapterError(
         f"The adapter was trained on a model of the class {name!r}, which is not one of transformers. If you trust "
         "the code in its repository, say trust_remote_code=True; otherwise load the model yourself and give it as "

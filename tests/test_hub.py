@@ -325,6 +325,10 @@ def test_a_name_that_the_hub_does_not_accept_is_refused_before_anything_happens(
 def test_a_model_without_adapter_and_an_unknown_repository_are_clear_errors(server):
     with pytest.raises(ValueError, match="carries no SARA adapter"):
         push_to_hub(make_model(), REPO)
+    model = make_model()
+    attach_trained(model), attach_trained(model, name="other")
+    with pytest.raises(ValueError, match="carries the adapters default, other"):
+        push_to_hub(model, REPO)
     with pytest.raises(FileNotFoundError, match="alice/nothing"):
         from_hub("alice/nothing")
     with pytest.raises(FileNotFoundError, match="cannot be a Hub id"):
