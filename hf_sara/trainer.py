@@ -106,6 +106,10 @@ class SaraTrainerMixin:
         """The adapter that is trained."""
         return SaraAdapter.of(self.accelerator.unwrap_model(self.model))
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name."""
+        return self.sara_adapter.trained()
+
     def _attach(self, model: nn.Module) -> None:
         adapter = SaraAdapter.of(model)
         wanted = self.sara_args
@@ -178,7 +182,7 @@ class SaraTrainerMixin:
 
     def get_decay_parameter_names(self, model) -> list[str]:
         # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper.
-        trained = {id(p) for p in self.sara_adapter.trained().values()}
+        trained = {id(p) for p in self.trained().values()}
         names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
 
@@ -201,12 +205,9 @@ class SaraTrainerMixin:
         return loss
 
     def _check_gradients(self) -> None:
-        silent = [
-            name
-            for name, tensor in self.sara_adapter.trained().items()
-            if tensor.requires_grad and tensor.numel() and tensor.grad is None
-        ]
-        frozen = [name for name, tensor in self.sara_adapter.trained().items() if not tensor.requires_grad]
+        trained = self.trained()
+        silent = [n for n, t in trained.items() if t.requires_grad and t.numel() and t.grad is None]
+        frozen = [n for n, t in trained.items() if not t.requires_grad]
         if silent or frozen:
             names = silent or frozen
             raise RuntimeError(

@@ -260,13 +260,6 @@ class BaselineTrainer(SaraTrainerMixin, Trainer):
     def _attach(self, model) -> None:
         """The constructor has done it: PEFT puts a wrapper in the model's place."""
 
-    def _check_gradients(self) -> None:
-        """Asks our adapter for its tensors."""
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        # As for ours, weight decay applies to every trained tensor.
-        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what one would share. (Trainer's internal call writes a checkpoint's tensors.)"""
         if not self.args.should_save:
