@@ -198,8 +198,12 @@ class SaraAdapter:
         return {f"{s.name}.{name}": tensor for s, delta in self.deltas() for name, tensor in delta.trained().items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]."""
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.trained().items()}
+        """
+        Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]. Of a model that FSDP shards they
+        are whole, and every process has to call this.
+        """
+        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in self.trained().items()}
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -207,7 +211,13 @@ class SaraAdapter:
         own = self.trained()
         storage.check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            value = tensors[name].to(tensor.device)
+            if hasattr(tensor, "full_tensor"):
+                # A shard, see `state_dict`.
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
 
     def num_parameters(self) -> int:
         """Number of trained parameters."""

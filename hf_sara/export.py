@@ -181,7 +181,7 @@ def _lora_tensors(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dic
 def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | None) -> dict[str, Any]:
     model = adapter.model
     base = storage.describe_base(model)
-    task = _task_type(type(model).__name__)
+    task = _task_type(storage.class_of(model).__name__)
     # PEFT takes the first pattern that ends like the module's name: a longer name must come before its own end.
     patterns = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
     largest = max(ranks.values())
@@ -191,7 +191,7 @@ def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | N
         # Without a task this is what lets PEFT find the class of the base.
         "auto_mapping": None
         if task
-        else {"base_model_class": base["class"], "parent_library": type(model).__module__},
+        else {"base_model_class": base["class"], "parent_library": storage.class_of(model).__module__},
         "base_model_name_or_path": base_name or base["model_id"],
         "revision": None if base_name else base["revision"],
         "inference_mode": True,

@@ -136,7 +136,7 @@ def make_card(
     name, method_text, method_limit = METHODS[adapter.args.method]
     base = base_model or storage.describe_base(adapter.model)["model_id"]
     title = title or (repo_id or f"{name} adapter").rsplit("/", 1)[-1]
-    pipeline = pipeline_of(type(adapter.model).__name__)
+    pipeline = pipeline_of(storage.class_of(adapter.model).__name__)
     datasets = [*_listed(datasets), *(training.datasets if training else [])]
     data = ModelCardData(
         base_model=base,

@@ -349,16 +349,22 @@ def versions() -> dict[str, str]:
     return {**packages, "python": platform.python_version()}
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's class as its author wrote it: while FSDP2 shards a model, it has a subclass of its own making."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """What loading needs to know of the base model. Paths of the local machine are left out."""
     config = getattr(model, "config", None)
     model_id = hub_id(getattr(config, "_name_or_path", None))
     commit = getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None)
-    labels = getattr(config, "id2label", None) if "Classification" in type(model).__name__ else None
+    kind = class_of(model)
+    labels = getattr(config, "id2label", None) if "Classification" in kind.__name__ else None
     return {
         "model_id": model_id,
         "revision": commit if commit and re.fullmatch(COMMIT, commit) else None,
-        "class": type(model).__name__,
+        "class": kind.__name__,
         "model_type": getattr(config, "model_type", None),
         "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
         # Training aligns these with the tokenizer, and an adapter has no config.json to carry them.

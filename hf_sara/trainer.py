@@ -74,7 +74,7 @@ class SaraTrainerMixin:
     def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
         self.sara_args = sara_args
         self._sara_checked_gradients = False
-        self._sara_resumed_loss: dict[str, float] | None = None
+        self._sara_resumed_loss: dict[str, Any] | None = None
         self._sara_trial_overrides: dict[str, Any] = {}
         self._sara_input_gradients: nn.Module | None = None
         self._sara_started: float | None = None
@@ -251,15 +251,12 @@ class SaraTrainerMixin:
 
     def _gather_trained(self) -> dict[str, torch.Tensor]:
         """The trained tensors in full, whatever they are sharded by."""
-        trained = self.sara_adapter.trained()
-        if self.is_deepspeed_enabled:
-            import deepspeed
+        if not self.is_deepspeed_enabled:
+            return self.sara_adapter.state_dict()
+        import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(trained.values())):
-                return {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}
-        with _summon_fsdp1(self.model_wrapped):
-            full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in trained.items()}
-            return {name: tensor.detach().cpu().clone() for name, tensor in full.items()}
+        with deepspeed.zero.GatheredParameters(list(self.trained().values())):
+            return self.sara_adapter.state_dict()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # `state_dict` comes from `save_model` above, or is Trainer's own idea of one, which holds the base or nothing.
@@ -280,8 +277,12 @@ class SaraTrainerMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._save_running_loss(output_dir)
         if self.is_deepspeed_enabled:
+            # Comes with DeepSpeed alone.
+            from accelerate.utils import DeepSpeedSchedulerWrapper
+
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            self._save_scheduler(output_dir)
+            if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                self._save_scheduler(output_dir)
         elif self.is_fsdp_enabled:
             from accelerate.utils import save_fsdp_optimizer
 
@@ -292,9 +293,7 @@ class SaraTrainerMixin:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_scheduler(self, output_dir: str) -> None:
-        from transformers.integrations.deepspeed import DeepSpeedSchedulerWrapper
-
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     # ---- resuming ----
@@ -332,28 +331,21 @@ class SaraTrainerMixin:
                 "Use the SaraArguments of its training, or another output_dir."
             )
         tensors = saved.tensors
-        if self.is_fsdp_enabled:
-            self._scatter_trained(tensors)
-        elif self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(adapter.trained().values()), modifier_rank=0):
+            with deepspeed.zero.GatheredParameters(list(self.trained().values()), modifier_rank=0):
                 adapter.load_state_dict(tensors)
         else:
             adapter.load_state_dict(tensors)
 
-    @torch.no_grad()
-    def _scatter_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        with _summon_fsdp1(self.model_wrapped, writeback=True):
-            for name, tensor in self.sara_adapter.trained().items():
-                value = tensors[name].to(tensor.device)
-                if isinstance(tensor, DTensor):
-                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-                tensor.copy_(value)
-
     def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError("FSDP1 is not supported. Leave 'version' out of fsdp_config, or set it to 2.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # They take contiguous parameters only, and U lies in memory by columns.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.contiguous()
         # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks
         # for that with PEFT's class only.
         load = transformers_trainer.deepspeed_load_checkpoint
@@ -369,11 +361,12 @@ class SaraTrainerMixin:
     # that of an uninterrupted one, also where checkpoints fall between log lines.
 
     def _save_running_loss(self, output_dir: str) -> None:
-        loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        # Of each process: their mean would be rounded.
+        losses = nested_gather(self._tr_loss, self.args.parallel_mode).view(-1).tolist()
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             state = {
-                "since_last_log": loss,
+                "since_last_log": losses,
                 "logged": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
                 "seconds": self.training_seconds,
@@ -384,7 +377,9 @@ class SaraTrainerMixin:
         self._sara_seconds = 0.0
         if self._sara_resumed_loss is not None:
             self._sara_seconds = self._sara_resumed_loss["seconds"]
-            self._tr_loss = self._tr_loss + self._sara_resumed_loss["since_last_log"]
+            losses = self._sara_resumed_loss["since_last_log"]
+            same = len(losses) == self.args.world_size
+            self._tr_loss = self._tr_loss + (losses[self.args.process_index] if same else sum(losses) / len(losses))
             self._total_loss_scalar = self._sara_resumed_loss["logged"]
             self._globalstep_last_logged = self._sara_resumed_loss["last_logged_step"]
 
@@ -620,18 +615,6 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
-
-
-@contextmanager
-def _summon_fsdp1(model: nn.Module, writeback: bool = False):
-    """FSDP1 hides the parameters in flat shards; this brings them back for a moment. Does nothing for others."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=writeback):
-            yield
-    else:
-        yield
 
 
 def _tokenizer_state(processing_class: Any) -> tuple | None:

@@ -2,11 +2,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
 from hf_sara.trainer import RUNNING_LOSS_FILE, last_complete_checkpoint
 
 SCRIPT = Path(__file__).with_name("training.py")
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def run_script(*arguments, launcher=(sys.executable,), **environment) -> subprocess.CompletedProcess:
@@ -511,9 +514,8 @@ def test_a_trained_tensor_without_gradient_is_an_error_that_names_it(reason, tmp
 
 
 def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = json.dumps({"per_device_train_batch_size": 1, "dropout": 0.0})
-    run = run_script(str(tmp_path), "mo_sara", "0", arguments, launcher=launcher)
+    run = run_script(str(tmp_path), "mo_sara", "0", arguments, launcher=TWO_PROCESSES)
     assert run.returncode == 0, run.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert same_bits(*ranks)
@@ -522,3 +524,57 @@ def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_p
     single.train()
     for name, tensor in single.sara_adapter.state_dict().items():
         torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+FSDP = {
+    "per_device_train_batch_size": 1,
+    "dropout": 0.0,
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def run_sharded(folder: Path, method: str, **arguments) -> dict[str, torch.Tensor]:
+    run = run_script(str(folder), method, "0", json.dumps({**FSDP, **arguments}), launcher=TWO_PROCESSES)
+    assert run.returncode == 0, run.stderr
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    assert same_bits(*ranks)
+    # The class is the base's own, not FSDP's, so that others can load it.
+    assert json.loads((folder / CONFIG_FILE).read_text())["base"]["class"] == "LlamaForCausalLM"
+    assert same_bits(SaraAdapter.load(make_model(), folder).state_dict(), ranks[0])
+    return ranks[0]
+
+
+def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
+    found = run_sharded(tmp_path, "sara")
+    single = make_trainer(tmp_path / "single", "sara", dropout=0.0)
+    single.train()
+    for name, tensor in single.sara_adapter.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("sara", {}), ("sara", {"activation_checkpointing": True}), ("mo_sara", {"bf16": True})],
+    ids=str,
+)
+def test_fsdp_resumes_exactly_and_loads_the_best(method, changes, tmp_path):
+    changes = {**changes, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    whole = run_sharded(tmp_path / "whole", method, **changes)
+    state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert same_bits(SaraAdapter.load(make_model(), best).state_dict(), whole)
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
+    assert same_bits(run_sharded(parts, method, **changes, resume_from_checkpoint=True), whole)
+    log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
+    assert log[0] == log[1]
+
+
+def test_the_first_fsdp_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    with pytest.raises(ValueError, match="FSDP1 is not supported"):
+        trainer.train()

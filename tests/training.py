@@ -9,6 +9,7 @@ import signal
 import sys
 
 import torch
+from accelerate.state import DistributedType, PartialState
 from conftest import VOCABULARY, make_model, sara_arguments
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -53,6 +54,18 @@ def make_trainer(
     )
 
 
+def shard_on_cpu() -> None:
+    """Let FSDP run here: accelerate offers it on accelerators only, but torch's does as well on the CPU, with gloo."""
+    start = PartialState.__init__
+
+    def pose(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pose
+
+
 class At(TrainerCallback):
     """Do something at the end of a step."""
 
@@ -73,7 +86,10 @@ def log_of(trainer) -> list[dict[str, float]]:
 if __name__ == "__main__":
     folder, method, kill_at, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     resume = arguments.pop("resume_from_checkpoint", False)
+    if "fsdp" in arguments:
+        shard_on_cpu()
     trainer = make_trainer(folder, method, **arguments)
+    assert trainer.is_fsdp_enabled == ("fsdp" in arguments)
     if kill_at:
         trainer.add_callback(At(kill_at, lambda control: os.kill(os.getpid(), signal.SIGKILL)))
     trainer.train(resume_from_checkpoint=resume)
