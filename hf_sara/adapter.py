@@ -14,7 +14,7 @@ from torch import nn
 
 from . import storage
 from .arguments import SaraArguments
-from .deltas import DELTAS, Delta, is_plain
+from .deltas import DELTAS, Delta, frozen_shapes, is_plain, trained_shapes
 from .planning import Plan, count_base, plan, solve_threshold
 from .sites import Site, find_sites
 from .spectrum import Factors, find_factors, for_each
@@ -202,15 +202,21 @@ class SaraAdapter:
         Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]. Of a model that FSDP shards they
         are whole, and every process has to call this.
         """
-        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in self.trained().items()}
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in whole.items()}
+        return {name: _whole_copy(tensor) for name, tensor in self.trained().items()}
+
+    def frozen_factors(self) -> dict[str, torch.Tensor]:
+        """Copies of Mo-SARA's frozen factors, named `"<site>.U"` and `"<site>.Vh"`; the rest as of `state_dict`."""
+        return {
+            f"{site.name}.{name}": _whole_copy(getattr(delta, name))
+            for site, delta in self.deltas()
+            for name in frozen_shapes(self.args, site.shape, site.k)
+        }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put trained tensors in place. The names and shapes have to be exactly the adapter's own."""
-        own = self.trained()
-        storage.check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in own.items()})
-        for name, tensor in own.items():
+        storage.check_tensors(tensors, storage.shapes_at(trained_shapes, self.args, self.sites))
+        for name, tensor in self.trained().items():
             value = tensors[name].to(tensor.device)
             if hasattr(tensor, "full_tensor"):
                 # A shard, see `state_dict`.
@@ -368,6 +374,11 @@ class SaraAdapter:
             del self.model.sara_adapters, self.model.sara_adapter
             for name in self._unfrozen:
                 self.model.get_parameter(name).requires_grad_(True)
+
+
+def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().clone().contiguous()
 
 
 def merged_weight(site: Site, module: nn.Module, delta: Delta) -> torch.Tensor:

@@ -86,7 +86,8 @@ def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of:
 def count_base(model: nn.Module) -> int:
     """Parameters of the base model, without any attached update."""
     ours = {id(p) for module in model.modules() if isinstance(module, Delta) for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in ours)
+    # ZeRO stage 3 keeps the size of what it has spread over the processes.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in ours)
 
 
 def solve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:

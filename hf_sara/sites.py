@@ -116,6 +116,11 @@ class Site:
 def plain_weight(module: nn.Module, name: str) -> torch.Tensor:
     """The stored weight of a linear as a floating-point tensor: quantized ones are dequantized."""
     weight = module.weight.detach()
+    if hasattr(module.weight, "ds_id") and not weight.numel():
+        raise ValueError(
+            f"{name}: DeepSpeed has spread this weight over the processes while the model was loaded. Load the model, "
+            "and attach the adapter, before TrainingArguments with ZeRO stage 3 are made."
+        )
     if weight.is_meta:
         raise ValueError(f"{name}: the weight is on the meta device, it has no values yet. Load the model first.")
     quant_state = getattr(module.weight, "quant_state", None)

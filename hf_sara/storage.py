@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
@@ -48,6 +48,9 @@ from .spectrum import Factors, find_factors, for_each, sketch, sketches_agree, w
 
 if TYPE_CHECKING:
     from .adapter import SaraAdapter
+
+# Trained tensors and frozen factors by name.
+Contents = tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
 
 CONFIG_FILE = "sara_config.json"
 TENSORS_FILE = "sara_adapter.safetensors"
@@ -172,20 +175,18 @@ class SavedAdapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained tensors, named `"<site>.<tensor>"`."""
         file = self.folder / TENSORS_FILE
-        return _read_tensors(file, self._shapes(trained_shapes), {self.config["dtype"]}, self.config["tensors_sha256"])
+        return _read_tensors(
+            file,
+            shapes_at(trained_shapes, self.args, self.sites),
+            {self.config["dtype"]},
+            self.config["tensors_sha256"],
+        )
 
     def owns_tensors(self) -> bool:
         """Whether the tensors in the folder are those of this config, by their digest."""
         file = self.folder / TENSORS_FILE
-        limit = _most_bytes(self._shapes(trained_shapes), {self.config["dtype"]})
+        limit = _most_bytes(shapes_at(trained_shapes, self.args, self.sites), {self.config["dtype"]})
         return file.stat().st_size <= limit and _sha256(file) == self.config["tensors_sha256"]
-
-    def _shapes(self, shapes_of_site: Any) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{site.name}.{name}": shape
-            for site in self.sites
-            for name, shape in shapes_of_site(self.args, site.shape, site.k).items()
-        }
 
     def sites_on(self, model: nn.Module) -> list[Site]:
         """The sites, after checking that the model has each of them with the same shape and columns."""
@@ -217,7 +218,7 @@ class SavedAdapter:
         if self.args.method != "mo_sara":
             return {}
         if self.args.factors == "save":
-            shapes, digest = self._shapes(frozen_shapes), self.config["factors_sha256"]
+            shapes, digest = shapes_at(frozen_shapes, self.args, self.sites), self.config["factors_sha256"]
             tensors = _read_tensors(self.factors_file, shapes, set(SAFETENSORS_DTYPES), digest)
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
         found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
@@ -256,32 +257,33 @@ class SavedAdapter:
 # ---- writing ----
 
 
-def write(adapter: "SaraAdapter", folder: str | PathLike, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+def contents(adapter: "SaraAdapter") -> Contents:
+    """
+    What an adapter's files hold: copies of its trained tensors, and of its frozen factors if these are saved too.
+    Where tensors are sharded, every process has to call this.
+    """
+    return adapter.state_dict(), adapter.frozen_factors() if _saves_factors(adapter.args) else {}
+
+
+def write(adapter: "SaraAdapter", folder: str | PathLike, held: Contents | None = None) -> None:
     """
     Write an adapter's files.
 
     Args:
         adapter ([`SaraAdapter`]): The adapter.
         folder (`str` or `os.PathLike`): Made if it does not exist.
-        tensors (`Mapping[str, torch.Tensor]`, *optional*): The trained tensors, where they had to be gathered from
-            several devices; the adapter's own otherwise.
+        held (`tuple`, *optional*): Its [`contents`], where every process had to take part in getting them.
 
     Raises:
         [`AdapterError`]: If a tensor is missing, empty or not finite. Nothing is written then.
     """
-    tensors = adapter.state_dict() if tensors is None else dict(tensors)
-    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in adapter.trained().items()})
+    tensors, frozen = contents(adapter) if held is None else held
+    check_tensors(tensors, shapes_at(trained_shapes, adapter.args, adapter.sites))
+    check_tensors(frozen, shapes_at(frozen_shapes, adapter.args, adapter.sites) if frozen else {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     payload = safetensors_bytes(tensors, metadata={"format": "pt"})
-    factors = None
-    if _saves_factors(adapter.args):
-        frozen = {
-            f"{site.name}.{name}": getattr(delta, name).detach().cpu().contiguous()
-            for site, delta in adapter.deltas()
-            for name in ("U", "Vh")
-        }
-        factors = safetensors_bytes(frozen, metadata={"format": "pt"})
+    factors = safetensors_bytes(frozen, metadata={"format": "pt"}) if frozen else None
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     digests = {"tensors_sha256": hashlib.sha256(payload).hexdigest()}
     if factors is not None:
@@ -672,6 +674,17 @@ def _read_tensors(
         raise AdapterError(f"{path} is damaged: {error}.") from error
     check_tensors(tensors, shapes)
     return tensors
+
+
+def shapes_at(
+    shapes_of_site: Callable[..., dict[str, tuple[int, ...]]], args: SaraArguments, sites: Sequence[Site]
+) -> dict[str, tuple[int, ...]]:
+    """Names in a file and shapes of all sites' trained tensors (`trained_shapes`) or frozen ones (`frozen_shapes`)."""
+    return {
+        f"{site.name}.{name}": shape
+        for site in sites
+        for name, shape in shapes_of_site(args, site.shape, site.k).items()
+    }
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

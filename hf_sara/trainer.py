@@ -153,6 +153,9 @@ class SaraTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        # Not with the tensors, which DeepSpeed loads in its own way.
+        path = Path(resume_from_checkpoint or "", RUNNING_LOSS_FILE)
+        self._sara_resumed_loss = json.loads(path.read_text()) if resume_from_checkpoint and path.is_file() else None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -243,31 +246,31 @@ class SaraTrainerMixin:
         """Write the adapter, a few kilobytes, not the base. Called on every process; one of them writes."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Trainer's own way gathers the whole base, or nothing. Gathering is collective: every rank takes part.
-            self._save(output_dir, self._gather_trained())
+            self._write(output_dir, self._gather())
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
-    def _gather_trained(self) -> dict[str, torch.Tensor]:
-        """The trained tensors in full, whatever they are sharded by."""
+    def _gather(self) -> storage.Contents:
+        """What is to be written, in full, whatever it is sharded by."""
         if not self.is_deepspeed_enabled:
-            return self.sara_adapter.state_dict()
+            return storage.contents(self.sara_adapter)
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.trained().values())):
-            return self.sara_adapter.state_dict()
+        tensors = [tensor for _, delta in self.sara_adapter.deltas() for tensor in delta.parameters()]
+        with deepspeed.zero.GatheredParameters(tensors):
+            return storage.contents(self.sara_adapter)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # `state_dict` comes from `save_model` above, or is Trainer's own idea of one, which holds the base or nothing.
+        # `state_dict` is Trainer's own idea of one, which holds the base or nothing.
+        self._write(output_dir)
+
+    def _write(self, output_dir: str | None, held: storage.Contents | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        adapter = self.sara_adapter
-        tensors = None
-        if state_dict and set(state_dict) == set(adapter.trained()):
-            tensors = state_dict
-        storage.write(adapter, output_dir, tensors)
+        storage.write(self.sara_adapter, output_dir, held)
         if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every token by a placeholder.
@@ -300,8 +303,6 @@ class SaraTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_tensors(resume_from_checkpoint, "checkpoint")
-        path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
-        self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best adapter from %s", self.state.best_model_checkpoint)

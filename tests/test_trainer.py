@@ -514,7 +514,7 @@ def test_a_trained_tensor_without_gradient_is_an_error_that_names_it(reason, tmp
 
 
 def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_path):
-    arguments = json.dumps({"per_device_train_batch_size": 1, "dropout": 0.0})
+    arguments = json.dumps({"per_device_train_batch_size": 1, "sara_args": {"dropout": 0.0}})
     run = run_script(str(tmp_path), "mo_sara", "0", arguments, launcher=TWO_PROCESSES)
     assert run.returncode == 0, run.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
@@ -527,15 +527,20 @@ def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_p
 
 
 FSDP = {
-    "per_device_train_batch_size": 1,
-    "dropout": 0.0,
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
 
 
-def run_sharded(folder: Path, method: str, **arguments) -> dict[str, torch.Tensor]:
-    run = run_script(str(folder), method, "0", json.dumps({**FSDP, **arguments}), launcher=TWO_PROCESSES)
+def zero(stage: int) -> dict:
+    sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, **sizes}}
+
+
+def run_sharded(folder: Path, method: str, sara_args=None, **arguments) -> dict[str, torch.Tensor]:
+    """Train on two processes with one example each; returns the trained tensors."""
+    arguments |= {"per_device_train_batch_size": 1, "sara_args": {"dropout": 0.0, **(sara_args or {})}}
+    run = run_script(str(folder), method, "0", json.dumps(arguments), launcher=TWO_PROCESSES, DS_ACCELERATOR="cpu")
     assert run.returncode == 0, run.stderr
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     assert same_bits(*ranks)
@@ -546,7 +551,7 @@ def run_sharded(folder: Path, method: str, **arguments) -> dict[str, torch.Tenso
 
 
 def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
-    found = run_sharded(tmp_path, "sara")
+    found = run_sharded(tmp_path, "sara", **FSDP)
     single = make_trainer(tmp_path / "single", "sara", dropout=0.0)
     single.train()
     for name, tensor in single.sara_adapter.state_dict().items():
@@ -560,7 +565,7 @@ def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
     ids=str,
 )
 def test_fsdp_resumes_exactly_and_loads_the_best(method, changes, tmp_path):
-    changes = {**changes, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    changes = {**FSDP, **changes, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     whole = run_sharded(tmp_path / "whole", method, **changes)
     state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
@@ -568,6 +573,24 @@ def test_fsdp_resumes_exactly_and_loads_the_best(method, changes, tmp_path):
     parts = tmp_path / "parts"
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
     assert same_bits(run_sharded(parts, method, **changes, resume_from_checkpoint=True), whole)
+    log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
+    assert log[0] == log[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "stage"), [("sara", 2), ("sara", 3), ("mo_sara", 3)])
+def test_deepspeed_ends_with_the_same_adapter_and_resumes_exactly(method, stage, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs: pip install deepspeed")
+    factors = {"factors": "save"} if method == "mo_sara" else {}
+    whole = run_sharded(tmp_path / "whole", method, factors, **zero(stage))
+    single = make_trainer(tmp_path / "single", method, dropout=0.0)
+    single.train()
+    for name, tensor in single.sara_adapter.state_dict().items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-4)
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
+    again = run_sharded(parts, method, factors, **zero(stage), resume_from_checkpoint=True)
+    assert same_bits(again, whole)
     log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
     assert log[0] == log[1]
 

@@ -88,13 +88,15 @@ if __name__ == "__main__":
     resume = arguments.pop("resume_from_checkpoint", False)
     if "fsdp" in arguments:
         shard_on_cpu()
-    trainer = make_trainer(folder, method, **arguments)
+    sara_args = sara_arguments(method, **arguments.pop("sara_args", {"dropout": 0.1}))
+    trainer = make_trainer(folder, sara_args=sara_args, **arguments)
     assert trainer.is_fsdp_enabled == ("fsdp" in arguments)
+    assert trainer.is_deepspeed_enabled == ("deepspeed" in arguments)
     if kill_at:
         trainer.add_callback(At(kill_at, lambda control: os.kill(os.getpid(), signal.SIGKILL)))
     trainer.train(resume_from_checkpoint=resume)
     rank = trainer.args.process_index
     trainer.save_model()
-    torch.save(trainer.sara_adapter.state_dict(), os.path.join(folder, f"rank{rank}.pt"))
+    torch.save(trainer._gather()[0], os.path.join(folder, f"rank{rank}.pt"))
     with open(os.path.join(folder, f"log{rank}.json"), "w") as file:
         json.dump(log_of(trainer), file)
