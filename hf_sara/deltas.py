@@ -9,15 +9,13 @@ frozen linear, and change no result but for rounding:
 
 - SARA's update brings the linear's gradient along (`_LinearWithUpdate`): both are written in one pass.
 - Mo-SARA reads z from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the leading part of
-  W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x. So the update
-  is a function of the output alone (`_MixedOutput`), whose gradient, too, is written in one pass.
+  W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
 """
 
 import math
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .arguments import SaraArguments
@@ -175,7 +173,8 @@ class SaraDelta(Delta):
         # U as (k, d_in), which is contiguous.
         Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
         S = self.S.to(dtype) if "S" in self.trained_names else None
-        if linear is not None and _records_gradients():
+        # torch.compile does better with plain operations.
+        if linear is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _LinearWithUpdate.apply(x, output.detach(), linear.weight, Ut, S, Vh)
         h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
         return _add_product(output, h if S is None else h * S, Vh, self.slice)
@@ -242,10 +241,6 @@ class MoSaraDelta(Delta):
         Vh, S = self.Vh.to(dtype), self.S.to(dtype)
         # FSDP may have cast the weight and the factors for this call, each on its own.
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
-            if self.num_heads > 1 and self.v_position == "back" and _records_gradients():
-                # 1 / sigma goes to what z is multiplied by, which is smaller.
-                gate = self.inverse_sigma[:, None] * (self.gate_down @ self.gate_up).to(dtype)
-                return _MixedOutput.apply(output.detach(), output, Vh, self.inverse_sigma * S, gate, self.v.to(dtype))
             z = F.linear(output.reshape(-1, output.shape[-1]), Vh) * self.inverse_sigma
         else:
             if self.v_position == "front":
@@ -320,11 +315,6 @@ def _add_product(
     return output + update.view(output.shape) if part is None else _AddToColumns.apply(output, update, part)
 
 
-def _records_gradients() -> bool:
-    """Whether short cuts with gradients of their own are of use: torch.compile does better with plain operations."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 class _LinearWithUpdate(torch.autograd.Function):
     """
     The output of a frozen linear, which is given and overwritten, plus `x U diag(S) Vh`; the gradient of x is both the
@@ -351,39 +341,6 @@ class _LinearWithUpdate(torch.autograd.Function):
         grad_S = None if S is None else (grad_scaled * h).sum(0)
         grad_x = (grad @ weight).addmm_(grad_h, Ut).view(x.shape) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad
-
-
-class _MixedOutput(torch.autograd.Function):
-    """
-    Mo-SARA's update as a function of the linear's output y: `y + ((z * (g S)) Vh) * v` with `z = y Vh^T` and
-    `g = softmax(z gate)`, where 1 / sigma is part of S and of gate. `output` is y without its history, and is
-    overwritten; `y` receives the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, output, y, Vh, S, gate, v):
-        rows = output.view(-1, output.shape[-1])
-        z = F.linear(rows, Vh)
-        g = torch.softmax(z @ gate, dim=-1)
-        update = (z * (g @ S)) @ Vh
-        ctx.save_for_backward(Vh, S, gate, v, z, g, update)
-        ctx.mark_dirty(output)
-        rows.addcmul_(update, v)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        Vh, S, gate, v, z, g, update = ctx.saved_tensors
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_v = (grad * update).sum(0)
-        grad_scaled = F.linear(grad, Vh * v)
-        grad_mixed = grad_scaled * z
-        weighted = g * F.linear(grad_mixed, S)
-        grad_logits = torch.addcmul(weighted, g, weighted.sum(-1, keepdim=True), value=-1)
-        grad_z = grad_scaled.mul_(g @ S).addmm_(grad_logits, gate.t())
-        grad_y = torch.addmm(grad, grad_z, Vh).view(grad_output.shape)
-        return None, grad_y, None, g.t() @ grad_mixed, z.t() @ grad_logits, grad_v
 
 
 class _AddToColumns(torch.autograd.Function):
