@@ -34,36 +34,14 @@ def interleave(contenders: dict[str, Callable[[], None]], rounds: int, warmup: i
     return seconds
 
 
-def table(
-    seconds: dict[str, list[float]], reference: str, extra: dict[str, str] | None = None, cycle: int | None = None
-) -> str:
-    """
-    A Markdown table: median seconds, and the median of the ratios to the reference within each round.
-
-    Args:
-        seconds (`dict[str, list[float]]`): What [`interleave`] returned.
-        reference (`str`): The contender to compare with.
-        extra (`dict[str, str]`, *optional*): A remark per contender.
-        cycle (`int`, *optional*): Rounds after which the same work comes again. Then one more column compares the
-            quickest times that each piece of work took, since a neighbour on the machine only ever adds time. It takes
-            many visits to each.
-    """
-    heads = ["contender", "median s", f"ratio to {reference} (median of rounds)", "middle half"]
-    if cycle:
-        quickest = {name: sum(min(times[start::cycle]) for start in range(cycle)) for name, times in seconds.items()}
-        heads.append("ratio of the quickest")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+def table(seconds: dict[str, list[float]], reference: str, extra: dict[str, str] | None = None) -> str:
+    """A Markdown table: median seconds, and the median of the ratios to the reference within each round."""
+    lines = [f"| contender | median s | ratio to {reference} (median of rounds) | middle half |", "|---|---|---|---|"]
     for name, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds[reference], strict=True))
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         label = name + (f" ({extra[name]})" if extra and name in extra else "")
-        cells = [
-            label,
-            f"{statistics.median(times):.4f}",
-            f"{statistics.median(ratios):.4f}",
-            f"{low:.3f} to {high:.3f}",
-        ]
-        if cycle:
-            cells.append(f"{quickest[name] / quickest[reference]:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {label} | {statistics.median(times):.4f} | {statistics.median(ratios):.4f} | {low:.3f} to {high:.3f} |"
+        )
     return "\n".join(lines)

@@ -87,7 +87,7 @@ def main() -> None:
     steps = {name: step_of(model.train(), itertools.cycle(batches)) for name, model in models.items()}
     # The warm-up, too, is a whole walk.
     seconds = interleave(steps, options.rounds, warmup=len(batches))
-    print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}, len(batches)))
+    print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}))
 
 
 if __name__ == "__main__":

@@ -175,12 +175,8 @@ class SavedAdapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The trained tensors, named `"<site>.<tensor>"`."""
         file = self.folder / TENSORS_FILE
-        return _read_tensors(
-            file,
-            shapes_at(trained_shapes, self.args, self.sites),
-            {self.config["dtype"]},
-            self.config["tensors_sha256"],
-        )
+        shapes = shapes_at(trained_shapes, self.args, self.sites)
+        return _read_tensors(file, shapes, {self.config["dtype"]}, self.config["tensors_sha256"])
 
     def owns_tensors(self) -> bool:
         """Whether the tensors in the folder are those of this config, by their digest."""
@@ -279,7 +275,8 @@ def write(adapter: "SaraAdapter", folder: str | PathLike, held: Contents | None 
     """
     tensors, frozen = contents(adapter) if held is None else held
     check_tensors(tensors, shapes_at(trained_shapes, adapter.args, adapter.sites))
-    check_tensors(frozen, shapes_at(frozen_shapes, adapter.args, adapter.sites) if frozen else {})
+    saved = _saves_factors(adapter.args)
+    check_tensors(frozen, shapes_at(frozen_shapes, adapter.args, adapter.sites) if saved else {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     payload = safetensors_bytes(tensors, metadata={"format": "pt"})

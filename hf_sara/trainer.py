@@ -153,9 +153,11 @@ class SaraTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
-        # Not with the tensors, which DeepSpeed loads in its own way.
-        path = Path(resume_from_checkpoint or "", RUNNING_LOSS_FILE)
-        self._sara_resumed_loss = json.loads(path.read_text()) if resume_from_checkpoint and path.is_file() else None
+        self._sara_resumed_loss = None
+        if resume_from_checkpoint:
+            # Not with the tensors, which DeepSpeed loads in its own way.
+            path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
+            self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -326,7 +326,8 @@ def test_a_model_without_adapter_and_an_unknown_repository_are_clear_errors(serv
     with pytest.raises(ValueError, match="carries no SARA adapter"):
         push_to_hub(make_model(), REPO)
     model = make_model()
-    attach_trained(model), attach_trained(model, name="other")
+    attach_trained(model)
+    attach_trained(model, name="other")
     with pytest.raises(ValueError, match="carries the adapters default, other"):
         push_to_hub(model, REPO)
     with pytest.raises(FileNotFoundError, match="alice/nothing"):

@@ -520,10 +520,14 @@ def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_p
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert same_bits(*ranks)
     assert same_bits(SaraAdapter.load(make_model(), tmp_path).state_dict(), ranks[0])
-    single = make_trainer(tmp_path / "single", "mo_sara", dropout=0.0)
+    check_is_what_one_process_trains(ranks[0], "mo_sara", tmp_path / "single")
+
+
+def check_is_what_one_process_trains(found: dict[str, torch.Tensor], method: str, folder: Path) -> None:
+    single = make_trainer(folder, method, dropout=0.0)
     single.train()
     for name, tensor in single.sara_adapter.state_dict().items():
-        torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 FSDP = {
@@ -550,12 +554,18 @@ def run_sharded(folder: Path, method: str, sara_args=None, **arguments) -> dict[
     return ranks[0]
 
 
+def check_resuming(tmp_path: Path, whole: dict[str, torch.Tensor], method: str, **arguments) -> None:
+    """Go on from step 4 of the run in the folder `whole`: the bits and the log are the same in the end."""
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
+    assert same_bits(run_sharded(parts, method, **arguments, resume_from_checkpoint=True), whole)
+    log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
+    assert log[0] == log[1]
+
+
 def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
     found = run_sharded(tmp_path, "sara", **FSDP)
-    single = make_trainer(tmp_path / "single", "sara", dropout=0.0)
-    single.train()
-    for name, tensor in single.sara_adapter.state_dict().items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    check_is_what_one_process_trains(found, "sara", tmp_path / "single")
 
 
 @pytest.mark.slow
@@ -570,11 +580,7 @@ def test_fsdp_resumes_exactly_and_loads_the_best(method, changes, tmp_path):
     state = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
     assert same_bits(SaraAdapter.load(make_model(), best).state_dict(), whole)
-    parts = tmp_path / "parts"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
-    assert same_bits(run_sharded(parts, method, **changes, resume_from_checkpoint=True), whole)
-    log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
-    assert log[0] == log[1]
+    check_resuming(tmp_path, whole, method, **changes)
 
 
 @pytest.mark.slow
@@ -583,16 +589,8 @@ def test_deepspeed_ends_with_the_same_adapter_and_resumes_exactly(method, stage,
     pytest.importorskip("deepspeed", reason="needs: pip install deepspeed")
     factors = {"factors": "save"} if method == "mo_sara" else {}
     whole = run_sharded(tmp_path / "whole", method, factors, **zero(stage))
-    single = make_trainer(tmp_path / "single", method, dropout=0.0)
-    single.train()
-    for name, tensor in single.sara_adapter.state_dict().items():
-        torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-4)
-    parts = tmp_path / "parts"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", parts / "checkpoint-4")
-    again = run_sharded(parts, method, factors, **zero(stage), resume_from_checkpoint=True)
-    assert same_bits(again, whole)
-    log = [json.loads((tmp_path / part / "log0.json").read_text()) for part in ("whole", "parts")]
-    assert log[0] == log[1]
+    check_is_what_one_process_trains(whole, method, tmp_path / "single")
+    check_resuming(tmp_path, whole, method, sara_args=factors, **zero(stage))
 
 
 def test_the_first_fsdp_is_refused(tmp_path):
