@@ -221,7 +221,16 @@ def hardware() -> str:
     """What this machine computes with."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {os.cpu_count()} CPU cores ({_processor()})"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def plot_ranks(adapter: "SaraAdapter", path: Path) -> bool:

@@ -12,10 +12,12 @@ over the file's, and some rows can be chosen:
 
 Runs are processes of their own, in folders of their own: what fails leaves the others. The same command again goes on
 where it stopped, and runs what failed once more. --time_limit stops beginning new runs after so many minutes. The
-folder runs/paper/TABLE receives results.json, table.md and the figures. For the project's own page of results:
+folder runs/paper/TABLE receives results.json, table.md and the figures. For the project's own page of results, and to
+go on from there on another machine, where its runs count as done:
 
     python recipes/run_paper.py smollm2_e2e --data_dir data/e2e
     python recipes/run_paper.py --report docs
+    python recipes/run_paper.py smollm2_e2e --data_dir data/e2e --known docs/results
 """
 
 import argparse
@@ -36,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=lambda names: names.split(","), help="Only these rows, with commas between.")
     parser.add_argument("--output_dir", default="runs/paper", help="Folder of all tables. Default: %(default)s.")
     parser.add_argument("--time_limit", type=float, default=math.inf, help="Minutes; no run begins after them.")
+    parser.add_argument("--known", help="Folder results of an earlier report, whose runs are not run again.")
     parser.add_argument("--report", help="Write results.md and results/ of all tables into this folder.")
     return parser
 
@@ -67,7 +70,8 @@ def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
     table = paper.override(table, given)
     rows = paper.select_rows(table, args.rows)
     paper.check_rows(rows, module)
-    sweep = paper.Sweep(table, args.output_dir, script)
+    known = [] if args.known is None else paper.read_records(args.known)
+    sweep = paper.Sweep(table, args.output_dir, script, known)
     try:
         for _ in sweep.run(rows, time.monotonic() + 60 * args.time_limit):
             paper_results.write_results(sweep, given)

@@ -127,6 +127,16 @@ def test_tables_are_listed_and_reported(run_paper, capsys):
     assert {path.name for path in Path("docs/results").iterdir()} == {"small.json", "small-figure.png"}
 
 
+def test_what_a_report_holds_is_not_run_again(run_paper):
+    assert run_paper(["small", "--report", "docs"]) == 0
+    shutil.rmtree("runs")
+    assert run_paper(["small", "--known", "docs/results"]) == 0
+    assert not Path("runs/paper/small/runs").exists()
+    assert {row["state"] for row in results().values()} == {"complete"}
+    with pytest.raises(ValueError, match="no results in nowhere"):
+        run_paper(["small", "--known", "nowhere"])
+
+
 def test_the_tables_of_the_paper_are_listed(capsys):
     assert load("run_paper").main([]) == 0
     assert "table3               Table 3: E2E, GPT-2 medium\n" in capsys.readouterr().out

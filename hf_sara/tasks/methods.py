@@ -27,6 +27,7 @@ from transformers.trainer_utils import enable_full_determinism
 from .. import storage
 from ..arguments import METHODS as OURS
 from ..arguments import SaraArguments
+from ..model_card import hardware
 from ..planning import count_base
 from ..sites import find_sites
 from ..trainer import SaraTrainer, SaraTrainerMixin
@@ -389,7 +390,8 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         `dict`: `method`; `trained_parameters` (of AdaLoRA: before its pruning); `share`, these divided by base plus
         trained parameters, in [0, 1]; `adapter_bytes`, of the files that one would share; `train_seconds`, over all
         calls that the training was resumed by; `peak_memory_bytes`, the process's largest resident set since it
-        started; with CUDA `peak_cuda_bytes`, the most that was allocated; of SARA and Mo-SARA the `threshold`.
+        started; with CUDA `peak_cuda_bytes`, the most that was allocated; `hardware`; of SARA and Mo-SARA the
+        `threshold`.
     """
     folder = Path(trainer.args.output_dir)
     if isinstance(trainer, BaselineTrainer):
@@ -408,7 +410,13 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
             "adapter_bytes": storage.size_on_disk(folder),
             "threshold": adapter.threshold,
         }
-    return {"method": method, **costs, "train_seconds": trainer.training_seconds, **_peak_memory()}
+    return {
+        "method": method,
+        **costs,
+        "train_seconds": trainer.training_seconds,
+        **_peak_memory(),
+        "hardware": hardware(),
+    }
 
 
 def _peak_memory() -> dict[str, int]:

@@ -3,7 +3,8 @@
 A YAML file describes a table: the recipe, the options that all rows share, the rows with their own options and the
 numbers that the paper prints, the columns, the figures. A row may give a list of learning rates and of seeds. Each is
 a run in a folder of its own: first every learning rate with the first seed, for its evaluation loss alone, then the
-best one with every seed. What is finished is remembered beside the run's folder, so a sweep goes on where it stopped.
+best one with every seed. What is finished is remembered beside the run's folder, so a sweep goes on where it stopped;
+on another machine, from what was reported.
 """
 
 import importlib.util
@@ -285,6 +286,37 @@ def check_rows(rows: Sequence[Row], module: ModuleType) -> None:
 # ---- runs ----
 
 
+def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the names of local files and folders in the place of their paths."""
+
+    def shorten(value: Any) -> Any:
+        is_path = isinstance(value, str) and value.startswith(("/", ".", "~"))
+        return Path(value).name if is_path else value
+
+    return {name: shorten(value) for name, value in options.items()}
+
+
+def read_records(folder: str | PathLike) -> list[dict[str, Any]]:
+    """
+    The runs in the results of an earlier report, perhaps of another machine.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder `results` of the report.
+
+    Returns:
+        `list[dict]`: The `options`, as [`without_paths`] gives them, and the `metrics` of each run.
+
+    Raises:
+        [`RecipeError`]: If the folder holds no results.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    # The data of the figures stand beside them.
+    tables = [result["runs"] for result in results if "runs" in result]
+    if not tables:
+        raise RecipeError(f"There are no results in {folder}. Give the folder results that --report wrote.")
+    return [record for runs in tables for record in runs]
+
+
 @dataclass(frozen=True)
 class Run:
     """
@@ -295,11 +327,13 @@ class Run:
             is remembered of it as NAME.tried.json and NAME.scored.json.
         options (`dict`): The recipe's options, but for the folder.
         scored (`bool`): Whether it is scored, or only tried.
+        known (`dict`, *optional*): Its metrics, if it was finished elsewhere.
     """
 
     folder: Path
     options: Mapping[str, Any]
     scored: bool
+    known: Mapping[str, Any] | None = None
 
     def beside(self, ending: str) -> Path:
         """A file beside the folder."""
@@ -311,13 +345,13 @@ class Run:
         return self.beside("scored.json" if self.scored else "tried.json")
 
     def metrics(self) -> dict[str, Any] | None:
-        """Its metrics, if it was finished with these very options."""
+        """Its metrics, if it was finished with these very options, here or elsewhere."""
         for path in (self.record, self.beside("tried.json")):
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
                 if record["options"] == self.options:
                     return record["metrics"]
-        return None
+        return None if self.known is None else dict(self.known)
 
 
 class RunError(Exception):
@@ -332,11 +366,19 @@ class Sweep:
         table ([`Table`]): The table.
         output_dir (`str` or `os.PathLike`): The folder of all tables.
         script (`str` or `os.PathLike`): The recipe.
+        known (`Sequence[dict]`, *optional*): Runs that were finished elsewhere, from [`read_records`].
     """
 
-    def __init__(self, table: Table, output_dir: str | PathLike, script: str | PathLike):
+    def __init__(
+        self,
+        table: Table,
+        output_dir: str | PathLike,
+        script: str | PathLike,
+        known: Sequence[Mapping[str, Any]] = (),
+    ):
         self.table = table
         self.script = Path(script)
+        self.known = known
         self.folder = Path(output_dir, table.name)
         self.run_folder = Path(output_dir, table.runs, "runs")
         self.failed: dict[str, str] = {}
@@ -367,11 +409,13 @@ class Sweep:
         rates = row.values("learning_rate")
         if len(rates) == 1:
             return rates[0]
-        losses = {rate: (metrics or {}).get(CRITERION) for rate, metrics in self.tries(row).items()}
-        if None in losses.values():
+        tries = self.tries(row)
+        if None in tries.values():
             return None
-        # A loss that is no number is that of a training that diverged.
-        return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        losses = {rate: metrics.get(CRITERION) for rate, metrics in tries.items()}
+        # A training that diverged has no number for its loss, or in a report's JSON none at all.
+        diverged = {rate for rate, loss in losses.items() if loss is None or not math.isfinite(loss)}
+        return min(rates, key=lambda rate: math.inf if rate in diverged else losses[rate])
 
     def tries(self, row: Row) -> dict[float, dict[str, Any] | None]:
         """The metrics of each learning rate that is tried, where it is finished."""
@@ -398,7 +442,9 @@ class Sweep:
         own = {name: value for name, value in zip(TRIED, (rate, seed), strict=True) if value is not None}
         name = "_".join(f"{option}-{value}" for option, value in own.items()) or "run"
         options = {**row.options, **own, **({} if scored else self.table.tries)}
-        return Run(self.run_folder / row.folder / name, options, scored)
+        shortened = without_paths(options)
+        known = next((record["metrics"] for record in self.known if record["options"] == shortened), None)
+        return Run(self.run_folder / row.folder / name, options, scored, known)
 
     # ---- running ----
 

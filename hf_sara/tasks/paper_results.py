@@ -18,10 +18,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .. import analysis
 from ..adapter import SaraAdapter
-from ..model_card import hardware
 from ..storage import versions, write_file
 from . import e2e, instruct, recipe
-from .paper import CRITERION, Row, Sweep, Table, parse_options, select_rows, slug
+from .paper import CRITERION, Row, Sweep, Table, parse_options, select_rows, slug, without_paths
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +47,27 @@ def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
         given (`Mapping[str, Any]`): Options of the command line.
 
     Returns:
-        `dict[str, Any]`: JSON values without a path of this machine: the options of every run and its metrics, beside
-        the paper's numbers.
+        `dict[str, Any]`: JSON values without a path of this machine: by row, the metrics of its tries and seeds beside
+        the paper's numbers; in `runs`, all options of each run and its metrics, for [`~hf_sara.tasks.paper.Sweep`].
     """
     table = sweep.table
+    runs = [
+        _finite({"options": without_paths(run.options), "metrics": metrics})
+        for row in table.rows
+        if row.options is not None
+        for run in sweep.runs(row)
+        if (metrics := run.metrics()) is not None
+    ]
     return {
         "name": table.name,
         "title": table.title,
         "notes": table.notes,
         "command": _command(table, given),
-        "hardware": hardware(),
+        "hardware": sorted({run["metrics"]["hardware"] for run in runs if "hardware" in run["metrics"]}),
         "versions": versions(),
         "columns": dict(table.columns),
         "rows": [_collect_row(sweep, row) for row in table.rows],
+        "runs": [run for index, run in enumerate(runs) if run not in runs[:index]],
     }
 
 
@@ -75,7 +82,7 @@ def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
             **result,
             "state": state,
             "error": sweep.failed.get(row.label),
-            "options": _without_paths(row.options),
+            "options": without_paths(row.options),
             "tries": tries,
             "learning_rate": sweep.best_rate(row),
             "seeds": [{"seed": seed, "metrics": metrics} for seed, metrics in sweep.seeds(row).items()],
@@ -92,19 +99,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the names of local files and folders in the place of their paths."""
-
-    def shorten(value: Any) -> Any:
-        is_path = isinstance(value, str) and value.startswith(("/", ".", "~"))
-        return Path(value).name if is_path else value
-
-    return {name: shorten(value) for name, value in options.items()}
-
-
 def _command(table: Table, given: Mapping[str, Any]) -> str:
     parts = ["python recipes/run_paper.py", table.name]
-    for name, value in _without_paths(given).items():
+    for name, value in without_paths(given).items():
         parts += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return " ".join(parts)
 
@@ -321,6 +318,9 @@ def _draw_routing(
     if not sweep.is_complete(chosen):
         return None
     run = next(run for run in sweep.runs(chosen) if run.scored)
+    if not run.folder.is_dir():
+        # It was finished elsewhere, and its adapter is not here.
+        return None
     args = parse_options(module, run.options)[0]
     model, tokenizer = recipe.load_base(args.model_name_or_path, args.gguf_file, args.dtype)
     SaraAdapter.load(model, run.folder)
@@ -387,10 +387,12 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
         results = json.loads(file.read_text(encoding="utf-8"))
         name = results["name"]
         recipe.write_json(folder / f"{name}.json", results)
-        images = sorted(file.parent.glob("*.png"))
-        for path in [*images, *(path for path in file.parent.glob("*.json") if path.name != RESULTS_FILE)]:
-            shutil.copyfile(path, folder / f"{name}-{path.name}")
-        text = _put(text, name, _render_part(results, [f"{name}-{image.name}" for image in images]))
+        for path in [*file.parent.glob("*.png"), *file.parent.glob("*.json")]:
+            if path.name != RESULTS_FILE:
+                shutil.copyfile(path, folder / f"{name}-{path.name}")
+        # Some may be of runs that were finished elsewhere.
+        images = sorted(folder.glob(f"{name}-*.png"))
+        text = _put(text, name, _render_part(results, [image.name for image in images]))
     write_file(page, text.encode())
     return page
 
@@ -400,7 +402,8 @@ def _render_part(results: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts = [f"## {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
     parts += [render_table(results).strip(), *(f"![{figure}](results/{figure})" for figure in figures)]
     packages = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    parts.append(f"On {results['hardware']}, with {packages}. Every run: [results/{name}.json](results/{name}.json).")
+    machines = f"On {'; '.join(results['hardware'])}. " if results["hardware"] else ""
+    parts.append(f"{machines}With {packages}. Every run: [results/{name}.json](results/{name}.json).")
     return "\n\n".join(part for part in parts if part)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_sara.tasks import paper
+from hf_sara.tasks import paper, paper_results
 from hf_sara.tasks.paper import Row, Sweep, Table, load_table
 from hf_sara.tasks.paper_results import FIGURES
 from hf_sara.tasks.recipe import RecipeError
@@ -30,14 +30,14 @@ SMALL = {
 
 
 def write(folder, name="small", **changes) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
 
 
-def make_sweep(tmp_path, **changes) -> Sweep:
-    return Sweep(load_table(write(tmp_path / "tables", **changes)), tmp_path / "out", FAKE)
+def make_sweep(tmp_path, known=(), **changes) -> Sweep:
+    return Sweep(load_table(write(tmp_path / "tables", **changes)), tmp_path / "out", FAKE, known)
 
 
 def run(sweep, **kwargs) -> list[str]:
@@ -252,6 +252,50 @@ def test_what_was_run_with_other_options_does_not_count(tmp_path):
     calls(sweep)
     run(sweep)
     assert len(calls(sweep)) == 7
+
+
+def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
+    options = {"learning_rate": [2.0, 0.1, 0.01], "seed": [3, 4], "data_dir": str(tmp_path / "here" / "data")}
+    rows = [{"name": "A", "options": options}]
+    first = make_sweep(tmp_path / "first", rows=rows)
+    first_runs = first.runs(first.table.rows[0])
+    for sought in (2.0, 0.1):
+        tried = next(first_runs)
+        assert tried.options["learning_rate"] == sought
+        first.start(tried)
+    paper_results.write_results(first, {})
+    paper_results.write_report(first.folder.parent, tmp_path / "docs")
+    records = paper.read_records(tmp_path / "docs" / "results")
+    # JSON has no word for the loss of the one that diverged.
+    assert [record["metrics"]["eval_loss"] for record in records] == [None, pytest.approx(2.03)]
+
+    options["data_dir"] = "/elsewhere/data"
+    second = make_sweep(tmp_path / "second", known=records, rows=rows)
+    (row,) = second.table.rows
+    run(second)
+    assert calls(second) == [
+        "a/learning_rate-0.01_seed-3 0",
+        "a/learning_rate-0.01_seed-3 5",
+        "a/learning_rate-0.01_seed-4 0",
+    ]
+    assert second.is_complete(row)
+    # Its own report has all of it, so that a third machine can go on.
+    paper_results.write_results(second, {})
+    paper_results.write_report(second.folder.parent, tmp_path / "docs")
+    third = make_sweep(tmp_path / "third", known=paper.read_records(tmp_path / "docs" / "results"), rows=rows)
+    run(third)
+    assert calls(third) == []
+    assert third.best_rate(row) == 0.01
+    assert paper_results.collect(third, {}) == paper_results.collect(second, {})
+    # Other options are other runs.
+    third.table = paper.override(third.table, {"data_dir": "/elsewhere/other"})
+    assert not any(third.tries(third.table.rows[0]).values())
+
+
+def test_where_nothing_was_reported_nothing_is_known(tmp_path):
+    (tmp_path / "small-figure.json").write_text("{}")
+    with pytest.raises(RecipeError, match="no results in"):
+        paper.read_records(tmp_path)
 
 
 @pytest.mark.parametrize(("how", "message"), [("raise", "ValueError: it is broken"), ("kill", "killed by SIGKILL")])
