@@ -1,6 +1,6 @@
 """Series and parallel bottleneck adapters, two baselines of the paper that PEFT does not have.
 
-An adapter is `up(tanh(down(dropout(x))))` with biases, as in LLM-Adapters. Like SARA's updates it is a child module of
+An adapter is `up(tanh(down(dropout(x))))` without biases, which starts as it does in LLM-Adapters. Like SARA's updates it is a child module of
 the linear it stands at, and hooks add it, so the model stays the `PreTrainedModel` that it was. (The library
 `adapters`, which has both, requires a transformers of the 4.57 series.)
 """
@@ -40,7 +40,7 @@ DEFAULT_TARGETS = {
 
 class Bottleneck(nn.Module):
     """
-    One adapter, which starts at zero: `up` does. Parameters: d_in size + size + size d_out + d_out, in float32.
+    One adapter. Parameters: (d_in + d_out) size, in float32, normal with a standard deviation of 0.02 at the start.
 
     Args:
         site ([`Site`]): The weight matrix where it stands.
@@ -54,10 +54,10 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.slice = site.slice
         self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(shape[0], size, device=device, dtype=torch.float32)
-        self.up = nn.Linear(size, shape[1], device=device, dtype=torch.float32)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.down = nn.Linear(shape[0], size, bias=False, device=device, dtype=torch.float32)
+        self.up = nn.Linear(size, shape[1], bias=False, device=device, dtype=torch.float32)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """`base` plus the adapter of x, on the site's columns of `base`, in the dtype of `base`."""

@@ -41,16 +41,17 @@ PAPER = {
     "save_steps": 200,
     "save_total_limit": 2,
 }
-# The paper gives those of prefix tuning and of the two bottleneck adapters. LoRA's is LLM-Adapters', and so are DoRA's
-# and AdaLoRA's here; VeRA's is the paper's on E2E. Full fine-tuning is not in the paper: a usual value.
+# The paper gives those of prefix tuning and of the two bottleneck adapters, which have no dropout in LLM-Adapters.
+# LoRA's is LLM-Adapters', and so are DoRA's and AdaLoRA's here; VeRA's is the paper's on E2E. Full fine-tuning is not
+# in the paper: a usual value.
 BASELINES = {
     "lora": {"learning_rate": 3e-4},
     "dora": {"learning_rate": 3e-4},
     "adalora": {"learning_rate": 3e-4},
     "vera": {"learning_rate": 1e-1},
     "prefix": {"learning_rate": 3e-2},
-    "series_adapter": {"learning_rate": 3e-4},
-    "parallel_adapter": {"learning_rate": 3e-4},
+    "series_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
+    "parallel_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
     "full": {"learning_rate": 2e-5},
 }
 DEMO = {
