@@ -143,6 +143,11 @@ class Routing:
     def __post_init__(self):
         self.gates = {kind: np.asarray(gates) for kind, gates in self.gates.items()}
 
+    @property
+    def highest(self) -> float:
+        """The largest of the gates."""
+        return max(float(gates.max()) for gates in self.gates.values())
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return {**asdict(self), "gates": {kind: gates.tolist() for kind, gates in self.gates.items()}}
@@ -323,7 +328,12 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
     return _finish(figure, path, title)
 
 
-def plot_routing(routing: Routing, path: str | os.PathLike | None = None, title: str | None = None) -> "Figure":
+def plot_routing(
+    routing: Routing,
+    path: str | os.PathLike | None = None,
+    title: str | None = None,
+    highest: float | None = None,
+) -> "Figure":
     """
     Draw the gates as heat maps, a panel per kind of site on one colour scale from 0, with a row per layer and a column
     per head, as in the paper's Figure 7 and appendix D.
@@ -332,6 +342,8 @@ def plot_routing(routing: Routing, path: str | os.PathLike | None = None, title:
         routing ([`Routing`]): What to draw.
         path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
         title (`str`, *optional*): Title above the panels.
+        highest (`float`, *optional*): The end of the colour scale, where several figures share it. Defaults to the
+            largest gate.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
@@ -341,7 +353,7 @@ def plot_routing(routing: Routing, path: str | os.PathLike | None = None, title:
     """
     longest = max(len(layers) for layers in routing.layers.values())
     figure, panels = _panels(list(routing.gates), width=3.4, height=2.2 + 0.13 * longest)
-    highest = max(float(gates.max()) for gates in routing.gates.values())
+    highest = routing.highest if highest is None else highest
     for kind, axes in panels.items():
         layers, gates = routing.layers[kind], routing.gates[kind]
         image = axes.imshow(gates, vmin=0.0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
@@ -396,6 +408,8 @@ def plot_lines(
     path: str | os.PathLike | None = None,
     title: str | None = None,
     log_x: bool = False,
+    categories: Sequence[str] = (),
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> "Figure":
     """
     Draw named series of points as lines, as in the paper's Figures 3 to 6 and 9.
@@ -408,6 +422,8 @@ def plot_lines(
         path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
         title (`str`, *optional*): Title.
         log_x (`bool`, *optional*, defaults to `False`): Logarithmic x axis, for counts of parameters.
+        categories (`Sequence[str]`, *optional*): The order of text on the x axis; by default that of its appearance.
+        names (`Mapping[str, Sequence[str]]`, *optional*): What to write at the points of a series, by its name.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
@@ -417,8 +433,14 @@ def plot_lines(
     """
     figure, panels = _panels([""], width=6.4, height=4.0)
     axes = panels[""]
+    if categories:
+        axes.xaxis.update_units(list(categories))
     for index, (name, (x, y)) in enumerate(series.items()):
         axes.plot(x, y, marker=MARKERS[index % len(MARKERS)], label=name)
+        for place, value, text in zip(x, y, (names or {}).get(name, ()), strict=False):
+            axes.annotate(text, (place, value), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    if names:
+        axes.margins(0.1, 0.12)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)

@@ -108,6 +108,8 @@ class SaraArguments:
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
         if self.layers is not None:
+            # YAML reads a single layer as a number.
+            self.layers = str(self.layers)
             parse_layers(self.layers)
         if self.method == "mo_sara" and (not self.singular_values or self.zero_init_vh):
             raise ValueError(

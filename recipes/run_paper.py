@@ -23,6 +23,7 @@ go on from there on another machine, where its runs count as done:
 import argparse
 import logging
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("table", nargs="?", help="A table or figure of recipes/paper, or the path of a YAML file.")
+    parser.add_argument("--model", help="Short for --model_name_or_path, an option of the recipes.")
     parser.add_argument("--rows", type=lambda names: names.split(","), help="Only these rows, with commas between.")
     parser.add_argument("--output_dir", default="runs/paper", help="Folder of all tables. Default: %(default)s.")
     parser.add_argument("--time_limit", type=float, default=math.inf, help="Minutes; no run begins after them.")
@@ -45,7 +47,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     args, overrides = make_parser().parse_known_args(argv)
+    if overrides and args.table != argv[0]:
+        # The value of a recipe's option would be taken for it.
+        raise ValueError(f"Give the table first, then the options: run_paper.py TABLE {' '.join(overrides)}.")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from hf_sara.tasks import paper, paper_results
 
@@ -66,28 +72,35 @@ def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
     table = paper.load_table(paper.find_table(args.table, RECIPES / "paper"))
     script = RECIPES / f"{table.recipe}.py"
     module = paper.load_recipe(script)
-    given = paper.read_overrides(module, overrides)
+    given = paper.read_overrides(module, [*overrides, *(["--model_name_or_path", args.model] if args.model else [])])
     table = paper.override(table, given)
     rows = paper.select_rows(table, args.rows)
     paper.check_rows(rows, module)
     known = [] if args.known is None else paper.read_records(args.known)
     sweep = paper.Sweep(table, args.output_dir, script, known)
+    if args.known is not None:
+        count = sum(run.known is not None for row in rows for run in sweep.runs(row))
+        logging.info("%d runs of these rows are known from %s.", count, args.known)
     try:
         for _ in sweep.run(rows, time.monotonic() + 60 * args.time_limit):
             paper_results.write_results(sweep, given)
     finally:
         results = paper_results.write_results(sweep, given)
-    paper_results.draw_figures(sweep, module, results)
+    undrawn = paper_results.draw_figures(sweep, module, results)
     sys.stdout.write((sweep.folder / paper_results.TABLE_FILE).read_text(encoding="utf-8"))
-    left = [row.label for row in rows if row.label not in sweep.failed and not sweep.is_complete(row)]
+    failed = {row.label: error for row in rows if (error := sweep.error(row)) is not None}
+    left = [row.label for row in rows if row.label not in failed and not sweep.is_complete(row)]
     if left:
         logging.info("The time is up. Left to do, by the same command: %s", ", ".join(left))
-    for name, error in sweep.failed.items():
+    failed |= {f"figure {name}": error for name, error in undrawn.items()}
+    for name, error in failed.items():
         logging.error("Failed: %s: %s", name, error)
-    return sweep.failed
+    return failed
 
 
 if __name__ == "__main__":
+    # As with Ctrl-C, the run that is under way ends too, and what there is is written.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("run_paper: terminated. The same command goes on."))
     try:
         code = main()
     except (ValueError, OSError, ImportError) as error:

@@ -411,8 +411,10 @@ def test_figure_of_routing(image):
 
 def test_routing_rows_have_the_numbers_of_their_layers(image):
     gates = np.full((3, 2), 0.5)
-    figure = plot_routing(Routing({"q_proj": [1, 5, 12]}, {"q_proj": gates}), image)
+    figure = plot_routing(Routing({"q_proj": [1, 5, 12]}, {"q_proj": gates}), image, highest=0.8)
     check(figure)
+    # On the colour scale that it shares with other figures.
+    assert figure.axes[0].get_images()[0].get_clim() == (0.0, 0.8)
     assert numbers(figure.axes[0].yaxis) == ["1", "5", "12"]
 
 
@@ -454,6 +456,15 @@ def test_figure_of_lines(image, series, log_x, shown):
     assert set(shown) <= set(numbers(axes.xaxis))
     assert axes.get_xscale() == ("log" if log_x else "linear")
     assert len({line.get_marker() for line in axes.get_lines()}) == len(series)
+
+
+def test_lines_have_their_categories_in_order_and_names_at_their_points(image):
+    series = {"SARA": (["8-15"], [0.31]), "LoRA": (["0-7", "8-15"], [0.3, 0.34])}
+    figure = plot_lines(series, "layers", "score", image, categories=["0-7", "8-15"], names={"LoRA": ["r 5", "r 10"]})
+    check(figure)
+    (axes,) = figure.axes
+    assert numbers(axes.xaxis) == ["0-7", "8-15"]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"r 5": ("0-7", 0.3), "r 10": ("8-15", 0.34)}
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):

@@ -82,6 +82,8 @@ def test_a_budget_may_be_a_number():
 def test_layers():
     assert parse_layers("0-2,5") == {0, 1, 2, 5}
     assert parse_layers(" 3 , 1 - 1 ") == {1, 3}
+    # As YAML reads it.
+    assert SaraArguments(layers=5).layers == "5"
 
 
 def test_one_target_module_may_be_a_string():

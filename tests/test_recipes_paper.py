@@ -1,9 +1,12 @@
 """The recipe of the paper's tables as a user runs it, on a recipe of no time; real runs that are scored later."""
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,13 @@ def run_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RECIPES", recipes)
     monkeypatch.chdir(tmp_path)
     return module.main
+
+
+def wait_for(condition, seconds=60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def results() -> dict[str, dict]:
@@ -110,6 +120,8 @@ def test_a_wrong_option_stops_before_anything_is_run(run_paper):
         (["small", "--size", "0"], "A: size=0 has to be at least 1"),
         (["small", "--rows", "C"], "no row c to run"),
         (["large"], "no table 'large'"),
+        (["--size", "2", "small"], "Give the table first"),
+        (["small", "--siz", "2"], "--siz 2: no option"),
     ):
         with pytest.raises(ValueError, match=message):
             run_paper(argv)
@@ -127,10 +139,46 @@ def test_tables_are_listed_and_reported(run_paper, capsys):
     assert {path.name for path in Path("docs/results").iterdir()} == {"small.json", "small-figure.png"}
 
 
-def test_what_a_report_holds_is_not_run_again(run_paper):
+def test_a_folder_is_the_same_however_it_is_spelled(run_paper, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    assert run_paper(["small", "--data_dir", "data", "--model", "model"]) == 0
+    assert results()["A"]["options"].items() >= {"data_dir": "data", "model_name_or_path": "model"}.items()
+    before = Path("runs/paper/small/runs/calls.txt").read_text()
+    monkeypatch.chdir("data")
+    folders = ["--data_dir", str(tmp_path / "data"), "--model_name_or_path", "../model"]
+    assert run_paper(["small", *folders, "--output_dir", "../runs/paper"]) == 0
+    assert (tmp_path / "runs/paper/small/runs/calls.txt").read_text() == before
+    # What was not the table's own is in its title.
+    assert (tmp_path / "runs/paper/small/table.md").read_text().startswith("# A table, model_name_or_path model\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_terminated_table_ends_its_run_too(run_paper, tmp_path):
+    switch = tmp_path / "switch"
+    switch.write_text("wait")
+    table = {**TABLE, "rows": [{"name": "A", "options": {"breaks": str(switch)}}]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    # By a script of its own, since the recipes are the test's.
+    shutil.copy(RECIPES / "run_paper.py", "recipes")
+    command = [sys.executable, "recipes/run_paper.py", str(tmp_path / "own.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        pid = tmp_path / "runs/paper/own/runs/a/run/pid"
+        wait_for(lambda: pid.is_file() and pid.read_text())
+        process.terminate()
+        assert "terminated" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert json.loads(Path("runs/paper/own/results.json").read_text())["rows"][0]["state"] == "incomplete"
+
+
+def test_what_a_report_holds_is_not_run_again(run_paper, caplog):
     assert run_paper(["small", "--report", "docs"]) == 0
     shutil.rmtree("runs")
-    assert run_paper(["small", "--known", "docs/results"]) == 0
+    with caplog.at_level("INFO"):
+        assert run_paper(["small", "--known", "docs/results"]) == 0
+    assert "4 runs of these rows are known from docs/results" in caplog.text
     assert not Path("runs/paper/small/runs").exists()
     assert {row["state"] for row in results().values()} == {"complete"}
     with pytest.raises(ValueError, match="no results in nowhere"):
@@ -196,7 +244,8 @@ def test_a_run_is_scored_later_and_further_without_training_again(name, base, tm
 
     monkeypatch.setattr("transformers.Trainer.training_step", trains)
     first = main([*argv, f"--{limit}", "2"])
-    more = main([*argv, f"--{limit}", "3"])
+    # With fewer at once, where there was no memory for as many.
+    more = main([*argv, f"--{limit}", "3", "--generation_batch_size", "1"])
     for metrics in (first, more):
         assert 0.0 <= metrics[scored] <= 1.0
         assert metrics["eval_loss"] == pytest.approx(tried["eval_loss"])
@@ -208,6 +257,10 @@ def test_a_run_is_scored_later_and_further_without_training_again(name, base, tm
     assert len(file.read_text().splitlines()) == 3
     assert (tmp_path / "run" / "sara_adapter.safetensors").read_bytes() == tensors
     # And as far as it was, it is complete.
-    monkeypatch.setattr("hf_sara.tasks.methods.make_trainer", None)
     monkeypatch.setattr("hf_sara.tasks.instruct_recipe.make_trainer", None)
+    monkeypatch.setattr("hf_sara.tasks.methods.make_trainer", None)
     assert main([*argv, f"--{limit}", "3"]) == more
+    if name == "math":
+        # Another test set is another score.
+        with pytest.raises(TypeError):
+            main([*argv, f"--{limit}", "3", "--test_sets", "AddSub", "SVAMP"])

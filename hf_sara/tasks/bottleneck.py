@@ -1,8 +1,8 @@
 """Series and parallel bottleneck adapters, two baselines of the paper that PEFT does not have.
 
-An adapter is `up(tanh(down(dropout(x))))` without biases, which starts as it does in LLM-Adapters. Like SARA's updates it is a child module of
-the linear it stands at, and hooks add it, so the model stays the `PreTrainedModel` that it was. (The library
-`adapters`, which has both, requires a transformers of the 4.57 series.)
+An adapter is `up(tanh(down(dropout(x))))` without biases, which starts as in LLM-Adapters. Like SARA's updates it is a
+child module of the linear it stands at, and hooks add it, so the model stays the `PreTrainedModel` that it was. (The
+library `adapters`, which has both, requires a transformers of the 4.57 series.)
 """
 
 import json

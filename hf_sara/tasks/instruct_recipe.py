@@ -189,7 +189,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     folder = recipe.open_run(args, recipe=options, method=method_args)
     metrics_file = folder / "metrics.json"
-    asked = {"max_test_samples": options.max_test_samples}
+    asked = {"max_test_samples": options.max_test_samples, "test_sets": options.test_sets}
     finished = recipe.finished_metrics(metrics_file, asked)
     if finished is not None:
         return finished
@@ -224,13 +224,15 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     if method_args.method in OURS:
         logger.info("%s", trainer.sara_adapter.plan())
     # A finished training resumes too: from its last checkpoint there is nothing left to do.
-    trained = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_complete_checkpoint(folder))
     trainer.save_model()
     losses = {"train_loss": trained.training_loss}
     if validation is not None:
         losses["eval_loss"] = trainer.evaluate()["eval_loss"]
     if not trainer.is_world_process_zero():
         return {}
+    # Before the answers, whose beams take memory of their own.
+    costs = report(trainer)
 
     # ---- answers ----
     accuracies = tests and instruct.answer_test_sets(
@@ -248,7 +250,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     metrics = {
         **scores,
         **losses,
-        **report(trainer),
+        **costs,
         **asked,
         "train_records": len(train),
         "test_records": {name: len(part) for name, part in tests.items()},

@@ -47,6 +47,21 @@ ADAPTER_FILES = {
     **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
     "full": ("config.json", "generation_config.json", "model*.safetensors*"),
 }
+# The methods that have an option of `SaraArguments`, where that is not all of them. The sizes of the baselines, and
+# dropout, may be given to all methods, so that one file of options serves for all.
+OUR_OPTIONS = (
+    "threshold",
+    "parameter_budget",
+    "singular_values",
+    "zero_init_vh",
+    "num_heads",
+    "v_position",
+    "factors",
+)
+OWNERS = {
+    **dict.fromkeys(OUR_OPTIONS, OURS),
+    **dict.fromkeys(("target_modules", "layers"), tuple(name for name in METHODS if name not in ("prefix", "full"))),
+}
 # AdaLoRA's weight of the orthogonality of its factors, PEFT's default.
 ORTHOGONALITY = 0.5
 
@@ -59,7 +74,8 @@ def _option(default: Any, text: str) -> Any:
 class MethodArguments(SaraArguments):
     """
     [`SaraArguments`] with the baselines beside: `method` may be any of `METHODS`. `dropout`, `target_modules` and
-    `layers` are shared, where a method has them. The defaults are those of the paper's baselines.
+    `layers` are shared, where a method has them. The defaults are those of the paper's baselines. A size of one
+    baseline is nothing to the others.
 
     Args:
         method (`str`, *optional*, defaults to `"sara"`):
@@ -85,7 +101,7 @@ class MethodArguments(SaraArguments):
             Series and parallel adapters: width of the bottleneck.
 
     Raises:
-        `ValueError`: for a value outside its range, or an option that the method does not have.
+        `ValueError`: for a value outside its range, or an option of [`SaraArguments`] that the method does not have.
     """
 
     method: str = field(default="sara", metadata={"choices": list(METHODS), "help": "What to train."})
@@ -102,8 +118,16 @@ class MethodArguments(SaraArguments):
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(METHODS)}.")
+        for entry in fields(self):
+            owners, value = OWNERS.get(entry.name, METHODS), getattr(self, entry.name)
+            if self.method not in owners and value != entry.default:
+                raise ValueError(
+                    f"{entry.name}={value!r} is no option of method={self.method!r}, only of {', '.join(owners)}. "
+                    "Leave it out."
+                )
         # Checks what is shared, whatever the method is.
-        self.target_modules = self.sara_arguments().target_modules
+        shared = self.sara_arguments()
+        self.target_modules, self.layers = shared.target_modules, shared.layers
         for name in ("lora_r", "adalora_interval", "vera_r", "num_virtual_tokens", "bottleneck_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
@@ -116,13 +140,6 @@ class MethodArguments(SaraArguments):
                     f"adalora_warmup={warmup} and adalora_final={final} are shares of the steps that have to leave "
                     "some for the pruning between them: their sum has to be below 1, and adalora_final above 0."
                 )
-        if self.method in ("prefix", "full") and (self.target_modules is not None or self.layers is not None):
-            raise ValueError(f"target_modules and layers are no options of method={self.method!r}. Leave them out.")
-        if self.method not in OURS and (self.threshold is not None or self.parameter_budget is not None):
-            raise ValueError(
-                f"threshold and parameter_budget are no options of method={self.method!r}, whose size is a "
-                "hyperparameter. Leave them out."
-            )
 
     @property
     def initial_rank(self) -> int:
@@ -415,6 +432,7 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         **costs,
         "train_seconds": trainer.training_seconds,
         **_peak_memory(),
+        "versions": storage.versions(),
         "hardware": hardware(),
     }
 

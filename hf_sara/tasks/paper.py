@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Options of a row that may be lists, and the metric that decides between learning rates; less is better.
 TRIED = ("learning_rate", "seed")
+# Options that may be folders of this machine.
+LOCAL = ("data_dir", "model_name_or_path")
 CRITERION = "eval_loss"
 
 
@@ -256,6 +258,10 @@ def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
     if unknown or "config" in given:
         wrong = " ".join(unknown or ["--config"])
         raise RecipeError(f"{wrong}: no option of run_paper or of the recipe {module.__name__}.")
+    for name in LOCAL:
+        if isinstance(given.get(name), str) and Path(given[name]).expanduser().is_dir():
+            # However it is spelled, and wherever the next call is made, it is the same folder.
+            given[name] = str(Path(given[name]).expanduser().resolve())
     # Choices are parsed to enumerations, which YAML does not know.
     return json.loads(json.dumps(given))
 
@@ -324,7 +330,7 @@ class Run:
 
     Args:
         folder (`Path`): The run's folder. Beside it lie its options as NAME.yaml, what it says as NAME.log, and what
-            is remembered of it as NAME.tried.json and NAME.scored.json.
+            is remembered of it as NAME.tried.json and NAME.scored.json, or as NAME.error.
         options (`dict`): The recipe's options, but for the folder.
         scored (`bool`): Whether it is scored, or only tried.
         known (`dict`, *optional*): Its metrics, if it was finished elsewhere.
@@ -381,7 +387,6 @@ class Sweep:
         self.known = known
         self.folder = Path(output_dir, table.name)
         self.run_folder = Path(output_dir, table.runs, "runs")
-        self.failed: dict[str, str] = {}
 
     # ---- what there is to run ----
 
@@ -405,7 +410,7 @@ class Sweep:
         return (len(rates) if len(rates) > 1 else 0) + len(row.values("seed"))
 
     def best_rate(self, row: Row) -> float | None:
-        """The learning rate with the least evaluation loss, once all of them are tried."""
+        """The learning rate with the least evaluation loss, once all of them are tried; `None` if there is no loss."""
         rates = row.values("learning_rate")
         if len(rates) == 1:
             return rates[0]
@@ -414,8 +419,8 @@ class Sweep:
             return None
         losses = {rate: metrics.get(CRITERION) for rate, metrics in tries.items()}
         # A training that diverged has no number for its loss, or in a report's JSON none at all.
-        diverged = {rate for rate, loss in losses.items() if loss is None or not math.isfinite(loss)}
-        return min(rates, key=lambda rate: math.inf if rate in diverged else losses[rate])
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return min(finite, key=finite.get, default=None)
 
     def tries(self, row: Row) -> dict[float, dict[str, Any] | None]:
         """The metrics of each learning rate that is tried, where it is finished."""
@@ -428,15 +433,29 @@ class Sweep:
         rest = list(self.runs(row))[len(self.tries(row)) :]
         found = {run.options.get("seed"): run.metrics() for run in rest}
         for seed, metrics in found.items():
-            if metrics and seed == row.values("seed")[0] and "peak_memory_bytes" in tried:
+            if metrics and seed == row.values("seed")[0]:
                 # Scored in another process than it was trained in.
-                metrics["peak_memory_bytes"] = max(metrics["peak_memory_bytes"], tried["peak_memory_bytes"])
+                for name in {"peak_memory_bytes", "peak_cuda_bytes"} & set(metrics) & set(tried):
+                    metrics[name] = max(metrics[name], tried[name])
         return {seed: metrics for seed, metrics in found.items() if metrics}
 
     def is_complete(self, row: Row) -> bool:
         """Whether a row has nothing left to run."""
         runs = list(self.runs(row))
         return len(runs) == self.count(row) and all(run.metrics() is not None for run in runs)
+
+    def error(self, row: Row) -> str | None:
+        """Why a row is not complete, if it is not only that something is left to run."""
+        for run in self.runs(row):
+            if run.metrics() is None and run.beside("error").is_file():
+                return run.beside("error").read_text(encoding="utf-8")
+        tries = self.tries(row)
+        if tries and None not in tries.values() and self.best_rate(row) is None:
+            return (
+                "No evaluation loss of its learning rates is a number, so none of them is the best. Try smaller ones, "
+                "and have the recipe hold out data for the loss (val_set_size)."
+            )
+        return None
 
     def _run(self, row: Row, rate: float | None, seed: int | None, scored: bool) -> Run:
         own = {name: value for name, value in zip(TRIED, (rate, seed), strict=True) if value is not None}
@@ -450,7 +469,7 @@ class Sweep:
 
     def run(self, rows: Sequence[Row], deadline: float = math.inf) -> Iterator[Row]:
         """
-        Do what is left to do, row by row; a run that fails is noted in `failed`, and the others go on.
+        Do what is left to do, row by row; a run that fails is noted, see [`error`], and the others go on.
 
         Args:
             rows (`Sequence[Row]`): Rows of the table.
@@ -469,7 +488,7 @@ class Sweep:
                         try:
                             self.start(run)
                         except RunError as error:
-                            self.failed[row.label] = str(error)
+                            write_file(run.beside("error"), str(error).encode())
                             logger.error("%s failed: %s Its log: %s", row.label, error, run.beside("log"))
                     progress.update()
                 yield row
@@ -483,7 +502,10 @@ class Sweep:
         """
         config, log = run.beside("yaml"), run.beside("log")
         config.parent.mkdir(parents=True, exist_ok=True)
-        write_file(config, _to_yaml({**run.options, "output_dir": str(run.folder)}).encode())
+        run.beside("error").unlink(missing_ok=True)
+        # The model card is named after the row.
+        card = {"hub_model_id": f"{self.run_folder.parent.name}-{run.folder.parent.name}"}
+        write_file(config, _to_yaml({**card, **run.options, "output_dir": str(run.folder)}).encode())
         with open(log, "ab") as file:
             begin = file.tell()
             command = [sys.executable, str(self.script), "--config", str(config)]

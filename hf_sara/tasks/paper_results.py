@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .. import analysis
 from ..adapter import SaraAdapter
-from ..storage import versions, write_file
+from ..storage import write_file
 from . import e2e, instruct, recipe
 from .paper import CRITERION, Row, Sweep, Table, parse_options, select_rows, slug, without_paths
 
@@ -51,6 +51,9 @@ def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
         the paper's numbers; in `runs`, all options of each run and its metrics, for [`~hf_sara.tasks.paper.Sweep`].
     """
     table = sweep.table
+    title = ", ".join(
+        [table.title, *(f"{name} {value}" for name, value in without_paths(given).items() if name != "data_dir")]
+    )
     runs = [
         _finite({"options": without_paths(run.options), "metrics": metrics})
         for row in table.rows
@@ -60,15 +63,25 @@ def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "name": table.name,
-        "title": table.title,
+        "title": title,
         "notes": table.notes,
         "command": _command(table, given),
         "hardware": sorted({run["metrics"]["hardware"] for run in runs if "hardware" in run["metrics"]}),
-        "versions": versions(),
+        "versions": _distinct(run["metrics"]["versions"] for run in runs if "versions" in run["metrics"]),
         "columns": dict(table.columns),
+        "figures": {name: dict(spec) for name, spec in table.figures.items()},
         "rows": [_collect_row(sweep, row) for row in table.rows],
-        "runs": [run for index, run in enumerate(runs) if run not in runs[:index]],
+        "runs": _distinct(runs),
     }
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """The values without those that were there before."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
@@ -76,12 +89,13 @@ def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
     if row.options is None:
         return {**result, "state": "printed"}
     tries = [{"learning_rate": rate, "metrics": metrics} for rate, metrics in sweep.tries(row).items() if metrics]
-    state = "complete" if sweep.is_complete(row) else "failed" if row.label in sweep.failed else "incomplete"
+    error = sweep.error(row)
+    state = "complete" if sweep.is_complete(row) else "failed" if error else "incomplete"
     return _finite(
         {
             **result,
             "state": state,
-            "error": sweep.failed.get(row.label),
+            "error": error,
             "options": without_paths(row.options),
             "tries": tries,
             "learning_rate": sweep.best_rate(row),
@@ -140,11 +154,14 @@ def render_table(results: Mapping[str, Any]) -> str:
         longest = max(len(row["tries"]) for row in tried)
         head = [*[""] * (2 if grouped else 1), *["learning rate: evaluation loss"] * longest]
         parts.append(_markdown(head, [_tries(row, longest, grouped) for row in tried]))
-    for state, text in (("incomplete", "Not finished yet"), ("failed", "Failed")):
-        labels = [Row(row["name"], row["group"]).label for row in results["rows"] if row["state"] == state]
-        if labels:
-            parts.append(f"{text}: {'; '.join(labels)}.")
+    left = [_label(row) for row in results["rows"] if row["state"] == "incomplete"]
+    parts += [f"Not finished yet: {'; '.join(left)}."] if left else []
+    parts += [f"Failed: {_label(row)}: {row['error']}" for row in results["rows"] if row["state"] == "failed"]
     return "\n\n".join(parts) + "\n"
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return Row(row["name"], row["group"]).label
 
 
 def _tries(row: Mapping[str, Any], longest: int, grouped: bool) -> list[str]:
@@ -172,22 +189,28 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def _render_head(results: Mapping[str, Any], mark: str = "#") -> str:
+    """What stands above a table: its title, what has to be known of it, and the command."""
+    parts = [f"{mark} {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
+    return "\n\n".join(part for part in parts if part)
+
+
 def write_results(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
     """Write results.json and table.md into the table's folder; returns what the former holds."""
     results = collect(sweep, given)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     recipe.write_json(sweep.folder / RESULTS_FILE, results)
-    write_file(sweep.folder / TABLE_FILE, f"# {results['title']}\n\n{render_table(results)}".encode())
+    write_file(sweep.folder / TABLE_FILE, f"{_render_head(results)}\n\n{render_table(results)}".encode())
     return results
 
 
 # ---- figures ----
 
 
-def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -> None:
+def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -> dict[str, str]:
     """
     Draw a table's figures into its folder, as NAME.png, as far as their runs are there, with NAME.json where they show
-    other data than the rows' metrics. What cannot be drawn is noted in the sweep's `failed`. The `kind` of a figure is
+    other data than the rows' metrics. One that fails leaves the others. The `kind` of a figure is
 
     - `lines`: the metric `y` over `x`, which is a row's own, an option or a metric; a line per group. What the paper
       prints is a line too.
@@ -202,17 +225,24 @@ def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -
         sweep ([`~hf_sara.tasks.paper.Sweep`]): The table's runs.
         module (`ModuleType`): The recipe.
         results (`Mapping[str, Any]`): From [`collect`].
+
+    Returns:
+        `dict[str, str]`: The errors of the figures that failed, by their names.
     """
+    failed = {}
     for name, spec in sweep.table.figures.items():
         path, draw = sweep.folder / f"{name}.png", FIGURES[spec["kind"]]
         try:
             data = draw(sweep, module, results, path, **{key: spec[key] for key in spec if key != "kind"})
-        except (ValueError, OSError, ImportError) as error:
-            sweep.failed[f"figure {name}"] = str(error)
-            logger.error("The figure %s failed: %s", name, error)
+        except Exception as error:
+            failed[name] = str(error)
+            # Anything but what cannot work or is missing is a bug and shows its trace.
+            expected = isinstance(error, (ValueError, OSError, ImportError))
+            logger.error("The figure %s failed: %s", name, error, exc_info=not expected)
         else:
             if data is not None:
                 recipe.write_json(path.with_suffix(".json"), data)
+    return failed
 
 
 def _draw_lines(
@@ -228,16 +258,22 @@ def _draw_lines(
 ) -> None:
     scale = results["columns"][y].get("scale", 1)
     series: dict[str, list[tuple[Any, float]]] = defaultdict(list)
+    names: dict[str, list[str]] = defaultdict(list)
     for row in results["rows"]:
         printed = row["paper"] or {}
         values, place = means(row, y), _place(row, x)
         if values and place is not None:
             series[row["group"] or "measured"].append((place, statistics.mean(values) * scale))
+            names[row["group"] or "measured"].append(row["name"])
         if y in printed and printed.get(x, place) is not None:
             series[f"{row['group'] or ''} paper".strip()].append((printed.get(x, place), printed[y]))
     if series:
         lines = {name: tuple(zip(*points, strict=True)) for name, points in series.items()}
-        analysis.plot_lines(lines, xlabel, ylabel, path, results["title"], log_x)
+        places = [_place(row, x) for row in results["rows"]]
+        # Texts stand in the order of the rows, whichever of them are done; what the place does not say, a name does.
+        texts = list(dict.fromkeys(place for place in places if isinstance(place, str)))
+        named = x in results["columns"] and all(row["x"] is None for row in results["rows"])
+        analysis.plot_lines(lines, xlabel, ylabel, path, results["title"], log_x, texts, names if named else None)
 
 
 def _place(row: Mapping[str, Any], x: str) -> Any:
@@ -255,9 +291,10 @@ def _draw_tries(sweep: Sweep, module: ModuleType, results: Mapping[str, Any], pa
         losses = ((entry["learning_rate"], entry["metrics"].get(CRITERION)) for entry in row.get("tries", ()))
         points = sorted((rate, loss) for rate, loss in losses if loss is not None)
         if points:
-            lines[Row(row["name"], row["group"]).label] = tuple(zip(*points, strict=True))
+            lines[_label(row)] = tuple(zip(*points, strict=True))
     if lines:
-        figure = analysis.plot_lines(lines, "learning rate", "evaluation loss", title=results["title"], log_x=True)
+        title = f"{results['title']}: learning rates"
+        figure = analysis.plot_lines(lines, "learning rate", "evaluation loss", title=title, log_x=True)
         from matplotlib.ticker import LogLocator, StrMethodFormatter
 
         # Powers of ten, and more where the rates span less than two: an axis needs more than one number.
@@ -324,14 +361,17 @@ def _draw_routing(
     args = parse_options(module, run.options)[0]
     model, tokenizer = recipe.load_base(args.model_name_or_path, args.gguf_file, args.dtype)
     SaraAdapter.load(model, run.folder)
-    found = {}
+    gates = {}
     data_dir = run.folder / "data" if args.demo and not args.data_dir else args.data_dir
     for name, ids in _first_questions(module, args, data_dir, tokenizer).items():
         batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        gates = analysis.routing(model, batch)
-        analysis.plot_routing(gates, path.with_name(f"{path.stem}-{slug(name)}.png"), f"{chosen.label}: {name}")
-        found[name] = gates.to_dict()
-    return found
+        gates[name] = analysis.routing(model, batch)
+    # One colour scale, so that the questions can be compared.
+    highest = max(found.highest for found in gates.values())
+    for name, found in gates.items():
+        title = f"{chosen.label}: gates on the first question of {name}"
+        analysis.plot_routing(found, path.with_name(f"{path.stem}-{slug(name)}.png"), title, highest)
+    return {name: found.to_dict() for name, found in gates.items()}
 
 
 def _first_questions(
@@ -350,6 +390,13 @@ def _first_questions(
     return {name: tokenizer(prompt)["input_ids"] for name, prompt in prompts.items()}
 
 
+CAPTIONS = {
+    "lines": "{ylabel} over {xlabel}",
+    "tries": "the evaluation loss of every learning rate that was tried, with the first seed",
+    "correlation": "{ylabel} of groups of layers over their mean rank k at threshold {threshold}",
+    "ranks": "the rank k of every layer's projections at each threshold",
+    "routing": "the gates of {row}, mean over the tokens of one question; a row per layer, a column per head",
+}
 FIGURES = {
     "lines": _draw_lines,
     "tries": _draw_tries,
@@ -399,12 +446,25 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
 
 def _render_part(results: Mapping[str, Any], figures: Sequence[str]) -> str:
     name = results["name"]
-    parts = [f"## {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
-    parts += [render_table(results).strip(), *(f"![{figure}](results/{figure})" for figure in figures)]
-    packages = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    machines = f"On {'; '.join(results['hardware'])}. " if results["hardware"] else ""
-    parts.append(f"{machines}With {packages}. Every run: [results/{name}.json](results/{name}.json).")
-    return "\n\n".join(part for part in parts if part)
+    parts = [_render_head(results, "##"), render_table(results).strip()]
+    for figure in figures:
+        caption = _caption(results, figure.removeprefix(f"{name}-").removesuffix(".png"))
+        parts += [f"![{caption}](results/{figure})", f"*{caption}*"]
+    packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in results["versions"]]
+    ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
+    ran += [f"With {'; '.join(packages)}."] if packages else []
+    parts.append(" ".join([*ran, f"Every run: [results/{name}.json](results/{name}.json)."]))
+    return "\n\n".join(parts)
+
+
+def _caption(results: Mapping[str, Any], image: str) -> str:
+    """What an image of a table's figures shows; one of several of a figure has a name behind the figure's."""
+    name = max((name for name in results["figures"] if image.startswith(name)), key=len, default=None)
+    if name is None:
+        return results["title"]
+    rest = image[len(name) :].strip("-")
+    caption = CAPTIONS[results["figures"][name]["kind"]].format(**results["figures"][name])
+    return f"{results['title']}: {caption}{f' ({rest})' if rest else ''}."
 
 
 def _put(text: str, name: str, part: str) -> str:

@@ -39,9 +39,9 @@ LOG_FILE = "run.log"
 HARMLESS = ("logging_", "save_", "report_to", "disable_tqdm", "run_name", "project", "trackio", "hub_", "push_to_hub")
 HARMLESS += ("output_dir", "log_level", "dataloader_", "per_device_eval", "eval_accumulation", "resume", "skip_memory")
 HARMLESS += ("local_rank", "do_", "torch_empty_cache", "enable_jit_checkpoint", "debug", "restore_callback")
-# Options of the recipes that say how much is decoded and scored. They are no part of what defines a run: it can be
-# scored further later, without training again.
-SCORING = ("max_test_",)
+# Options of the recipes that say how much is decoded and scored, and how much of it at once. They are no part of what
+# defines a run: it can be scored further later, without training again.
+SCORING = ("max_test_", "test_sets", "generation_batch_size")
 
 
 class RecipeError(ValueError):
@@ -92,7 +92,9 @@ def given_options(dataclasses: Sequence[type], argv: Sequence[str] | None = None
         `tuple[dict[str, Any], list[str]]`: The values of the options that are given, by name (`config` too), and the
         arguments that belong to none.
     """
-    parser = argparse.ArgumentParser(parents=[_make_parser(dataclasses)], add_help=False, conflict_handler="resolve")
+    parser = argparse.ArgumentParser(
+        parents=[_make_parser(dataclasses)], add_help=False, conflict_handler="resolve", allow_abbrev=False
+    )
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given, unknown = parser.parse_known_args(argv)
@@ -101,7 +103,10 @@ def given_options(dataclasses: Sequence[type], argv: Sequence[str] | None = None
 
 def _make_parser(dataclasses: Sequence[type], description: str | None = None) -> HfArgumentParser:
     parser = HfArgumentParser(
-        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        dataclasses,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it.")
     return parser

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Options:
     max_test: int = 5
     breaks: str | None = None
     output_dir: str = "none"
+    hub_model_id: str | None = None
 
     def __post_init__(self):
         if self.size < 1:
@@ -41,6 +43,9 @@ def main() -> None:
         file.write(f"{folder.parent.name}/{folder.name} {options.max_test}\n")
     # A file lets a test decide what happens to the rows that name it.
     if options.breaks and Path(options.breaks).is_file():
+        if Path(options.breaks).read_text() == "wait":
+            (folder / "pid").write_text(str(os.getpid()))
+            time.sleep(600)
         if Path(options.breaks).read_text() == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("it is broken")
@@ -49,6 +54,8 @@ def main() -> None:
         "eval_loss": loss if options.learning_rate < 1 else math.nan,
         "trained_parameters": 1000 * options.size,
         "peak_memory_bytes": 300 if options.max_test == 0 else 200,
+        "hardware": "a machine",
+        "versions": {"torch": "1.0"},
     }
     if options.max_test:
         metrics["score"] = 0.5 + options.seed / 10 + options.size / 100

@@ -33,7 +33,8 @@ def test_it_starts_with_small_weights_and_only_it_is_trained(method, family):
     model = attach(method, family, trained=False)
     assert type(model) is type(base)
     start = torch.cat([p.flatten() for name, p in model.named_parameters() if ".bottleneck." in name])
-    assert abs(start.std() - 0.02) < 0.002 and abs(start.mean()) < 0.002
+    assert abs(start.std() - 0.02) < 0.002
+    assert abs(start.mean()) < 0.002
     kept = {name: tensor for name, tensor in model.state_dict().items() if ".bottleneck." not in name}
     assert same_bits(kept, base_state(base))
     model(**make_inputs(model)).loss.backward()

@@ -73,6 +73,7 @@ def test_ours_keep_their_options_and_checks():
     ours = parse("--method", "mo_sara", "--threshold", "0.4", "--num_heads", "3", "--layers", "0-1")
     assert ours.sara_arguments() == SaraArguments(method="mo_sara", threshold=0.4, num_heads=3, layers="0-1")
     assert type(ours.sara_arguments()) is SaraArguments
+    assert MethodArguments(method="series_adapter", layers=3).layers == "3"
     with pytest.raises(ValueError, match="v_position='front' is an option of method='mo_sara'"):
         MethodArguments(v_position="front")
 
@@ -85,9 +86,11 @@ def test_ours_keep_their_options_and_checks():
         ({"method": "prefix", "num_virtual_tokens": -1}, "num_virtual_tokens=-1 has to be"),
         ({"method": "lora", "dropout": 1.0}, "dropout=1.0 has to lie in"),
         ({"method": "lora", "layers": "3-1"}, "runs backwards"),
-        ({"method": "lora", "threshold": 0.1}, "no options of method='lora'"),
-        ({"method": "full", "target_modules": ["q_proj"]}, "no options of method='full'"),
-        ({"method": "prefix", "layers": "0"}, "no options of method='prefix'"),
+        ({"method": "lora", "threshold": 0.1}, "threshold=0.1 is no option of method='lora', only of sara, mo_sara"),
+        ({"method": "lora", "num_heads": 3}, "num_heads=3 is no option of method='lora'"),
+        ({"method": "dora", "v_position": "front"}, "v_position='front' is no option of method='dora'"),
+        ({"method": "full", "target_modules": ["q_proj"]}, "target_modules=.* is no option of method='full'"),
+        ({"method": "prefix", "layers": 0}, "layers=0 is no option of method='prefix', only of sara, mo_sara, lora"),
         ({"method": "adalora", "adalora_init_r": 10}, "has to be larger than lora_r=10"),
         ({"method": "adalora", "adalora_final": 0.95}, "below 1"),
     ],
@@ -136,8 +139,8 @@ def test_the_trained_parameters_are_those_of_the_formula(name, family):
         # Before its pruning, from rank 3 to 2.
         "adalora": sum(3 * (d_in + d_out + 1) for d_in, d_out in QV[family]),
         "prefix": 3 * KEYS_AND_VALUES[family],
-        "series_adapter": FEED_FORWARD[family] * (24 * 4 + 4 + 4 * 24 + 24),
-        "parallel_adapter": sum(d_in * 4 + 4 + 4 * d_out + d_out for d_in, d_out in QKV[family]),
+        "series_adapter": FEED_FORWARD[family] * (24 + 24) * 4,
+        "parallel_adapter": sum((d_in + d_out) * 4 for d_in, d_out in QKV[family]),
     }
     attached = attach_baseline(model, arguments(name))
     trained = sum(p.numel() for p in attached.parameters() if p.requires_grad)

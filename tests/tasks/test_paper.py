@@ -44,6 +44,11 @@ def run(sweep, **kwargs) -> list[str]:
     return [row.label for row in sweep.run(paper.select_rows(sweep.table), **kwargs)]
 
 
+def errors(sweep) -> dict[str, str]:
+    """By row, why it is not complete."""
+    return {row.label: error for row in paper.select_rows(sweep.table) if (error := sweep.error(row))}
+
+
 def calls(sweep) -> list[str]:
     file = sweep.run_folder / "calls.txt"
     lines = file.read_text().splitlines() if file.is_file() else []
@@ -193,7 +198,7 @@ def test_learning_rates_are_tried_then_seeds_run_at_the_best_one(tmp_path):
     assert [metrics["peak_memory_bytes"] for metrics in seeds.values()] == [300, 300, 300]
     assert sweep.seeds(b)[None]["score"] == 0.54
     assert all(map(sweep.is_complete, (a, b)))
-    assert not sweep.failed
+    assert not errors(sweep)
     # All of it is done.
     assert run(make_sweep(tmp_path)) == ["A", "big B"]
     assert calls(sweep) == []
@@ -203,7 +208,11 @@ def test_a_run_can_be_repeated_by_hand_and_leaves_its_log(tmp_path):
     sweep = make_sweep(tmp_path)
     run(sweep)
     folder = sweep.run_folder / "big-b"
-    assert yaml.safe_load((folder / "run.yaml").read_text()) == {"size": 4, "output_dir": str(folder / "run")}
+    assert yaml.safe_load((folder / "run.yaml").read_text()) == {
+        "size": 4,
+        "output_dir": str(folder / "run"),
+        "hub_model_id": "small-big-b",
+    }
     assert (folder / "run.log").is_file()
     record = json.loads((folder / "run.scored.json").read_text())
     assert record["options"] == {"size": 4}
@@ -222,6 +231,15 @@ def test_a_training_that_diverged_is_not_the_best(tmp_path):
     run(sweep)
     assert math.isnan(sweep.tries(sweep.table.rows[0])[2.0]["eval_loss"])
     assert sweep.best_rate(sweep.table.rows[0]) == 0.1
+
+
+def test_where_no_loss_is_a_number_no_learning_rate_is_the_best(tmp_path):
+    sweep = make_sweep(tmp_path, rows=[{"name": "A", "options": {"learning_rate": [2.0, 3.0]}}])
+    run(sweep)
+    assert calls(sweep) == ["a/learning_rate-2.0 0", "a/learning_rate-3.0 0"]
+    assert sweep.best_rate(sweep.table.rows[0]) is None
+    assert not sweep.is_complete(sweep.table.rows[0])
+    assert "No evaluation loss of its learning rates is a number" in errors(sweep)["A"]
 
 
 def test_a_try_that_is_no_different_from_the_run_is_not_run_twice(tmp_path):
@@ -308,15 +326,17 @@ def test_a_failed_row_leaves_the_others_and_is_finished_by_a_second_call(how, me
     ]
     sweep = make_sweep(tmp_path, rows=rows)
     assert run(sweep) == ["A", "B"]
-    assert list(sweep.failed) == ["A"]
-    assert message in sweep.failed["A"]
+    assert list(errors(sweep)) == ["A"]
+    assert message in errors(sweep)["A"]
     # Without its tries there is no best one to go on with.
     assert calls(sweep) == ["a/learning_rate-0.1 0", "a/learning_rate-0.01 0", "b/run 5"]
     assert [sweep.is_complete(row) for row in sweep.table.rows] == [False, True]
     switch.unlink()
+    # Another process still knows of it.
     sweep = make_sweep(tmp_path, rows=rows)
+    assert message in errors(sweep)["A"]
     run(sweep)
-    assert not sweep.failed
+    assert not errors(sweep)
     assert calls(sweep) == ["a/learning_rate-0.1 0", "a/learning_rate-0.01 0", "a/learning_rate-0.01 5"]
     assert all(map(sweep.is_complete, sweep.table.rows))
 
@@ -328,7 +348,7 @@ def test_a_failed_try_leaves_the_other_tries(tmp_path):
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where the run's folder has to be")
     run(sweep)
-    assert list(sweep.failed) == ["A"]
+    assert list(errors(sweep)) == ["A"]
     assert [rate for rate, metrics in sweep.tries(row).items() if metrics] == [0.01, 0.001]
     assert sweep.best_rate(row) is None
     assert sweep.seeds(row) == {}
@@ -362,7 +382,7 @@ def test_no_run_begins_after_the_deadline(tmp_path):
     sweep = make_sweep(tmp_path)
     assert run(sweep, deadline=time.monotonic()) == ["A", "big B"]
     assert calls(sweep) == []
-    assert not sweep.failed
+    assert not errors(sweep)
 
 
 # ---- the paper's tables ----
@@ -544,5 +564,10 @@ def test_the_small_sweep_compares_under_like_conditions():
         assert (training.label_smoothing_factor, training.max_grad_norm, training.save_steps) == (0.0, 1.0, 40)
         assert training.train_sampling_strategy == "group_by_length"
         assert (options.max_eval_samples, options.max_test_mrs, adapter.dropout) == (512, 100, 0.0)
-    # The ablations are beside these very runs.
-    assert load_paper("smollm2_table4").runs == "smollm2_e2e"
+    # The ablations are beside these very runs, with the learning rates of their methods.
+    ablations = load_paper("smollm2_table4")
+    assert ablations.runs == "smollm2_e2e"
+    for row in ablations.rows:
+        main = next(main for main in table.rows if main.options["method"] == row.options["method"])
+        assert row.values("learning_rate") == main.values("learning_rate")
+        assert row.values("seed")[0] in (None, 314)

@@ -23,7 +23,10 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Sweep:
     """A finished sweep of the fake recipe."""
-    sweep = make_sweep(tmp_path_factory.mktemp("sweep"), columns=COLUMNS, notes="What one has to know.")
+    figures = {"rates": {"kind": "tries"}}
+    sweep = make_sweep(
+        tmp_path_factory.mktemp("sweep"), columns=COLUMNS, notes="What one has to know.", figures=figures
+    )
     run(sweep)
     return sweep
 
@@ -43,7 +46,9 @@ def test_results_hold_every_run_beside_the_papers_numbers(done):
     assert paper_results.means(a, "eval_loss") == pytest.approx([1.03, 1.04, 1.05])
     assert (a["paper"], b["paper"], printed["paper"]) == ({"score": 77.7}, {}, {"score": 11})
     assert (b["group"], b["tries"], b["error"]) == ("big", [], None)
-    assert {"hf_sara", "torch", "transformers"} <= set(results["versions"])
+    # What the runs ran on, each once.
+    assert results["hardware"] == ["a machine"]
+    assert results["versions"] == [{"torch": "1.0"}]
 
 
 def test_the_table_stands_beside_the_papers(done):
@@ -79,6 +84,10 @@ def test_a_table_says_what_is_missing(tmp_path):
     assert (sweep.folder / "table.md").read_text() == (
         "# A table\n"
         "\n"
+        "```bash\n"
+        "python recipes/run_paper.py small\n"
+        "```\n"
+        "\n"
         "|  | score |\n"
         "| --- | --- |\n"
         "| A | - |\n"
@@ -91,7 +100,7 @@ def test_a_table_says_what_is_missing(tmp_path):
         "\n"
         "Not finished yet: B; C.\n"
         "\n"
-        "Failed: A.\n"
+        "Failed: A: ValueError: it is broken\n"
     )
     assert results["rows"][0]["error"] == "ValueError: it is broken"
     # A loss that is no number is none in JSON.
@@ -121,11 +130,11 @@ def pixels(path: Path) -> np.ndarray:
     return imread(path)[..., :3]
 
 
-def drawn(sweep: Sweep, module) -> list[str]:
+def drawn(sweep: Sweep, module, failing=()) -> list[str]:
     """The figures of a sweep, drawn, none of them blank."""
     pytest.importorskip("matplotlib")
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    paper_results.draw_figures(sweep, module, paper_results.collect(sweep, {}))
+    assert list(paper_results.draw_figures(sweep, module, paper_results.collect(sweep, {}))) == list(failing)
     names = sorted(path.name for path in sweep.folder.glob("*.png"))
     for name in names:
         image = pixels(sweep.folder / name)
@@ -259,9 +268,11 @@ def test_a_figure_that_fails_is_noted_and_leaves_the_others(tmp_path):
     }
     sweep = make_sweep(tmp_path, figures=figures, options={"model_name_or_path": str(tmp_path / "nowhere")})
     run(sweep)
-    assert drawn(sweep, paper.load_recipe(FAKE)) == ["rates.png"]
-    assert list(sweep.failed) == ["figure ranks"]
-    assert "nowhere" in sweep.failed["figure ranks"]
+    module = paper.load_recipe(FAKE)
+    failed = paper_results.draw_figures(sweep, module, paper_results.collect(sweep, {}))
+    assert list(failed) == ["ranks"]
+    assert "nowhere" in failed["ranks"]
+    assert drawn(sweep, module, failing=["ranks"]) == ["rates.png"]
 
 
 # ---- the page of results ----
@@ -287,7 +298,9 @@ def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, t
         "| big | B | 4,000 | 4.00 | 54.0 | 1 |",
     ):
         assert part in text
-    assert "![small-rates.png](results/small-rates.png)" in text
+    caption = "A table: the evaluation loss of every learning rate that was tried, with the first seed."
+    assert f"![{caption}](results/small-rates.png)\n\n*{caption}*" in text
+    assert "On a machine. With torch 1.0. Every run: [results/small.json](results/small.json)." in text
     files = {path.name: path.read_bytes() for path in (tmp_path / "docs" / "results").iterdir()}
     assert set(files) == {"later.json", "small.json", "small-ranks.json", "small-rates.png"}
     assert files["small-rates.png"] == b"an image"
