@@ -16,9 +16,8 @@ def keep_memory() -> None:
     """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        # 32 MB is the largest threshold that glibc takes.
-        assert mallopt(mmap_threshold, 2**25) == 1
+        trim_threshold, mmap_max = -1, -4
+        assert mallopt(mmap_max, 0) == 1
         assert mallopt(trim_threshold, 2**31 - 1) == 1
 
 

@@ -174,7 +174,9 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
     for differing in ("seconds", "train_seconds", "peak_memory_bytes"):
         assert parts.pop(differing) > 0
         assert whole.pop(differing) > 0
-    assert (parts.pop("method"), whole.pop("method")) == ("sara", "sara")
+    assert (parts["method"], whole["method"]) == ("sara", "sara")
+    for text in ("method", "hardware", "versions"):
+        assert parts.pop(text) == whole.pop(text)
     assert parts == pytest.approx(whole)
 
 

@@ -205,14 +205,19 @@ def test_a_preset_is_the_run_of_the_paper(task, preset, model, sara, mo_sara):
 
 
 @pytest.mark.parametrize(
-    ("method", "rate"),
-    [("lora", 3e-4), ("prefix", 3e-2), ("series_adapter", 3e-4), ("parallel_adapter", 3e-4)],
+    ("method", "rate", "dropout"),
+    [
+        ("lora", 3e-4, 0.05),
+        ("prefix", 3e-2, 0.05),
+        ("series_adapter", 3e-4, 0.0),
+        ("parallel_adapter", 3e-4, 0.0),
+    ],
 )
-def test_a_baseline_has_the_papers_settings(method, rate):
+def test_a_baseline_has_the_papers_settings(method, rate, dropout):
     options, adapter, training = parse("math", "--method", method)
     assert options.model_name_or_path == LLAMA_7B
     assert training.learning_rate == rate
-    assert (adapter.method, adapter.threshold, adapter.dropout) == (method, None, 0.05)
+    assert (adapter.method, adapter.threshold, adapter.dropout) == (method, None, dropout)
     assert (adapter.lora_r, adapter.alpha, adapter.num_virtual_tokens, adapter.bottleneck_size) == (10, 20, 30, 256)
     assert training.output_dir == f"runs/math-llama-7b-{method}"
 
