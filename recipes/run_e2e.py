@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> dict:
     )
     trainer.add_callback(recipe.LogMetrics())
     # A finished training resumes too: from its last checkpoint there is nothing left to do.
-    trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_complete_checkpoint(folder))
+    start = last_complete_checkpoint(folder) or args.resume_from_checkpoint
+    trained = trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     evaluation = trainer.evaluate()
     if not trainer.is_world_process_zero():

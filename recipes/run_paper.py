@@ -40,7 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=lambda names: names.split(","), help="Only these rows, with commas between.")
     parser.add_argument("--output_dir", default="runs/paper", help="Folder of all tables. Default: %(default)s.")
     parser.add_argument("--time_limit", type=float, default=math.inf, help="Minutes; no run begins after them.")
-    parser.add_argument("--known", help="Folder results of an earlier report, whose runs are not run again.")
+    parser.add_argument(
+        "--known",
+        help="Folder results of an earlier report, whose runs are not run again. The data's folder has to have the "
+        "same name as there.",
+    )
     parser.add_argument("--report", help="Write results.md and results/ of all tables into this folder.")
     return parser
 
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = make_parser().parse_known_args(argv)
     if overrides and args.table != argv[0]:
         # The value of a recipe's option would be taken for it.
-        raise ValueError(f"Give the table first, then the options: run_paper.py TABLE {' '.join(overrides)}.")
+        raise ValueError("Give the table first, then the options: run_paper.py TABLE --option value ...")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from hf_sara.tasks import paper, paper_results
 

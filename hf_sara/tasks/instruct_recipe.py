@@ -224,7 +224,8 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     if method_args.method in OURS:
         logger.info("%s", trainer.sara_adapter.plan())
     # A finished training resumes too: from its last checkpoint there is nothing left to do.
-    trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_complete_checkpoint(folder))
+    start = last_complete_checkpoint(folder) or args.resume_from_checkpoint
+    trained = trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     losses = {"train_loss": trained.training_loss}
     if validation is not None:

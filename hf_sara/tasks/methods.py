@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,21 +48,11 @@ ADAPTER_FILES = {
     **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
     "full": ("config.json", "generation_config.json", "model*.safetensors*"),
 }
-# The methods that have an option of `SaraArguments`, where that is not all of them. The sizes of the baselines, and
-# dropout, may be given to all methods, so that one file of options serves for all.
-OUR_OPTIONS = (
-    "threshold",
-    "parameter_budget",
-    "singular_values",
-    "zero_init_vh",
-    "num_heads",
-    "v_position",
-    "factors",
-)
-OWNERS = {
-    **dict.fromkeys(OUR_OPTIONS, OURS),
-    **dict.fromkeys(("target_modules", "layers"), tuple(name for name in METHODS if name not in ("prefix", "full"))),
-}
+# The methods that have an option of `SaraArguments`, where that is not all of them. The baselines' own sizes, and
+# dropout, may stand beside any method.
+AT_SITES = tuple(method for method in METHODS if method not in ("prefix", "full"))
+OWNERS = {entry.name: OURS for entry in fields(SaraArguments) if entry.name not in ("method", "dropout")}
+OWNERS |= {"target_modules": AT_SITES, "layers": AT_SITES}
 # AdaLoRA's weight of the orthogonality of its factors, PEFT's default.
 ORTHOGONALITY = 0.5
 
@@ -407,8 +398,8 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         `dict`: `method`; `trained_parameters` (of AdaLoRA: before its pruning); `share`, these divided by base plus
         trained parameters, in [0, 1]; `adapter_bytes`, of the files that one would share; `train_seconds`, over all
         calls that the training was resumed by; `peak_memory_bytes`, the process's largest resident set since it
-        started; with CUDA `peak_cuda_bytes`, the most that was allocated; `hardware`; of SARA and Mo-SARA the
-        `threshold`.
+        started; with CUDA `peak_cuda_bytes`, the most that was allocated; the `versions` of the packages
+        and the `hardware`; of SARA and Mo-SARA the `threshold`.
     """
     folder = Path(trainer.args.output_dir)
     if isinstance(trainer, BaselineTrainer):
@@ -432,7 +423,7 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         **costs,
         "train_seconds": trainer.training_seconds,
         **_peak_memory(),
-        "versions": storage.versions(),
+        "versions": {**storage.versions(), **({"peft": version("peft")} if method in PEFT_METHODS else {})},
         "hardware": hardware(),
     }
 

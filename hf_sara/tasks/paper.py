@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import signal
 import subprocess
@@ -259,9 +260,10 @@ def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
         wrong = " ".join(unknown or ["--config"])
         raise RecipeError(f"{wrong}: no option of run_paper or of the recipe {module.__name__}.")
     for name in LOCAL:
-        if isinstance(given.get(name), str) and Path(given[name]).expanduser().is_dir():
+        value = given.get(name)
+        if isinstance(value, str) and value != recipe.SMOLLM2 and os.path.isdir(os.path.expanduser(value)):
             # However it is spelled, and wherever the next call is made, it is the same folder.
-            given[name] = str(Path(given[name]).expanduser().resolve())
+            given[name] = os.path.abspath(os.path.expanduser(value))
     # Choices are parsed to enumerations, which YAML does not know.
     return json.loads(json.dumps(given))
 
@@ -310,7 +312,7 @@ def read_records(folder: str | PathLike) -> list[dict[str, Any]]:
         folder (`str` or `os.PathLike`): The folder `results` of the report.
 
     Returns:
-        `list[dict]`: The `options`, as [`without_paths`] gives them, and the `metrics` of each run.
+        `list[dict]`: The `recipe` of each run, its `options`, as [`without_paths`] gives them, and its `metrics`.
 
     Raises:
         [`RecipeError`]: If the folder holds no results.
@@ -330,7 +332,7 @@ class Run:
 
     Args:
         folder (`Path`): The run's folder. Beside it lie its options as NAME.yaml, what it says as NAME.log, and what
-            is remembered of it as NAME.tried.json and NAME.scored.json, or as NAME.error.
+            is remembered of it as NAME.tried.json and NAME.scored.json, or in NAME.error.json.
         options (`dict`): The recipe's options, but for the folder.
         scored (`bool`): Whether it is scored, or only tried.
         known (`dict`, *optional*): Its metrics, if it was finished elsewhere.
@@ -352,12 +354,23 @@ class Run:
 
     def metrics(self) -> dict[str, Any] | None:
         """Its metrics, if it was finished with these very options, here or elsewhere."""
+        here = self.metrics_here()
+        return dict(self.known) if here is None and self.known is not None else here
+
+    def metrics_here(self) -> dict[str, Any] | None:
+        """Its metrics, if it was finished with these very options in this folder."""
         for path in (self.record, self.beside("tried.json")):
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
                 if record["options"] == self.options:
                     return record["metrics"]
-        return None if self.known is None else dict(self.known)
+        return None
+
+    def error(self) -> str | None:
+        """How it failed when it was last run, with these very options."""
+        path = self.beside("error.json")
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return record["error"] if record.get("options") == self.options else None
 
 
 class RunError(Exception):
@@ -429,14 +442,8 @@ class Sweep:
 
     def seeds(self, row: Row) -> dict[int | None, dict[str, Any]]:
         """The metrics of each seed at the best learning rate, as far as they are finished."""
-        tried = self.tries(row).get(self.best_rate(row)) or {}
         rest = list(self.runs(row))[len(self.tries(row)) :]
         found = {run.options.get("seed"): run.metrics() for run in rest}
-        for seed, metrics in found.items():
-            if metrics and seed == row.values("seed")[0]:
-                # Scored in another process than it was trained in.
-                for name in {"peak_memory_bytes", "peak_cuda_bytes"} & set(metrics) & set(tried):
-                    metrics[name] = max(metrics[name], tried[name])
         return {seed: metrics for seed, metrics in found.items() if metrics}
 
     def is_complete(self, row: Row) -> bool:
@@ -447,22 +454,22 @@ class Sweep:
     def error(self, row: Row) -> str | None:
         """Why a row is not complete, if it is not only that something is left to run."""
         for run in self.runs(row):
-            if run.metrics() is None and run.beside("error").is_file():
-                return run.beside("error").read_text(encoding="utf-8")
-        tries = self.tries(row)
-        if tries and None not in tries.values() and self.best_rate(row) is None:
-            return (
-                "No evaluation loss of its learning rates is a number, so none of them is the best. Try smaller ones, "
-                "and have the recipe hold out data for the loss (val_set_size)."
-            )
-        return None
+            if run.metrics() is None and run.error() is not None:
+                return run.error()
+        tries = self.tries(row).values()
+        if not tries or None in tries or self.best_rate(row) is not None:
+            return None
+        if not any(CRITERION in metrics for metrics in tries):
+            return "Its runs have no evaluation loss to choose a learning rate by. Hold out data for it: val_set_size."
+        return "The training diverged at each of its learning rates. Try smaller ones."
 
     def _run(self, row: Row, rate: float | None, seed: int | None, scored: bool) -> Run:
         own = {name: value for name, value in zip(TRIED, (rate, seed), strict=True) if value is not None}
         name = "_".join(f"{option}-{value}" for option, value in own.items()) or "run"
         options = {**row.options, **own, **({} if scored else self.table.tries)}
         shortened = without_paths(options)
-        known = next((record["metrics"] for record in self.known if record["options"] == shortened), None)
+        same = {"recipe": self.table.recipe, "options": shortened}
+        known = next((record["metrics"] for record in self.known if same.items() <= record.items()), None)
         return Run(self.run_folder / row.folder / name, options, scored, known)
 
     # ---- running ----
@@ -488,7 +495,7 @@ class Sweep:
                         try:
                             self.start(run)
                         except RunError as error:
-                            write_file(run.beside("error"), str(error).encode())
+                            recipe.write_json(run.beside("error.json"), {"options": run.options, "error": str(error)})
                             logger.error("%s failed: %s Its log: %s", row.label, error, run.beside("log"))
                     progress.update()
                 yield row
@@ -502,7 +509,7 @@ class Sweep:
         """
         config, log = run.beside("yaml"), run.beside("log")
         config.parent.mkdir(parents=True, exist_ok=True)
-        run.beside("error").unlink(missing_ok=True)
+        run.beside("error.json").unlink(missing_ok=True)
         # The model card is named after the row.
         card = {"hub_model_id": f"{self.run_folder.parent.name}-{run.folder.parent.name}"}
         write_file(config, _to_yaml({**card, **run.options, "output_dir": str(run.folder)}).encode())
@@ -513,6 +520,10 @@ class Sweep:
         if code:
             raise RunError(_what_went_wrong(code, log.read_bytes()[begin:].decode(errors="replace")))
         metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+        tried = replace(run, options={**run.options, **self.table.tries}, scored=False).metrics_here() or {}
+        for name in {"peak_memory_bytes", "peak_cuda_bytes"} & set(metrics) & set(tried):
+            # What was tried before is scored in another process than it was trained in.
+            metrics[name] = max(metrics[name], tried[name])
         recipe.write_json(run.record, {"options": run.options, "metrics": metrics})
 
 

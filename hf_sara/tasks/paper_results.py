@@ -55,7 +55,7 @@ def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
         [table.title, *(f"{name} {value}" for name, value in without_paths(given).items() if name != "data_dir")]
     )
     runs = [
-        _finite({"options": without_paths(run.options), "metrics": metrics})
+        _finite({"recipe": table.recipe, "options": without_paths(run.options), "metrics": metrics})
         for row in table.rows
         if row.options is not None
         for run in sweep.runs(row)
@@ -95,7 +95,8 @@ def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
         {
             **result,
             "state": state,
-            "error": error,
+            # Without the folders of this machine.
+            "error": error and re.sub(r"(?<![\w:/])/(?:[^\s/'\"]+/)+", "", error),
             "options": without_paths(row.options),
             "tries": tries,
             "learning_rate": sweep.best_rate(row),
@@ -272,7 +273,7 @@ def _draw_lines(
         places = [_place(row, x) for row in results["rows"]]
         # Texts stand in the order of the rows, whichever of them are done; what the place does not say, a name does.
         texts = list(dict.fromkeys(place for place in places if isinstance(place, str)))
-        named = x in results["columns"] and all(row["x"] is None for row in results["rows"])
+        named = not any(row["x"] is not None or x in row.get("options", {}) for row in results["rows"])
         analysis.plot_lines(lines, xlabel, ylabel, path, results["title"], log_x, texts, names if named else None)
 
 
@@ -355,7 +356,7 @@ def _draw_routing(
     if not sweep.is_complete(chosen):
         return None
     run = next(run for run in sweep.runs(chosen) if run.scored)
-    if not run.folder.is_dir():
+    if run.metrics_here() is None:
         # It was finished elsewhere, and its adapter is not here.
         return None
     args = parse_options(module, run.options)[0]
@@ -422,7 +423,8 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
         `Path`: The page.
 
     Raises:
-        [`~hf_sara.tasks.recipe.RecipeError`]: If there are no results.
+        [`~hf_sara.tasks.recipe.RecipeError`]: If there are no results, or an earlier report has runs of a table that
+            these lack.
     """
     files = sorted(Path(output_dir).glob(f"*/{RESULTS_FILE}"))
     if not files:
@@ -433,23 +435,33 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
     for file in files:
         results = json.loads(file.read_text(encoding="utf-8"))
         name = results["name"]
+        _check_nothing_is_lost(folder / f"{name}.json", results)
         recipe.write_json(folder / f"{name}.json", results)
         for path in [*file.parent.glob("*.png"), *file.parent.glob("*.json")]:
             if path.name != RESULTS_FILE:
                 shutil.copyfile(path, folder / f"{name}-{path.name}")
-        # Some may be of runs that were finished elsewhere.
-        images = sorted(folder.glob(f"{name}-*.png"))
-        text = _put(text, name, _render_part(results, [image.name for image in images]))
+        text = _put(text, name, _render_part(results, _images(results, folder)))
     write_file(page, text.encode())
     return page
 
 
-def _render_part(results: Mapping[str, Any], figures: Sequence[str]) -> str:
+def _check_nothing_is_lost(path: Path, results: Mapping[str, Any]) -> None:
+    """Raise a [`~hf_sara.tasks.recipe.RecipeError`] if a report has runs that the results do not have."""
+    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    there = [run["options"] for run in results["runs"]]
+    lost = sum(run["options"] not in there for run in before)
+    if lost:
+        raise recipe.RecipeError(
+            f"{path} has {lost} runs that {results['name']} does not have here. Run the table once more with --known "
+            f"{path.parent}, which takes them over; or delete the file, if they are not the table's any more."
+        )
+
+
+def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
     name = results["name"]
     parts = [_render_head(results, "##"), render_table(results).strip()]
-    for figure in figures:
-        caption = _caption(results, figure.removeprefix(f"{name}-").removesuffix(".png"))
-        parts += [f"![{caption}](results/{figure})", f"*{caption}*"]
+    for image, caption in images.items():
+        parts += [f"![{caption}](results/{image})", f"*{caption}*"]
     packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in results["versions"]]
     ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
     ran += [f"With {'; '.join(packages)}."] if packages else []
@@ -457,14 +469,17 @@ def _render_part(results: Mapping[str, Any], figures: Sequence[str]) -> str:
     return "\n\n".join(parts)
 
 
-def _caption(results: Mapping[str, Any], image: str) -> str:
-    """What an image of a table's figures shows; one of several of a figure has a name behind the figure's."""
-    name = max((name for name in results["figures"] if image.startswith(name)), key=len, default=None)
-    if name is None:
-        return results["title"]
-    rest = image[len(name) :].strip("-")
-    caption = CAPTIONS[results["figures"][name]["kind"]].format(**results["figures"][name])
-    return f"{results['title']}: {caption}{f' ({rest})' if rest else ''}."
+def _images(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The captions of a table's images by their names, some perhaps of runs that were finished elsewhere."""
+    captions = {}
+    for figure, spec in results["figures"].items():
+        caption = f"{results['title']}: {CAPTIONS[spec['kind']].format(**spec)}"
+        stem = f"{results['name']}-{figure}"
+        for path in [*folder.glob(f"{stem}.png"), *sorted(folder.glob(f"{stem}-*.png"))]:
+            # One of several has a name behind the figure's.
+            rest = path.stem.removeprefix(stem).strip("-")
+            captions[path.name] = f"{caption} ({rest})." if rest else f"{caption}."
+    return captions
 
 
 def _put(text: str, name: str, part: str) -> str:

@@ -1,6 +1,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,7 +240,10 @@ def test_where_no_loss_is_a_number_no_learning_rate_is_the_best(tmp_path):
     assert calls(sweep) == ["a/learning_rate-2.0 0", "a/learning_rate-3.0 0"]
     assert sweep.best_rate(sweep.table.rows[0]) is None
     assert not sweep.is_complete(sweep.table.rows[0])
-    assert "No evaluation loss of its learning rates is a number" in errors(sweep)["A"]
+    assert errors(sweep) == {"A": "The training diverged at each of its learning rates. Try smaller ones."}
+    for tried in sweep.runs(sweep.table.rows[0]):
+        tried.record.write_text(json.dumps({"options": tried.options, "metrics": {}}))
+    assert "no evaluation loss to choose a learning rate by" in errors(sweep)["A"]
 
 
 def test_a_try_that_is_no_different_from_the_run_is_not_run_twice(tmp_path):
@@ -305,8 +309,11 @@ def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
     assert calls(third) == []
     assert third.best_rate(row) == 0.01
     assert paper_results.collect(third, {}) == paper_results.collect(second, {})
-    # Other options are other runs.
-    third.table = paper.override(third.table, {"data_dir": "/elsewhere/other"})
+    # Other options are other runs, and so are those of another recipe.
+    table = third.table
+    third.table = paper.override(table, {"data_dir": "/elsewhere/other"})
+    assert not any(third.tries(third.table.rows[0]).values())
+    third.table = replace(table, recipe="another_recipe")
     assert not any(third.tries(third.table.rows[0]).values())
 
 
@@ -332,9 +339,12 @@ def test_a_failed_row_leaves_the_others_and_is_finished_by_a_second_call(how, me
     assert calls(sweep) == ["a/learning_rate-0.1 0", "a/learning_rate-0.01 0", "b/run 5"]
     assert [sweep.is_complete(row) for row in sweep.table.rows] == [False, True]
     switch.unlink()
-    # Another process still knows of it.
+    # Another process still knows of it, and that it says nothing of other options.
     sweep = make_sweep(tmp_path, rows=rows)
     assert message in errors(sweep)["A"]
+    other = make_sweep(tmp_path, rows=rows)
+    other.table = paper.override(other.table, {"size": 2})
+    assert not errors(other)
     run(sweep)
     assert not errors(sweep)
     assert calls(sweep) == ["a/learning_rate-0.1 0", "a/learning_rate-0.01 0", "a/learning_rate-0.01 5"]

@@ -103,6 +103,11 @@ def test_a_table_says_what_is_missing(tmp_path):
         "Failed: A: ValueError: it is broken\n"
     )
     assert results["rows"][0]["error"] == "ValueError: it is broken"
+    # Of a file, its name alone.
+    (failed,) = sweep.runs(sweep.table.rows[0])
+    error = f"No '{tmp_path}/x.txt', see https://a/b"
+    write_json(failed.beside("error.json"), {"options": failed.options, "error": error})
+    assert paper_results.collect(sweep, {})["rows"][0]["error"] == "No 'x.txt', see https://a/b"
     # A loss that is no number is none in JSON.
     assert "NaN" not in (sweep.folder / "results.json").read_text()
     assert json.loads((sweep.folder / "results.json").read_text()) == results
@@ -169,9 +174,24 @@ def test_scores_are_drawn_over_an_option_with_a_line_per_group_and_the_papers(tm
         pass
     assert drawn(sweep, paper.load_recipe(FAKE)) == ["figure.png"]
     series, xlabel, ylabel = lines[0][0][:3]
+    assert lines[0][0][6:] == ([], None)
     assert (xlabel, ylabel) == ("size", "score (%)")
     expected = {"one": ((1, 2), (51.0, 52.0)), "one paper": ((1,), (55.5,)), "two": ((1.5,), (53.0,))}
     assert {name: (x, pytest.approx(y)) for name, (x, y) in series.items()} == expected
+
+
+def test_texts_on_the_axis_are_in_the_order_of_the_rows(tmp_path, lines):
+    rows = [
+        {"group": group, "name": layers, "options": {"layers": layers}}
+        for group in ("one", "two")
+        for layers in ("0-1", "2-3")
+    ]
+    spec = {"kind": "lines", "x": "layers", "y": "score", "xlabel": "layers", "ylabel": "score (%)"}
+    sweep = make_sweep(tmp_path, rows=rows, figures={"figure": spec})
+    for _ in sweep.run(sweep.table.rows[1:]):
+        pass
+    assert drawn(sweep, paper.load_recipe(FAKE)) == ["figure.png"]
+    assert lines[0][0][6:] == (["0-1", "2-3"], None)
 
 
 def test_scores_are_drawn_over_a_metric(done, tmp_path, lines):
@@ -181,6 +201,8 @@ def test_scores_are_drawn_over_a_metric(done, tmp_path, lines):
         done, None, results, tmp_path / "a.png", **{k: v for k, v in spec.items() if k != "kind"}
     )
     assert lines[0][0][0]["measured"] == ((1000,), pytest.approx((81.0,)))
+    # What the place on the axis does not say.
+    assert lines[0][0][6:] == ([], {"measured": ["A"], "big": ["B"]})
 
 
 def test_losses_are_drawn_over_learning_rates(done, tmp_path, lines):
@@ -233,7 +255,7 @@ def test_ranks_and_their_correlation_are_drawn(base, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["run_e2e", "run_math"])
-def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tmp_path):
+def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tmp_path, monkeypatch):
     data = make_demo_data(tmp_path / "data") if recipe == "run_e2e" else make_math_demo_data(tmp_path / "data")
     options = {"method": "mo_sara", "num_heads": 3, "model_name_or_path": str(base), "data_dir": str(data)}
     options |= {} if recipe == "run_e2e" else {"test_sets": ["AddSub", "AQuA"]}
@@ -251,9 +273,20 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
     attach_trained(model, "mo_sara").save_pretrained(entry.folder)
     write_json(entry.record, {"options": entry.options, "metrics": {"score": 1.0}})
     sets = {"run_e2e": ["E2E"], "run_math": ["AddSub", "AQuA"]}[recipe]
+    seen, plot = [], analysis.plot_routing
+    monkeypatch.setattr(analysis, "plot_routing", lambda *args: seen.append(args) or plot(*args))
     assert drawn(sweep, module) == sorted(f"routing-{name.lower()}.png" for name in sets)
     found = json.loads((sweep.folder / "routing.json").read_text())
     assert list(found) == sets
+    scales = [highest for *_, highest in seen]
+    assert scales == [max(analysis.Routing(**gates).highest for gates in found.values())] * len(sets)
+    # Of a run that was finished elsewhere, another one's adapter that lies here says nothing.
+    seen.clear()
+    entry.record.unlink()
+    sweep.known = [{"recipe": recipe, "options": paper.without_paths(entry.options), "metrics": {"score": 1.0}}]
+    assert sweep.is_complete(sweep.table.rows[0])
+    drawn(sweep, module)
+    assert not seen
     if recipe == "run_math":
         question = json.loads((data / "math" / "test" / "AddSub.json").read_text())[0]["instruction"]
         batch = tokenizer(instruct.make_prompt(question), return_tensors="pt")
@@ -307,6 +340,19 @@ def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, t
     assert json.loads(files["small.json"])["rows"] == other["rows"]
     assert b"/somewhere" not in b"".join(files.values())
     assert "/somewhere" not in text
+
+    # A report that has runs which are not here is kept.
+    fuller = json.loads(files["small.json"])
+    fuller["runs"].append({"recipe": "fake_recipe", "options": {"size": 9}, "metrics": {}})
+    write_json(tmp_path / "docs" / "results" / "small.json", fuller)
+    with pytest.raises(RecipeError, match=r"has 1 runs that small does not have here.*--known"):
+        paper_results.write_report(output, tmp_path / "docs")
+    write_json(tmp_path / "docs" / "results" / "small.json", json.loads(files["small.json"]))
+    # Another table's images, and those of a figure that is no longer drawn, are none of the table's.
+    for image in ("small-two-rates.png", "small-old.png"):
+        (tmp_path / "docs" / "results" / image).write_bytes(b"an image")
+    paper_results.write_report(output, tmp_path / "docs")
+    assert page.read_text() == text
 
     # A person reorders and writes; the next report only replaces the parts.
     first, second = (
