@@ -181,6 +181,24 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
 
 
 @pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_e2e_begins_at_a_given_checkpoint_and_then_goes_on_from_its_own(base, data, tmp_path, monkeypatch):
+    run_e2e = load("run_e2e")
+    monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
+    unscored = ("--max_test_mrs", "0")
+    run_e2e.main(arguments(base, data, tmp_path / "whole", "--save_total_limit", "3", *unscored))
+    begin = ("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4"))
+    steps, step = [], Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda self, *args: steps.append(self) or step(self, *args))
+    run_e2e.main(arguments(base, data, tmp_path / "rest", *begin, *unscored))
+    assert len(steps) == 2
+    adapters = [(tmp_path / run / "sara_adapter.safetensors").read_bytes() for run in ("whole", "rest")]
+    assert adapters[0] == adapters[1]
+    # Scored later, by the same command: it trains no more.
+    assert "bleu" in run_e2e.main(arguments(base, data, tmp_path / "rest", *begin))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
 def test_e2e_with_other_settings_does_not_touch_a_run(base, data, tmp_path, monkeypatch):
     run_e2e = load("run_e2e")
     monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
