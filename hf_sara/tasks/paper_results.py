@@ -462,7 +462,9 @@ def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
     parts = [_render_head(results, "##"), render_table(results).strip()]
     for image, caption in images.items():
         parts += [f"![{caption}](results/{image})", f"*{caption}*"]
-    packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in results["versions"]]
+    # Baselines name PEFT's version beside the others.
+    fullest = [one for one in results["versions"] if not any(one.items() < two.items() for two in results["versions"])]
+    packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in fullest]
     ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
     ran += [f"With {'; '.join(packages)}."] if packages else []
     parts.append(" ".join([*ran, f"Every run: [results/{name}.json](results/{name}.json)."]))
