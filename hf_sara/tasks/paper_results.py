@@ -29,6 +29,15 @@ TABLE_FILE = "table.md"
 DASH = "-"
 BEGIN = "<!-- {}: written by recipes/run_paper.py from here -->"
 END = "<!-- {}: written by recipes/run_paper.py up to here -->"
+# What every row is reported to cost, in the form of a table's columns.
+COSTS = {
+    "trained_parameters": {"title": "parameters", "format": ",.0f"},
+    "share": {"title": "share (%)", "scale": 100, "format": ".3g"},
+    "train_seconds": {"title": "training (min)", "scale": 1 / 60, "format": ".1f"},
+    "peak_memory_bytes": {"title": "memory (GB)", "scale": 1e-9, "format": ".2f"},
+    "peak_cuda_bytes": {"title": "GPU memory (GB)", "scale": 1e-9, "format": ".2f"},
+    "adapter_bytes": {"title": "on disk (kB)", "scale": 1e-3, "format": ",.0f"},
+}
 HEADER = """# Results
 
 What the recipes gave. Each part between two marks is generated from the runs; the text around them is written by hand.
@@ -133,7 +142,8 @@ def means(row: Mapping[str, Any], metric: str) -> list[float]:
 def render_table(results: Mapping[str, Any]) -> str:
     """
     The Markdown of collected results: a line per row, and below it what the paper prints, where it is a row of the
-    paper; mean and standard deviation over seeds, where several were run; then the learning rates that were tried.
+    paper; mean and standard deviation over seeds, where several were run; then what the rows cost, as far as that is
+    no column of the table; then the learning rates that were tried.
     """
     columns = results["columns"]
     grouped = any(row["group"] for row in results["rows"])
@@ -142,7 +152,7 @@ def render_table(results: Mapping[str, Any]) -> str:
     head += [column["title"] for column in columns.values()] + (["seeds"] if several else [])
     lines = []
     for row in results["rows"]:
-        names = [row["group"] or "", row["name"]] if grouped else [row["name"]]
+        names = _names(row, grouped)
         count = [str(len(row["seeds"])) if row.get("seeds") else DASH] if several else []
         if row["state"] != "printed":
             lines.append([*names, *(_cell(means(row, name), column) for name, column in columns.items()), *count])
@@ -150,6 +160,15 @@ def render_table(results: Mapping[str, Any]) -> str:
             printed = [str(row["paper"].get(name, DASH)) for name in columns]
             lines.append([*names[:-1], f"{row['name']} (paper)", *printed, *([DASH] if several else [])])
     parts = [_markdown(head, lines)] if lines else []
+    ran = [row for row in results["rows"] if row.get("seeds")]
+    costs = {name: COSTS[name] for name in COSTS if name not in columns and any(means(row, name) for row in ran)}
+    if costs:
+        head = [*[""] * (2 if grouped else 1), *(column["title"] for column in costs.values())]
+        lines = [
+            [*_names(row, grouped), *(_cell(means(row, name), column) for name, column in costs.items())]
+            for row in ran
+        ]
+        parts.append(_markdown(head, lines))
     tried = [row for row in results["rows"] if row.get("tries")]
     if tried:
         longest = max(len(row["tries"]) for row in tried)
@@ -165,14 +184,17 @@ def _label(row: Mapping[str, Any]) -> str:
     return Row(row["name"], row["group"]).label
 
 
+def _names(row: Mapping[str, Any], grouped: bool) -> list[str]:
+    return [row["group"] or "", row["name"]] if grouped else [row["name"]]
+
+
 def _tries(row: Mapping[str, Any], longest: int, grouped: bool) -> list[str]:
     cells = []
     for entry in row["tries"]:
         loss = entry["metrics"].get(CRITERION)
         text = f"{entry['learning_rate']:g}: {DASH if loss is None else format(loss, '.3f')}"
         cells.append(f"**{text}**" if entry["learning_rate"] == row["learning_rate"] else text)
-    names = [row["group"] or "", row["name"]] if grouped else [row["name"]]
-    return [*names, *cells, *[""] * (longest - len(cells))]
+    return [*_names(row, grouped), *cells, *[""] * (longest - len(cells))]
 
 
 def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:

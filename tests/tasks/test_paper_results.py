@@ -61,6 +61,12 @@ def test_the_table_stands_beside_the_papers(done):
         "| big | B (paper) | - | - | - | - |\n"
         "|  | printed (paper) | - | - | 11 | - |\n"
         "\n"
+        # The parameters are a column already, and this recipe says no more of its costs.
+        "|  |  | memory (GB) |\n"
+        "| --- | --- | --- |\n"
+        "|  | A | 3.00 |\n"
+        "| big | B | 2.00 |\n"
+        "\n"
         "|  |  | learning rate: evaluation loss | learning rate: evaluation loss | learning rate: evaluation loss |\n"
         "| --- | --- | --- | --- | --- |\n"
         "|  | A | 0.1: 2.030 | **0.01: 1.030** | 0.001: 2.030 |\n"
