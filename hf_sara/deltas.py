@@ -4,12 +4,16 @@ SARA adds `dropout(x) U diag(S) Vh`, all trained. Mo-SARA adds `((z * (g S)) Vh)
 router `g = softmax(z gate_down gate_up)`, where U and Vh are frozen singular vectors of the weight.
 
 Both are few plain tensor operations with autograd's own gradients: at a layer's size, an update costs as much in calls
-and in memory traffic as in arithmetic. Two short cuts save more of it where the update stands on the output of a plain
-frozen linear, and change no result but for rounding:
+and in memory traffic as in arithmetic. Where the update stands on the output of a plain frozen linear, short cuts save
+more of it, and change no result but for rounding:
 
 - SARA's update brings the linear's gradient along (`_LinearWithUpdate`): both are written in one pass.
 - Mo-SARA reads z from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the leading part of
   W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
+- Mo-SARA's gradient, too, is written in fewer passes than autograd's (`_MixedUpdate`).
+
+Mo-SARA keeps what lies between its factors by ranks, as (k, n) for n tokens: BLAS libraries make such a product of few
+and long rows faster than one of few columns.
 """
 
 import math
@@ -173,8 +177,7 @@ class SaraDelta(Delta):
         # U as (k, d_in), which is contiguous.
         Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
         S = self.S.to(dtype) if "S" in self.trained_names else None
-        # torch.compile does better with plain operations.
-        if linear is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if linear is not None and _writes_gradients():
             return _LinearWithUpdate.apply(x, output.detach(), linear.weight, Ut, S, Vh)
         h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
         return _add_product(output, h if S is None else h * S, Vh, self.slice)
@@ -241,12 +244,15 @@ class MoSaraDelta(Delta):
         Vh, S = self.Vh.to(dtype), self.S.to(dtype)
         # FSDP may have cast the weight and the factors for this call, each on its own.
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
-            z = F.linear(output.reshape(-1, output.shape[-1]), Vh) * self.inverse_sigma
+            z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
         else:
             if self.v_position == "front":
                 x = x * self.v.to(dtype)
-            z = x.reshape(-1, x.shape[-1]) @ self.U.to(dtype)
-        scaled = z * (S if self.num_heads == 1 else self.router(z).to(dtype) @ S)
+            z = self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
+        usual = self.v_position == "back" and self.num_heads > 1
+        if usual and self.slice is None and output.dtype == dtype == self.S.dtype and _writes_gradients():
+            return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
+        scaled = (z * (S.t() if self.num_heads == 1 else S.t() @ self.router(z).to(dtype))).t()
         if self.v_position != "back":
             return _add_product(output, scaled, Vh, self.slice)
         v = self.v.to(dtype)
@@ -257,11 +263,11 @@ class MoSaraDelta(Delta):
 
     def router(self, z: torch.Tensor) -> torch.Tensor:
         """
-        The softmax of the router for z of shape (n, k): a tensor (n, m), in at least float32, since half precision
+        The softmax of the router for z of shape (k, n): a tensor (m, n), in at least float32, since half precision
         would blur its logits.
         """
-        logits = z @ (self.gate_down @ self.gate_up).to(z.dtype)
-        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        logits = (self.gate_down @ self.gate_up).to(z.dtype).t() @ z
+        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)
 
     @torch.no_grad()
     def gates(self, x: torch.Tensor) -> torch.Tensor:
@@ -269,7 +275,8 @@ class MoSaraDelta(Delta):
         if self.num_heads == 1:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
         x = x * self.v.to(x.dtype) if self.v_position == "front" else x
-        return self.router(x @ self.U.to(x.dtype))
+        z = self.U.to(x.dtype).t() @ x.reshape(-1, x.shape[-1]).t()
+        return self.router(z).t().reshape(*x.shape[:-1], self.num_heads)
 
     @torch.no_grad()
     def low_rank(self):
@@ -315,6 +322,13 @@ def _add_product(
     return output + update.view(output.shape) if part is None else _AddToColumns.apply(output, update, part)
 
 
+def _writes_gradients() -> bool:
+    """Whether our own gradients are open: torch.compile does better with plain operations, torch.func needs them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 class _LinearWithUpdate(torch.autograd.Function):
     """
     The output of a frozen linear, which is given and overwritten, plus `x U diag(S) Vh`; the gradient of x is both the
@@ -343,15 +357,63 @@ class _LinearWithUpdate(torch.autograd.Function):
         return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad
 
 
+class _MixedUpdate(torch.autograd.Function):
+    """
+    `output` plus `((z * (g S)) Vh) * v`, with z of shape (k, n). Its gradient scales the small factor by v, not every
+    token's gradient, and has no more passes over the tokens than it needs.
+    """
+
+    @staticmethod
+    def between(z, Vh, S, gate_down, gate_up):
+        gates = torch.softmax((gate_down @ gate_up).t() @ z, dim=0)
+        mixed = S.t() @ gates
+        return gates, mixed, (mixed * z).t() @ Vh
+
+    @staticmethod
+    def forward(ctx, output, z, Vh, S, gate_down, gate_up, v):
+        between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
+        ctx.save_for_backward(z, Vh, S, gate_down, gate_up, v, *between)
+        return torch.addcmul(output.reshape(-1, output.shape[-1]), between[-1], v).view(output.shape)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        z, Vh, S, gate_down, gate_up, v, *between = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated: these have to be functions of the inputs again.
+            between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
+        gates, mixed, update = between
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_scaled = (Vh * v) @ grad.t()
+        grad_mixed = grad_scaled * z
+        grad_gates = S @ grad_mixed
+        grad_logits = gates * (grad_gates - (gates * grad_gates).sum(0))
+        grad_z = torch.addcmul(gate_down @ (gate_up @ grad_logits), grad_scaled, mixed)
+        grad_router = z @ grad_logits.t()
+        return (
+            grad_output,
+            grad_z,
+            None,
+            gates @ grad_mixed.t(),
+            grad_router @ gate_up.t(),
+            gate_down.t() @ grad_router,
+            (grad * update).sum(0),
+        )
+
+
 class _AddToColumns(torch.autograd.Function):
     """
     `output` plus `update` on the columns of `part`. An in-place addition to a view does the same, but autograd copies
     the whole gradient for it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, output, update, part):
-        ctx.part = part
+    def setup_context(ctx, inputs, output):
+        ctx.part = inputs[2]
+
+    @staticmethod
+    def forward(output, update, part):
         result = output.clone(memory_format=torch.contiguous_format)
         columns = part.view(result)
         columns.add_(update.view(columns.shape))

@@ -229,6 +229,30 @@ def test_a_gradient_of_a_gradient_is_right(variant):
     assert torch.autograd.gradcheck(penalty, (x, *parameters))
 
 
+def examples_gradients_are_right(module, *inputs):
+    """Gradients for each example, by torch.func in one go, are those that autograd gives for it alone."""
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    def loss(parameters, *example):
+        batch = tuple(tensor[None] for tensor in example)
+        return torch.func.functional_call(module, parameters, batch).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(inputs)))(parameters, *inputs)
+    for number, example in enumerate(zip(*inputs, strict=True)):
+        module.zero_grad()
+        module(*(tensor[None] for tensor in example)).square().sum().backward()
+        for name, gradients in found.items():
+            assert torch.allclose(gradients[number], module.get_parameter(name).grad, atol=1e-10), name
+
+
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+def test_torch_func_gives_the_gradients_of_each_example(variant):
+    x = torch.randn(4, 3, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    examples_gradients_are_right(attach(variant)[0], x)
+    outputs = torch.randn(4, 3, KINDS["contiguous"][1], generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    examples_gradients_are_right(make_delta(variant, "contiguous"), x, outputs)
+
+
 def test_mo_sara_reads_no_output_of_a_weight_that_is_not_its_own():
     x = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model, adapter, delta = attach("mo_sara")
