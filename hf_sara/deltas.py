@@ -3,17 +3,17 @@
 SARA adds `dropout(x) U diag(S) Vh`, all trained. Mo-SARA adds `((z * (g S)) Vh) * v` with `z = dropout(x) U` and the
 router `g = softmax(z gate_down gate_up)`, where U and Vh are frozen singular vectors of the weight.
 
-Both are few plain tensor operations with autograd's own gradients: at a layer's size, an update costs as much in calls
-and in memory traffic as in arithmetic. Where the update stands on the output of a plain frozen linear, short cuts save
-more of it, and change no result but for rounding:
+At a layer's size, an update costs as much in calls and in memory traffic as in arithmetic, so both are few tensor
+operations. Two short cuts save more of it where the update stands on the output of a plain frozen linear, and change
+no result but for rounding:
 
 - SARA's update brings the linear's gradient along (`_LinearWithUpdate`): both are written in one pass.
 - Mo-SARA reads z from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the leading part of
   W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
-- Mo-SARA's gradient, too, is written in fewer passes than autograd's (`_MixedUpdate`).
 
-Mo-SARA keeps what lies between its factors by ranks, as (k, n) for n tokens: BLAS libraries make such a product of few
-and long rows faster than one of few columns.
+The paper's Mo-SARA (v behind, several heads) has a gradient with fewer passes than autograd's (`_MixedUpdate`), on
+whole outputs of full precision. Mo-SARA keeps what lies between its factors by ranks, as (k, n) for n tokens: BLAS
+libraries make such a product of few and long rows faster than one of few columns.
 """
 
 import math
@@ -177,7 +177,7 @@ class SaraDelta(Delta):
         # U as (k, d_in), which is contiguous.
         Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
         S = self.S.to(dtype) if "S" in self.trained_names else None
-        if linear is not None and _writes_gradients():
+        if linear is not None and _has_own_gradients():
             return _LinearWithUpdate.apply(x, output.detach(), linear.weight, Ut, S, Vh)
         h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
         return _add_product(output, h if S is None else h * S, Vh, self.slice)
@@ -249,8 +249,9 @@ class MoSaraDelta(Delta):
             if self.v_position == "front":
                 x = x * self.v.to(dtype)
             z = self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
-        usual = self.v_position == "back" and self.num_heads > 1
-        if usual and self.slice is None and output.dtype == dtype == self.S.dtype and _writes_gradients():
+        is_papers = self.v_position == "back" and self.num_heads > 1
+        is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
+        if is_papers and is_full and self.slice is None and not Vh.requires_grad and _has_own_gradients():
             return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
         scaled = (z * (S.t() if self.num_heads == 1 else S.t() @ self.router(z).to(dtype))).t()
         if self.v_position != "back":
@@ -319,14 +320,25 @@ def _add_product(
     if part is None and output.dtype == left.dtype:
         return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
     update = (left @ right).to(output.dtype)
-    return output + update.view(output.shape) if part is None else _AddToColumns.apply(output, update, part)
+    if part is None:
+        return output + update.view(output.shape)
+    if not _is_transformed():
+        return _AddToColumns.apply(output, update, part)
+    blocks = output.unflatten(-1, (part.groups, -1))
+    before, own, after = blocks.tensor_split((part.start, part.stop), -1)
+    return torch.cat([before, own + update.view(own.shape), after], -1).flatten(-2)
 
 
-def _writes_gradients() -> bool:
-    """Whether our own gradients are open: torch.compile does better with plain operations, torch.func needs them."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which goes through plain operations alone."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _has_own_gradients() -> bool:
+    """Whether to use gradients of our own: torch.compile does better with plain operations, torch.jit needs them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not _is_transformed()
 
 
 class _LinearWithUpdate(torch.autograd.Function):
@@ -359,8 +371,8 @@ class _LinearWithUpdate(torch.autograd.Function):
 
 class _MixedUpdate(torch.autograd.Function):
     """
-    `output` plus `((z * (g S)) Vh) * v`, with z of shape (k, n). Its gradient scales the small factor by v, not every
-    token's gradient, and has no more passes over the tokens than it needs.
+    `output`, of shape (..., d_out), plus `((z * (g S)) Vh) * v`, with z of shape (k, n). Its gradient has fewer passes
+    over the tokens than autograd's: v scales the small factor in it, not every token's gradient.
     """
 
     @staticmethod
@@ -373,7 +385,8 @@ class _MixedUpdate(torch.autograd.Function):
     def forward(ctx, output, z, Vh, S, gate_down, gate_up, v):
         between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
         ctx.save_for_backward(z, Vh, S, gate_down, gate_up, v, *between)
-        return torch.addcmul(output.reshape(-1, output.shape[-1]), between[-1], v).view(output.shape)
+        # Not a view: what comes next may change it in place.
+        return torch.addcmul(output, between[-1].view(output.shape), v)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -406,14 +419,9 @@ class _AddToColumns(torch.autograd.Function):
     the whole gradient for it.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.part = inputs[2]
-
-    @staticmethod
-    def forward(output, update, part):
+    def forward(ctx, output, update, part):
+        ctx.part = part
         result = output.clone(memory_format=torch.contiguous_format)
         columns = part.view(result)
         columns.add_(update.view(columns.shape))
@@ -421,4 +429,4 @@ class _AddToColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, ctx.part.view(grad_output).flatten(-2).flatten(0, -2), None
+        return grad_output, ctx.part.view(grad_output).reshape(-1, ctx.part.size), None

@@ -142,17 +142,31 @@ def add(model, variant: str, dropout: float = 0.0, name: str = "default"):
     return adapter
 
 
-def results(model, x, longhand: bool = False, **tensors):
-    """Output and gradients of a model, by the short cuts where they are open, or longhand without them."""
+def results(model, x, longhand: bool = False, module: nn.Module | None = None):
+    """
+    Output and gradients of a model, or of a function of `module`, by the short cuts where they are open, or longhand
+    without them.
+    """
+    module = module or model
     another = model.linear.register_forward_hook(lambda module, args, output: None) if longhand else None
     x = x.clone().requires_grad_()
     output = model(x)
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found = torch.autograd.grad((output * weights).sum(), [x, *named.values()])
     if another is not None:
         another.remove()
     return {"output": output.detach(), **dict(zip(["x", *named], found, strict=True))}
+
+
+def functions(output: torch.Tensor) -> set[str]:
+    """Names of our own autograd functions in an output's graph."""
+    found, nodes = set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        found.add(type(node).__name__.removesuffix("Backward"))
+        nodes += [one for one, _ in node.next_functions if one is not None]
+    return found
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -169,8 +183,9 @@ def test_the_short_cuts_give_what_the_formula_gives(variant, bias, dtype, tolera
         assert value.stride() == long[name].stride(), name
     # It took the short cut, if it has one: SARA's function is in the graph, Mo-SARA does not read U.
     if variant.startswith("sara"):
-        assert "_LinearWithUpdate" in model(x).grad_fn.name()
+        assert "_LinearWithUpdate" in functions(model(x))
     else:
+        assert ("_MixedUpdate" in functions(model(x))) == (variant == "mo_sara")
         nn.init.constant_(delta.U, math.nan)
         assert bool(model(x).isfinite().all()) == (not bias and "front" not in variant)
 
@@ -229,6 +244,50 @@ def test_a_gradient_of_a_gradient_is_right(variant):
     assert torch.autograd.gradcheck(penalty, (x, *parameters))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(3, 5, D_IN), (4, D_IN), (D_IN,), (0, D_IN)])
+def test_the_output_can_be_changed_in_place(variant, bias, shape):
+    """As OLMo clamps its projections."""
+    model, _, _ = attach(variant, bias=bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = results(lambda x: model(x).clamp_(-0.5, 0.5), x, module=model)
+    expected = results(lambda x: model(x).clamp(-0.5, 0.5), x, module=model)
+    assert all(torch.allclose(found[name], value, atol=1e-12) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_without_further_dimensions(variant, kind):
+    delta, width = make_delta(variant, kind), KINDS[kind][1]
+    x, output = torch.randn(D_IN, dtype=torch.float64), torch.randn(width, dtype=torch.float64)
+    parameters = list(delta.trained().values())
+    one = torch.autograd.grad(delta(x, output).square().sum(), parameters)
+    batch = torch.autograd.grad(delta(x[None], output[None]).square().sum(), parameters)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, batch, strict=True))
+
+
+def test_half_precision_keeps_the_router_in_full(monkeypatch):
+    """Also where the trained tensors themselves were cast, as FSDP2's mixed precision does."""
+    seen = []
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda logits, dim: seen.append(logits.dtype) or softmax(logits, dim))
+    delta = make_delta("mo_sara", dtype=torch.float32)
+    cast = {name: tensor.detach().to(torch.bfloat16) for name, tensor in delta.named_parameters()}
+    cast = {name: tensor.requires_grad_(name in delta.trained_names) for name, tensor in cast.items()}
+    x, output = torch.randn(4, D_IN).bfloat16(), torch.randn(4, 9).bfloat16()
+    torch.func.functional_call(delta, cast, (x, output)).float().sum().backward()
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+def test_a_traced_model_gives_the_same(variant):
+    model, _, _ = attach(variant)
+    x = torch.randn(4, 3, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.allclose(torch.jit.trace(model, x[:, :1])(x), model(x), atol=1e-12)
+
+
 def examples_gradients_are_right(module, *inputs):
     """Gradients for each example, by torch.func in one go, are those that autograd gives for it alone."""
     parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
@@ -250,7 +309,15 @@ def test_torch_func_gives_the_gradients_of_each_example(variant):
     x = torch.randn(4, 3, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     examples_gradients_are_right(attach(variant)[0], x)
     outputs = torch.randn(4, 3, KINDS["contiguous"][1], generator=torch.Generator().manual_seed(2), dtype=x.dtype)
-    examples_gradients_are_right(make_delta(variant, "contiguous"), x, outputs)
+    fused = make_delta(variant, "contiguous")
+    examples_gradients_are_right(fused, x, outputs)
+
+    # Several sets of parameters at once, on the same output.
+    ensemble = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in fused.named_parameters()}
+    both = torch.vmap(lambda p: torch.func.functional_call(fused, p, (x, outputs)))(ensemble)
+    for number, result in enumerate(both):
+        alone = torch.func.functional_call(fused, {name: p[number] for name, p in ensemble.items()}, (x, outputs))
+        assert torch.allclose(result, alone, atol=1e-12)
 
 
 def test_mo_sara_reads_no_output_of_a_weight_that_is_not_its_own():
