@@ -246,9 +246,7 @@ class MoSaraDelta(Delta):
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
             z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
         else:
-            if self.v_position == "front":
-                x = x * self.v.to(dtype)
-            z = self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
+            z = self._project(x, dtype)
         is_papers = self.v_position == "back" and self.num_heads > 1
         is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
         if is_papers and is_full and self.slice is None and not Vh.requires_grad and _has_own_gradients():
@@ -261,6 +259,12 @@ class MoSaraDelta(Delta):
             # Not Vh * v: the gradient of v from the update itself is a sum, that from the factor another product.
             return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
         return _add_product(output, scaled, Vh * v, self.slice)
+
+    def _project(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """z of shape (k, n), of the linear's input of shape (..., d_in)."""
+        if self.v_position == "front":
+            x = x * self.v.to(dtype)
+        return self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
 
     def router(self, z: torch.Tensor) -> torch.Tensor:
         """
@@ -275,9 +279,7 @@ class MoSaraDelta(Delta):
         """The router's weights for an input of shape (..., d_in): a tensor of shape (..., m) that sums to 1."""
         if self.num_heads == 1:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
-        x = x * self.v.to(x.dtype) if self.v_position == "front" else x
-        z = self.U.to(x.dtype).t() @ x.reshape(-1, x.shape[-1]).t()
-        return self.router(z).t().reshape(*x.shape[:-1], self.num_heads)
+        return self.router(self._project(x, x.dtype)).t().reshape(*x.shape[:-1], self.num_heads)
 
     @torch.no_grad()
     def low_rank(self):
