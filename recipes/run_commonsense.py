@@ -23,8 +23,8 @@ A run of minutes, offline, on data that the project makes itself, with the small
 
 (It learns how to answer, not what: the accuracies of so small a model after so few steps are those of guessing.)
 
-The output folder receives the adapter with its card, predictions/NAME.jsonl, metrics.json and run.log. The same
-command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
+The output folder receives the adapter (SARA's with a model card), predictions/NAME.jsonl, metrics.json and run.log.
+The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 
 Readings of the paper. Table 6 gives Mo-SARA on LLaMA-7B the threshold 0.8, but the share of parameters in table 2 is
 that of 0.5: the default is table 6's, --threshold 0.5 is the other. GPT-J is not among the paper's commonsense runs:

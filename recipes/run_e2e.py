@@ -59,6 +59,12 @@ class E2EArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest output in tokens."})
     generation_batch_size: int = field(default=16, metadata={"help": "Inputs that are decoded together."})
 
+    def __post_init__(self):
+        from hf_sara.tasks.recipe import check_least
+
+        check_least(self, max_test_mrs=0, max_eval_samples=1, no_repeat_ngram_size=0)
+        check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
+
 
 # Table 7. No dropout anywhere, weight decay on every trained tensor, label smoothing in training only.
 PAPER = {

@@ -21,8 +21,8 @@ A run of minutes, offline, on data that the project makes itself, with the small
 
     python recipes/run_math.py --demo
 
-The output folder receives the adapter with its card, predictions/NAME.jsonl, metrics.json and run.log. The same
-command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
+The output folder receives the adapter (SARA's with a model card), predictions/NAME.jsonl, metrics.json and run.log.
+The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 
 The paper quotes the header of the prompt with an input, which the code that it follows takes for no record of these
 data, since their inputs are empty. The default is what that code does; --with_input takes the quoted form.

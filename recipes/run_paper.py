@@ -80,6 +80,7 @@ def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
     table = paper.override(table, given)
     rows = paper.select_rows(table, args.rows)
     paper.check_rows(rows, module)
+    paper_results.check_figures(table)
     known = [] if args.known is None else paper.read_records(args.known)
     sweep = paper.Sweep(table, args.output_dir, script, known)
     if args.known is not None:

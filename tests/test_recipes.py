@@ -209,6 +209,33 @@ def test_e2e_with_other_settings_does_not_touch_a_run(base, data, tmp_path, monk
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_a_run_that_could_not_begin_takes_other_settings(base, data, tmp_path):
+    run_e2e = load("run_e2e")
+    for folder in ("typo", "another"):
+        with pytest.raises(FileNotFoundError, match=f"{folder}' has no train.txt"):
+            run_e2e.main(arguments(base, data, tmp_path, "--data_dir", str(tmp_path / folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("max_eval_samples", 0, 1),
+        ("max_test_mrs", -1, 0),
+        ("num_beams", 0, 1),
+        ("max_new_tokens", 0, 1),
+        ("max_length", 0, 1),
+        ("generation_batch_size", 0, 1),
+        ("no_repeat_ngram_size", -1, 0),
+    ],
+)
+def test_e2e_refuses_what_would_fail_after_the_training(name, value, least, tmp_path):
+    argv = [f"--{name}", str(value), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(recipe.RecipeError, match=f"{name}={value} has to be at least {least}"):
+        load("run_e2e").main(argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_e2e_alone_is_the_run_of_the_paper():
     run_e2e = load("run_e2e")
     kinds = [run_e2e.E2EArguments, MethodArguments, TrainingArguments]

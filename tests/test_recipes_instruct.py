@@ -262,6 +262,23 @@ def test_a_preset_of_a_file_that_does_not_exist_is_an_error(tmp_path):
         parse("math", "--config", str(tmp_path / "run.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("max_test_samples", -1, 0),
+        ("val_set_size", -1, 0),
+        ("max_train_samples", 0, 1),
+        ("num_beams", 0, 1),
+        ("max_new_tokens", 0, 1),
+        ("max_length", 0, 1),
+        ("generation_batch_size", 0, 1),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused(name, value, least):
+    with pytest.raises(recipe.RecipeError, match=f"{name}={value} has to be at least {least}"):
+        parse("math", f"--{name}", str(value))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_an_error_of_the_user_is_one_line(task, tmp_path, monkeypatch):
     script = str(RECIPES / f"run_{task}.py")

@@ -35,8 +35,8 @@ def load_commonsense(data_dir: str | PathLike | None = None, test_sets: Sequence
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder that holds commonsense/NAME/test.json, and for training
             commonsense/commonsense_170k.json or, where that is not at hand, commonsense/NAME/train.json of some of the
-            eight data sets, which are then joined. The address of a folder has to have the former. Left out: the
-            data's public address.
+            eight data sets, which are then joined and shuffled, so that its first records are a mix too. The address
+            of a folder has to have the former. Left out: the data's public address.
         test_sets (`Sequence[str]`, *optional*, defaults to all eight): Names of the test sets to load.
 
     Returns:
@@ -56,7 +56,8 @@ def load_commonsense(data_dir: str | PathLike | None = None, test_sets: Sequence
         training = _training_files(root)
         testing = {name: f"{root}/{name}/test.json" for name in test_sets}
     tests = instruct.load_records(testing)
-    train = concatenate_datasets(list(instruct.load_records(training).values()))
+    parts = list(instruct.load_records(training).values())
+    train = parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)
     return DatasetDict({"train": train, **tests})
 
 

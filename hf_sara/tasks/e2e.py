@@ -5,6 +5,7 @@ rules of its own that `generate` does not reproduce (when a beam is complete, wh
 [`beam_search`] implements them.
 """
 
+import glob
 import inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -48,7 +49,9 @@ def load_e2e(data_dir: str | PathLike | None = None) -> DatasetDict:
             raise FileNotFoundError(f"The data folder {root!r} has no {', '.join(missing)}.")
     files = {split: f"{root}/{name}" for split, name in SPLITS.items()}
     try:
-        lines = load_dataset("text", data_files=files)
+        # A local path is a name, not a pattern: brackets in it are brackets.
+        patterns = {split: file if "://" in file else glob.escape(file) for split, file in files.items()}
+        lines = load_dataset("text", data_files=patterns)
     except OSError as error:
         raise FileNotFoundError(
             f"The data cannot be had from {root} ({error}). Download {', '.join(SPLITS.values())} from there, and "

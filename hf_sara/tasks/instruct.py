@@ -4,6 +4,7 @@ All of it is that of LLM-Adapters, which the paper follows, down to the white sp
 between training and evaluation.
 """
 
+import glob
 import logging
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -58,7 +59,9 @@ def load_records(files: Mapping[str, str]) -> DatasetDict:
 
 def _load(file: str) -> Dataset:
     try:
-        records = load_dataset("json", data_files=file, split="train")
+        # A local path is a name, not a pattern: brackets in it are brackets.
+        pattern = file if "://" in file else glob.escape(file)
+        records = load_dataset("json", data_files=pattern, split="train")
     except OSError as error:
         raise FileNotFoundError(
             f"The data cannot be had from {file} ({error}). Download them, and give their folder as data_dir."

@@ -108,6 +108,10 @@ class InstructArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest response in tokens."})
     generation_batch_size: int = field(default=8, metadata={"help": "Questions that are answered together."})
 
+    def __post_init__(self):
+        recipe.check_least(self, max_test_samples=0, val_set_size=0, max_train_samples=1)
+        recipe.check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
+
 
 @dataclass(frozen=True)
 class Task:

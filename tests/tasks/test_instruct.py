@@ -38,6 +38,9 @@ def tokenizer_with_bos():
 
 def test_records_are_lists_or_lines_of_strings_that_stay_strings(tmp_path):
     rows = [record(answer="4.0"), record("Café\u2028?", answer="007", output="\n2020-01-02")]
+    # Not a pattern.
+    tmp_path = tmp_path / "[1]*"
+    tmp_path.mkdir()
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "extra.json").write_text(json.dumps([{**row, "more": [1]} for row in rows]))
     files = {"one": str(tmp_path / "list.json"), "ARC-Easy": str(tmp_path / "extra.json")}

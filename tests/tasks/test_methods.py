@@ -92,6 +92,8 @@ def test_ours_keep_their_options_and_checks():
         ({"method": "full", "target_modules": ["q_proj"]}, "target_modules=.* is no option of method='full'"),
         ({"method": "prefix", "layers": 0}, "layers=0 is no option of method='prefix', only of sara, mo_sara, lora"),
         ({"method": "adalora", "adalora_init_r": 10}, "has to be larger than lora_r=10"),
+        ({"method": "adalora", "adalora_init_r": 0}, "adalora_init_r=0 has to be larger"),
+        ({"method": "lora", "lora_alpha": 0}, "lora_alpha=0 has to be at least 1"),
         ({"method": "adalora", "adalora_final": 0.95}, "below 1"),
     ],
 )

@@ -107,6 +107,9 @@ def test_a_table_on_another_one_shares_its_runs(tmp_path):
         ({"rows": [{"name": "A"}, {"name": "a"}]}, "two rows of one name"),
         ({"rows": [{"name": "A", "options": {"learning_rate": ["1e-3"]}}]}, r"numbers like 0.001 or 1.0e-3"),
         ({"column": {}}, r"unknown entries \['column'\] and lacks \[\]"),
+        ({"options": ["size"]}, "options has to be a mapping"),
+        ({"rows": [3]}, "the row 3 and its options have to be mappings"),
+        ({"rows": [{"name": "A", "options": ["size"]}]}, "have to be mappings"),
     ],
 )
 def test_a_table_of_another_form_is_an_error(changes, message, tmp_path):
@@ -537,6 +540,8 @@ def test_the_ablations_and_studies_are_the_papers():
     ]
     assert of("table10", "method", "threshold", "num_heads") == [("mo_sara", t, 1) for t in (0.1, 0.3, 0.5, 0.7)]
     assert of("table11", "method", "threshold", "num_heads") == [("mo_sara", 0.5, heads) for heads in (1, 3, 5, 7, 9)]
+    shared = load_paper("table10").rows[2], load_paper("table11").rows[0]
+    assert [(row.folder, row.options) for row in shared] == 2 * [(shared[0].folder, shared[0].options)]
     assert of("table12", "method", "lora_r", "alpha") == [("lora", 10, 10 * scaling) for scaling in (1, 2, 3, 4)]
     for name in ("table4", "table8", "table9", "table10", "table11", "table12"):
         for options, _, training in rows_of(name).values():

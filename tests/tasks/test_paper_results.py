@@ -300,6 +300,26 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
         assert found["AddSub"] != found["AQuA"]
 
 
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ({"kind": "pie"}, "The figure one has kind 'pie'. Choose from lines, tries"),
+        ({}, "has kind None"),
+        (["tries"], "has kind None"),
+        ({"kind": "ranks"}, "of kind 'ranks': missing a required argument: 'thresholds'"),
+        ({"kind": "tries", "x": 3}, "unexpected keyword argument 'x'"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_is_refused_before_the_runs(figure, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        paper_results.check_figures(make_sweep(tmp_path, figures={"one": figure}).table)
+
+
+@pytest.mark.parametrize("name", paper.table_names(RECIPES / "paper"))
+def test_the_figures_of_the_project_can_be_drawn(name):
+    paper_results.check_figures(paper.load_table(RECIPES / "paper" / f"{name}.yaml"))
+
+
 def test_a_figure_that_fails_is_noted_and_leaves_the_others(tmp_path):
     figures = {
         "ranks": {"kind": "ranks", "thresholds": [0.5]},

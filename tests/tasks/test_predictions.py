@@ -47,6 +47,20 @@ def test_an_interrupted_call_goes_on_wherever_its_last_line_was_cut(cut, tmp_pat
     assert calls[3:] == ([[0]] if cut == 1 else [[4, 2], [0]])
 
 
+def test_fewer_inputs_leave_the_rows_of_the_others(tmp_path):
+    path, calls = tmp_path / "rows.jsonl", []
+
+    def decode(batch):
+        calls.append(batch)
+        return rows_of(batch)
+
+    for count in (5, 2, 5):
+        rows = decode_to_file(path, "index", range(count), LENGTHS[:count], decode, batch_size=2)
+        assert rows == rows_of(range(count))
+    assert len(calls) == 3
+    assert [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]] == rows_of(range(5))
+
+
 def test_the_mode_of_a_model_is_restored():
     model = make_model()
     for training in (True, False):

