@@ -88,9 +88,13 @@ def non_default(args: "TrainingArguments") -> dict[str, Any]:
     default = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
     }
+    values = args.to_dict()
+    if args.max_steps > 0:
+        # The steps count, and the epochs are nothing that was done.
+        del values["num_train_epochs"]
     return {
         name: value
-        for name, value in args.to_dict().items()
+        for name, value in values.items()
         # Some that are declared None become False, or an empty list.
         if (default[name] or None) != (value or None) and not UNINTERESTING.match(name) and not name.startswith("_")
     }

@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> dict:
     if method_args.method in methods.OURS:
         recipe.write_card(
             trainer,
+            options.model_name_or_path,
             scores,
             dataset="E2E NLG" if not options.demo else "restaurant data made by hf_sara",
             dataset_id="e2e_nlg" if not options.demo else None,

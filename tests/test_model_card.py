@@ -5,6 +5,7 @@ import yaml
 from conftest import attach_trained, make_model
 from huggingface_hub import EvalResult, ModelCard
 from training import make_trainer
+from transformers import TrainingArguments
 
 from hf_sara import model_card, storage
 from hf_sara.model_card import BEGIN, END, Training, make_card
@@ -176,6 +177,12 @@ def test_the_trainer_writes_the_card_of_its_run(method, tmp_path):
     assert str(tmp_path) not in card
     trainer.create_model_card()
     assert "model-index" in (tmp_path / "README.md").read_text()
+
+
+def test_epochs_that_steps_stand_for_are_not_shown(tmp_path):
+    given = {"output_dir": str(tmp_path), "num_train_epochs": 5, "use_cpu": True}
+    assert model_card.non_default(TrainingArguments(**given)) == {"num_train_epochs": 5}
+    assert model_card.non_default(TrainingArguments(**given, max_steps=7)) == {"max_steps": 7}
 
 
 def test_ranks_are_drawn_where_matplotlib_is_installed(tmp_path, monkeypatch):

@@ -264,6 +264,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     if method_args.method in OURS:
         recipe.write_card(
             trainer,
+            options.model_name_or_path,
             scores,
             dataset=f"{task.name} questions made by hf_sara" if options.demo else task.title,
             dataset_id=None,

