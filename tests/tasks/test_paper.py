@@ -579,10 +579,10 @@ def test_the_small_sweep_compares_under_like_conditions():
         assert (training.label_smoothing_factor, training.max_grad_norm, training.save_steps) == (0.0, 1.0, 40)
         assert training.train_sampling_strategy == "group_by_length"
         assert (options.max_eval_samples, options.max_test_mrs, adapter.dropout) == (512, 100, 0.0)
-    # The ablations are beside these very runs, with the learning rates of their methods.
+    # The ablations are beside these very runs, with one of the learning rates of their methods.
     ablations = load_paper("smollm2_table4")
     assert ablations.runs == "smollm2_e2e"
     for row in ablations.rows:
         main = next(main for main in table.rows if main.options["method"] == row.options["method"])
-        assert row.values("learning_rate") == main.values("learning_rate")
+        assert row.values("learning_rate") in (main.values("learning_rate"), main.values("learning_rate")[1:2])
         assert row.values("seed")[0] in (None, 314)
