@@ -5,7 +5,6 @@ rules of its own that `generate` does not reproduce (when a beam is complete, wh
 [`beam_search`] implements them.
 """
 
-import glob
 import inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -18,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..trainer import SaraTrainer
 from .predictions import decode_to_file, evaluating
+from .recipe import data_pattern
 
 DATA_URL = "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e"
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -49,9 +49,7 @@ def load_e2e(data_dir: str | PathLike | None = None) -> DatasetDict:
             raise FileNotFoundError(f"The data folder {root!r} has no {', '.join(missing)}.")
     files = {split: f"{root}/{name}" for split, name in SPLITS.items()}
     try:
-        # A local path is a name, not a pattern: brackets in it are brackets.
-        patterns = {split: file if "://" in file else glob.escape(file) for split, file in files.items()}
-        lines = load_dataset("text", data_files=patterns)
+        lines = load_dataset("text", data_files={split: data_pattern(file) for split, file in files.items()})
     except OSError as error:
         raise FileNotFoundError(
             f"The data cannot be had from {root} ({error}). Download {', '.join(SPLITS.values())} from there, and "

@@ -4,7 +4,6 @@ All of it is that of LLM-Adapters, which the paper follows, down to the white sp
 between training and evaluation.
 """
 
-import glob
 import logging
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -17,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedMod
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .predictions import decode_to_file, evaluating
+from .recipe import data_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ def load_records(files: Mapping[str, str]) -> DatasetDict:
 
 def _load(file: str) -> Dataset:
     try:
-        # A local path is a name, not a pattern: brackets in it are brackets.
-        pattern = file if "://" in file else glob.escape(file)
-        records = load_dataset("json", data_files=pattern, split="train")
+        records = load_dataset("json", data_files=data_pattern(file), split="train")
     except OSError as error:
         raise FileNotFoundError(
             f"The data cannot be had from {file} ({error}). Download them, and give their folder as data_dir."

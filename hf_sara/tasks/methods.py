@@ -32,7 +32,7 @@ from ..model_card import hardware
 from ..planning import count_base
 from ..sites import find_sites
 from ..trainer import SaraTrainer, SaraTrainerMixin
-from . import bottleneck
+from . import bottleneck, recipe
 
 PEFT_METHODS = ("lora", "dora", "vera", "adalora", "prefix")
 BOTTLENECKS = ("series_adapter", "parallel_adapter")
@@ -119,11 +119,8 @@ class MethodArguments(SaraArguments):
         # Checks what is shared, whatever the method is.
         shared = self.sara_arguments()
         self.target_modules, self.layers = shared.target_modules, shared.layers
-        for name in ("lora_r", "adalora_interval", "vera_r", "num_virtual_tokens", "bottleneck_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1.")
-        if self.lora_alpha is not None and self.lora_alpha < 1:
-            raise ValueError(f"lora_alpha={self.lora_alpha} has to be at least 1: the update is scaled by it.")
+        recipe.check_least(self, lora_r=1, lora_alpha=1, adalora_interval=1)
+        recipe.check_least(self, vera_r=1, num_virtual_tokens=1, bottleneck_size=1)
         if self.method == "adalora":
             if self.initial_rank <= self.lora_r:
                 raise ValueError(f"adalora_init_r={self.initial_rank} has to be larger than lora_r={self.lora_r}.")

@@ -2,6 +2,7 @@
 resumed."""
 
 import argparse
+import glob
 import importlib.util
 import json
 import logging
@@ -157,6 +158,11 @@ def check_least(options: Any, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < bound:
             raise RecipeError(f"{name}={value} has to be at least {bound}.")
+
+
+def data_pattern(file: str) -> str:
+    """A file as `load_dataset` takes it. A local path is a name, not a pattern: brackets in it are brackets."""
+    return file if "://" in file else glob.escape(file)
 
 
 def load_base(
