@@ -14,10 +14,11 @@ if TYPE_CHECKING:
         routing,
     )
     from .arguments import SaraArguments
-    from .export import ExportReport, export_lora, merge, merge_shards
-    from .hub import from_hub, push_to_hub
+    from .errors import AdapterError
+    from .export import ExportReport, export_lora
+    from .plain_model import merge, merge_shards
     from .planning import Plan, plan
-    from .storage import AdapterError
+    from .sharing import from_hub, push_to_hub
     from .trainer import SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
 
 __version__ = "0.1.0"
@@ -57,10 +58,11 @@ _HOMES = {
         "routing",
     ),
     "arguments": ("SaraArguments",),
-    "export": ("ExportReport", "export_lora", "merge", "merge_shards"),
-    "hub": ("from_hub", "push_to_hub"),
+    "errors": ("AdapterError",),
+    "export": ("ExportReport", "export_lora"),
+    "plain_model": ("merge", "merge_shards"),
     "planning": ("Plan", "plan"),
-    "storage": ("AdapterError",),
+    "sharing": ("from_hub", "push_to_hub"),
     "trainer": ("SaraSeq2SeqTrainer", "SaraTrainer", "SaraTrainerMixin"),
 }
 

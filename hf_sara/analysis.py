@@ -15,11 +15,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from .adapter import SaraAdapter, unwrap
-from .arguments import SaraArguments, check_threshold, parse_layers
-from .checkpoint import Checkpoint
-from .sites import Site, find_sites, sites_by_kind
-from .spectrum import find_spectrum, for_each
+from .adapter import SaraAdapter
+from .arguments import SaraArguments, parse_layers
+from .attached import unwrap
+from .base_model import BaseWeights
+from .parallel import for_each
+from .sites import Site, sites_by_kind
+from .spectrum import check_threshold, find_spectrum
+from .targets import find_sites
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,10 +112,11 @@ def rank_curves(
         check_threshold(threshold)
     args = args or SaraArguments()
     if isinstance(model, (str, os.PathLike)):
-        checkpoint = Checkpoint(os.fspath(model), revision=revision, token=token)
-        sites, weight_of = find_sites(checkpoint.model, args), checkpoint.weight
+        weights = BaseWeights(os.fspath(model), revision=revision, token=token)
+        sites, weight_of = find_sites(weights.model, args), weights.weight
     else:
-        sites, weight_of = find_sites(unwrap(model), args), lambda site: site.weight(unwrap(model))
+        base = unwrap(model)
+        sites, weight_of = find_sites(base, args), lambda site: site.weight(base)
     kinds = _rows(sites)
 
     def ranks(site: Site) -> list[int]:
@@ -220,9 +224,12 @@ def _routed_adapter(model: nn.Module, name: str | None) -> SaraAdapter:
     if adapter is None:
         wanted = "adapter" if name is None else f"adapter {name!r}"
         raise ValueError(f"The model carries no {wanted}. Attach or load a Mo-SARA adapter first.")
-    if adapter.args.method != "mo_sara":
-        raise ValueError(f"The adapter {adapter.name!r} is SARA, which has no router; only Mo-SARA's has gates.")
-    if adapter.args.num_heads == 1:
+    method = adapter.spec.method
+    if method.router_heads is None:
+        raise ValueError(
+            f"The adapter {adapter.name!r} is {method.title}, which has no router; only Mo-SARA's has gates."
+        )
+    if method.router_heads == 1:
         raise ValueError(f"The adapter {adapter.name!r} has one head, so it has no router: its only gate is 1.")
     if model.config.is_encoder_decoder:
         # One attention_mask cannot tell the padding of both sides.

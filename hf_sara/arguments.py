@@ -4,10 +4,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-METHODS = ("sara", "mo_sara")
+from .methods import METHODS, Method
+from .spectrum import check_threshold
+
 V_POSITIONS = ("back", "front", "none")
 FACTORS = ("recompute", "save")
-DEFAULT_THRESHOLD = {"sara": 0.01, "mo_sara": 0.5}
 
 
 @dataclass
@@ -86,7 +87,7 @@ class SaraArguments:
     )
 
     def __post_init__(self):
-        _choice("method", self.method, METHODS)
+        _choice("method", self.method, tuple(METHODS))
         _choice("v_position", self.v_position, V_POSITIONS)
         _choice("factors", self.factors, FACTORS)
         if self.threshold is not None:
@@ -111,20 +112,15 @@ class SaraArguments:
             # YAML reads a single layer as a number.
             self.layers = str(self.layers)
             parse_layers(self.layers)
-        if self.method == "mo_sara" and (not self.singular_values or self.zero_init_vh):
-            raise ValueError(
-                "singular_values=False and zero_init_vh=True are ablations of method='sara'; the factors of "
-                "method='mo_sara' are frozen. Drop them, or choose method='sara'."
-            )
-        if self.method == "sara" and self.v_position != "back":
-            raise ValueError(
-                f"v_position={self.v_position!r} is an option of method='mo_sara': SARA has no vector v. "
-                "Drop it, or choose method='mo_sara'."
-            )
+        self.resolved_method().check()
+
+    def resolved_method(self) -> Method:
+        """The method's facts, with these arguments for its options."""
+        return METHODS[self.method](self)
 
     def resolved_threshold(self) -> float:
         """The threshold in force: the given one, else the method's default."""
-        return DEFAULT_THRESHOLD[self.method] if self.threshold is None else self.threshold
+        return METHODS[self.method].default_threshold if self.threshold is None else self.threshold
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -134,13 +130,6 @@ class SaraArguments:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Choose one of: {', '.join(choices)}.")
-
-
-def check_threshold(threshold: float, site: str | None = None) -> None:
-    """Raise a `ValueError`, that names the site where one is given, unless 0 < threshold <= 1."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 < threshold <= 1.0:
-        where = "" if site is None else f"{site}: "
-        raise ValueError(f"{where}threshold={threshold!r} has to be a number with 0 < threshold <= 1.")
 
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:
@@ -155,6 +144,16 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
         f"parameter_budget={budget!r} is neither a count of parameters such as 200000 nor a share of the model such "
         "as '0.1%'."
     )
+
+
+def allowed_parameters(budget: str, base: int) -> int:
+    """The most trained parameters that a budget allows beside so many of the base."""
+    share, count = parse_budget(budget)
+    if share is None:
+        assert count is not None
+        return count
+    # trained / (base + trained) <= share
+    return int(share * base / (1.0 - share))
 
 
 def parse_layers(layers: str) -> set[int]:

@@ -70,7 +70,7 @@ def plan(
     """Ranks and parameters per site, for a threshold or a budget. Reads one matrix at a time."""
     with _errors():
         from .arguments import SaraArguments
-        from .checkpoint import Checkpoint
+        from .base_model import BaseWeights
 
         args = SaraArguments(
             method=method,
@@ -80,7 +80,7 @@ def plan(
             target_modules=target_modules or None,
             layers=layers,
         )
-        found = Checkpoint(model, revision=revision).plan(args)
+        found = BaseWeights(model, revision=revision).plan(args)
         rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
     if as_json:
         keys = ("site", "d_in", "d_out", "k", "trained")
@@ -102,18 +102,17 @@ def plan(
 def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -> None:
     """What an adapter is: method, threshold, sites, base, versions, bytes."""
     with _errors():
-        from . import storage
-        from .deltas import count_trained
+        from . import hub, storage
 
-        folder = storage.locate(adapter, revision=revision)
+        folder = hub.fetch_adapter(adapter, revision=revision)
         saved = storage.read(folder)
         facts = {
             "method": saved.args.method,
             "threshold": saved.threshold,
-            "base": saved.base,
+            "base": saved.base.to_json(),
             "arguments": saved.args.to_dict(),
-            "versions": saved.config["versions"],
-            "trained_parameters": sum(count_trained(saved.args, site.shape, site.k) for site in saved.sites),
+            "versions": saved.versions,
+            "trained_parameters": saved.trained_parameters,
             "bytes": storage.size_on_disk(folder),
         }
         rows = [(site.name, *site.shape, site.k) for site in saved.sites]
@@ -122,7 +121,7 @@ def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -
         _print_json({**facts, "sites": [dict(zip(keys, row, strict=True)) for row in rows]})
         return
     _show(rows, ("site", "d_in", "d_out", "k"))
-    base = saved.base.get("model_id") or f"a {saved.base.get('class')} that is not on the Hub"
+    base = saved.base.model_id or f"a {saved.base.class_name} that is not on the Hub"
     typer.echo(
         f"{facts['method']} at threshold {saved.threshold:.6g} for {base}: {len(rows)} sites, "
         f"{facts['trained_parameters']:,} trained parameters, {facts['bytes']:,} bytes"
@@ -164,10 +163,10 @@ def pull(
 ) -> None:
     """Download an adapter, check it, and print its folder."""
     with _errors():
-        from . import storage
+        from . import hub, storage
 
-        folder = storage.locate(repo_id, revision=revision)
-        tensors = storage.read(folder).tensors
+        folder = hub.fetch_adapter(repo_id, revision=revision)
+        tensors = storage.read(folder).read_tensors()
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
             for name in storage.ADAPTER_FILES:
@@ -187,12 +186,12 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, file by file, and save a plain model."""
     with _errors():
-        from . import storage
-        from .export import merge_shards
-        from .hub import locate_base
+        from . import hub, storage
+        from .plain_model import merge_shards
+        from .sharing import fetch_base
 
-        folder = storage.locate(adapter, revision=revision)
-        merge_shards(locate_base(storage.read(folder), base), folder, out)
+        folder = hub.fetch_adapter(adapter, revision=revision)
+        merge_shards(fetch_base(storage.read(folder), base), folder, out)
     _print_json({"folder": str(out)}) if as_json else typer.echo(str(out))
 
 
@@ -236,7 +235,7 @@ def generate(
 
 
 def _load(adapter: str, base: str | None, revision: str | None) -> "PreTrainedModel":
-    from .hub import from_hub
+    from .sharing import from_hub
 
     return from_hub(adapter, base_model=base, revision=revision)
 
@@ -247,7 +246,7 @@ def cache(
 ) -> None:
     """Size and place of the cache of singular values and vectors."""
     with _errors():
-        from .spectrum import cache_folder
+        from .cache import cache_folder
 
         folder = cache_folder()
         files = [path for path in folder.rglob("*.safetensors") if path.is_file()] if folder.is_dir() else []

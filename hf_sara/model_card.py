@@ -1,49 +1,33 @@
-"""The model card of an adapter: generated, with the text that a person wrote around the generated part kept.
-
-A card is YAML metadata and Markdown. The generated Markdown stands between two marks; what is outside of them belongs
-to the people who write there, and so do metadata that this module does not set.
-"""
+"""The model card of an adapter: its metadata, its tables and its figures."""
 
 import importlib.util
+import json
 import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from . import storage
 from .arguments import SaraArguments
+from .card_text import cells, duration, fenced, inline, join_card, listed, number
+from .files import write_file
+from .repos import hub_id
 from .sites import sites_by_kind
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from .adapter import SaraAdapter
+from .storage import Manifest, size_on_disk
 
 CARD_FILE = "README.md"
-PLOT_FILE = "ranks.png"
-BEGIN = "<!-- hf_sara: generated from here, written anew at every save -->"
-END = "<!-- hf_sara: generated up to here -->"
+RANKS_FILE = "ranks.png"
+LOSS_FILE = "loss.png"
+PROJECT_URL = "https://pypi.org/project/hf-sara/"
 MAX_LOG_ROWS = 30
 
-METHODS = {
-    "sara": (
-        "SARA",
-        "a low-rank update `U diag(S) Vh` beside each weight, its rank read from the weight's singular values.",
-        "The update is a plain low-rank product; it can be merged, or exported to PEFT's LoRA format.",
-    ),
-    "mo_sara": (
-        "Mo-SARA",
-        "trained vectors of singular values, mixed per token by a router, between a weight's frozen singular vectors.",
-        "With more than one head the update depends on the token, so it cannot be merged into the weights.",
-    ),
-}
 PIPELINES = {
     "CausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -54,13 +38,8 @@ PIPELINES = {
     "MaskedLM": "fill-mask",
     "ImageClassification": "image-classification",
 }
-# Arguments of a training that say where and how it was run, not what it computed, or could hold a secret.
-UNINTERESTING = re.compile(
-    "output_dir|logging_|report_to|run_name|disable_tqdm|hub_|push_to_hub|log_|save_|dataloader_|project|trackio"
-    "|local_rank|resume|do_|skip_memory|use_cpu|eval_|load_best|accelerator_config|deepspeed|fsdp|ddp_|debug"
-    # Masked, whatever their value.
-    "|.*_token$"
-)
+# The packages whose versions a reader may have to have, as far as they are installed.
+FRAMEWORKS = ("hf_sara", "transformers", "torch", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "trl")
 
 
 @dataclass
@@ -80,30 +59,69 @@ class Training:
     seconds: float = 0.0
     datasets: list[str] = field(default_factory=list)
 
+    def losses(self) -> list[tuple[int, float]]:
+        """The step and the training loss of each row that has one."""
+        return [(int(row["step"]), float(row["loss"])) for row in self.log if "loss" in row and "step" in row]
 
-def non_default(args: "TrainingArguments") -> dict[str, Any]:
-    """The training arguments that differ from their defaults and that a reader of the card cares about."""
-    # The declared defaults, not a new instance: making one is refused where the defaults do not suit this machine, and
-    # resets the state that Accelerate keeps for a training that goes on.
-    default = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
-    }
-    values = args.to_dict()
-    if args.max_steps > 0:
-        # The steps count, and the epochs are nothing that was done.
-        del values["num_train_epochs"]
-    return {
-        name: value
-        for name, value in values.items()
-        # Some that are declared None become False, or an empty list.
-        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name) and not name.startswith("_")
-    }
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One input of the task, and what the trained model makes of it.
+
+    Args:
+        prompt (`str`): The input.
+        output (`str`): The output.
+    """
+
+    prompt: str
+    output: str
+
+
+def write_card(
+    folder: str | os.PathLike,
+    manifest: Manifest,
+    base_parameters: int,
+    *,
+    training: Training | None = None,
+    **card: Any,
+) -> None:
+    """
+    Draw the figures of an adapter's card into its folder, and write the card beside them. What people wrote on a card
+    that is there is kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder of the adapter's files.
+        manifest ([`~hf_sara.storage.Manifest`]): The adapter.
+        base_parameters (`int`): Parameters of the base model.
+        training ([`Training`], *optional*): How it was trained.
+        card: Passed on to [`make_card`].
+    """
+    folder = Path(folder)
+    figures = []
+    if importlib.util.find_spec("matplotlib") is not None:
+        figures = [RANKS_FILE] if plot_ranks(manifest, folder / RANKS_FILE) else []
+        if training is not None and plot_loss(training.losses(), folder / LOSS_FILE):
+            figures.append(LOSS_FILE)
+    path = folder / CARD_FILE
+    text = make_card(
+        manifest,
+        base_parameters,
+        training=training,
+        size=size_on_disk(folder),
+        figures=figures,
+        existing=path.read_text(encoding="utf-8") if path.is_file() else None,
+        **card,
+    )
+    write_file(path, text.encode())
 
 
 def make_card(
-    adapter: "SaraAdapter",
+    manifest: Manifest,
+    base_parameters: int,
     *,
-    folder: str | os.PathLike | None = None,
+    size: int = 0,
+    figures: Sequence[str] = (),
     repo_id: str | None = None,
     title: str | None = None,
     base_model: str | None = None,
@@ -113,16 +131,17 @@ def make_card(
     datasets: str | Sequence[str] = (),
     results: Sequence[EvalResult] = (),
     training: Training | None = None,
+    sample: Sample | None = None,
     existing: str | None = None,
 ) -> str:
     """
     The text of an adapter's model card.
 
     Args:
-        adapter ([`SaraAdapter`]): The adapter.
-        folder (`str` or `os.PathLike`, *optional*): Where its files are: gives the size, and receives the plot of
-        ranks
-            if matplotlib is installed.
+        manifest ([`~hf_sara.storage.Manifest`]): The adapter.
+        base_parameters (`int`): Parameters of the base model, for the share that is trained.
+        size (`int`, *optional*): Bytes of the adapter's files; 0 where it is not saved.
+        figures (`Sequence[str]`, *optional*): Which of `RANKS_FILE` and `LOSS_FILE` lie beside the card.
         repo_id (`str`, *optional*): Where it will be, for the snippet.
         title (`str`, *optional*): Heading; defaults to the name of the repository.
         base_model (`str`, *optional*): Hub id of the base; defaults to the recorded one, where that is a Hub id.
@@ -132,24 +151,25 @@ def make_card(
         datasets (`str` or `Sequence[str]`, *optional*): Names of the data; Hub ids go to the metadata too.
         results (`Sequence[EvalResult]`, *optional*): Evaluation results for the metadata and the table.
         training ([`Training`], *optional*): How it was trained.
+        sample ([`Sample`], *optional*): An input of the task for the snippet, and its output.
         existing (`str`, *optional*): An earlier card, whose text and metadata by people are kept.
 
     Returns:
         `str`: The card.
     """
-    name, method_text, method_limit = METHODS[adapter.args.method]
-    base = base_model or storage.describe_base(adapter.model)["model_id"]
-    title = title or (repo_id or f"{name} adapter").rsplit("/", 1)[-1]
-    pipeline = pipeline_of(storage.class_of(adapter.model).__name__)
-    datasets = [*_listed(datasets), *(training.datasets if training else [])]
+    method = manifest.method
+    base = base_model or manifest.base.model_id
+    title = title or (repo_id or f"{method.title} adapter").rsplit("/", 1)[-1]
+    pipeline = pipeline_of(manifest.base.class_name)
+    datasets = [*listed(datasets), *(training.datasets if training else [])]
     data = ModelCardData(
         base_model=base,
         library_name="hf_sara",
-        tags=["hf_sara", adapter.args.method, *_listed(tags), *_listed(getattr(adapter.model, "model_tags", None))],
+        tags=["hf_sara", manifest.args.method, *listed(tags)],
         pipeline_tag=pipeline,
         license=license,
-        language=list(_listed(language)) or None,
-        datasets=[name for name in datasets if storage.hub_id(name)] or None,
+        language=listed(language) or None,
+        datasets=[name for name in datasets if hub_id(name)] or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=list(results) or None,
         model_name=title if results else None,
@@ -157,47 +177,46 @@ def make_card(
     metadata = {key: value for key, value in data.to_dict().items() if value is not None}
     if base is not None:
         metadata["base_model_relation"] = "adapter"
-    plan = adapter.plan()
-    ranks = [site.k for site in adapter.sites]
-    size = storage.size_on_disk(folder) if folder is not None else 0
-    has_plot = folder is not None and plot_ranks(adapter, Path(folder, PLOT_FILE))
-    hyperparameters = training.hyperparameters if training else {}
-    columns, rows = _log_table(training.log if training else [])
+    ranks = [site.k for site in manifest.sites]
+    trained = manifest.trained_parameters
+    log_columns, log_rows = _log_table(training.log if training else [])
+    rank_columns, rank_rows = _rank_table(manifest)
     body = _render(
-        title=_inline(title),
-        method_name=name,
-        method_text=method_text,
+        title=inline(title),
+        method_name=method.title,
+        method_text=method.summary,
+        project_url=PROJECT_URL,
         base_text=f"[{base}](https://huggingface.co/{base})" if base else "a base model of your own",
-        threshold=f"{adapter.threshold:.6g}",
+        threshold=f"{manifest.threshold:.6g}",
         site_count=len(ranks),
         k_range=f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.1f})",
-        trained=f"{plan.trained_parameters:,}",
-        share=f"{100 * plan.share:.4g}",
+        trained=f"{trained:,}",
+        share=f"{100 * trained / (base_parameters + trained):.4g}",
         size=f"{size:,} bytes" if size else "not saved yet",
-        arguments=_cells(_non_default_arguments(adapter.args)),
+        arguments=cells(_shown_arguments(manifest.args)),
         results=[
-            tuple(map(_inline, (r.dataset_name, r.metric_name or r.metric_type, _number(r.metric_value))))
+            tuple(map(inline, (r.dataset_name, r.metric_name or r.metric_type, number(r.metric_value))))
             for r in results
         ],
-        snippet=snippet(repo_id or "path/to/this/adapter", base, pipeline),
-        plot=PLOT_FILE if has_plot else None,
-        **_rank_table(adapter),
+        snippet=snippet(repo_id or "path/to/this/adapter", base, pipeline, sample.prompt if sample else None),
+        sample_output=fenced(sample.output) if sample else None,
+        ranks_figure=RANKS_FILE if RANKS_FILE in figures else None,
+        loss_figure=LOSS_FILE if LOSS_FILE in figures else None,
+        rank_columns=rank_columns,
+        rank_rows=rank_rows,
         training=training,
-        datasets=[_inline(name) for name in datasets],
-        hyperparameters=_cells(hyperparameters),
-        log_columns=columns,
-        log_rows=rows,
-        duration=_duration(training.seconds if training else 0.0),
-        hardware=_inline(hardware()),
-        versions=_inline(", ".join(f"{key} {value}" for key, value in storage.versions().items())),
-        base_limit=(
-            "It works on the base model that it was trained on, and is checked against it when it is loaded."
-            if adapter.args.method == "mo_sara"
-            else "It works on the base model that it was trained on."
-        ),
-        method_limit=method_limit,
+        datasets=[inline(name) for name in datasets],
+        hyperparameters=cells(training.hyperparameters if training else {}),
+        log_columns=log_columns,
+        log_rows=log_rows,
+        duration=duration(training.seconds if training else 0.0),
+        hardware=inline(hardware()),
+        versions=inline(", ".join(f"{key} {value}" for key, value in framework_versions().items())),
+        base_limit="It works on the base model that it was trained on"
+        + (", and is checked against it when it is loaded." if method.has_factors else "."),
+        method_limit=method.limit,
     )
-    return _join(metadata, body, existing)
+    return join_card(metadata, body, existing)
 
 
 def pipeline_of(class_name: str) -> str | None:
@@ -205,20 +224,26 @@ def pipeline_of(class_name: str) -> str | None:
     return next((task for ending, task in PIPELINES.items() if class_name.endswith(ending)), None)
 
 
-def snippet(repo_id: str, base: str | None, pipeline: str | None) -> str:
-    """Code that loads and uses an adapter; a test runs it."""
+def snippet(repo_id: str, base: str | None, pipeline: str | None, prompt: str | None = None) -> str:
+    """Code that loads an adapter and uses it on a prompt; a test runs it."""
     own = "" if base else ', base_model="path/to/the/base"'
     source = base or "path/to/the/base"
     lines = ["from hf_sara import from_hub", "", f'model = from_hub("{repo_id}"{own})']
     if pipeline == "text-generation":
         lines[0] = "from transformers import AutoTokenizer\n\nfrom hf_sara import from_hub"
+        text = "Once upon a time" if prompt is None else prompt
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
-            'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)',
-            "output = model.generate(**inputs, max_new_tokens=20)",
+            f'inputs = tokenizer({_quoted(text)}, return_tensors="pt").to(model.device)',
+            f"output = model.generate(**inputs, max_new_tokens={20 if prompt is None else 64})",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """A text as Python code in double quotes. It holds no line break and no backquote, which could end the block."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def hardware() -> str:
@@ -237,18 +262,23 @@ def _processor() -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
-def plot_ranks(adapter: "SaraAdapter", path: Path) -> bool:
-    """Draw the rank of each site over the layers into a PNG file; `False` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    # Without pyplot, so that no window system and no global state is touched.
-    from matplotlib.figure import Figure
+def framework_versions() -> dict[str, str]:
+    """The versions of the packages that take part in a training, as far as they are installed, and of Python."""
+    found = {}
+    for name in FRAMEWORKS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version()}
 
-    figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    for kind, sites in sites_by_kind(adapter.sites).items():
+
+def plot_ranks(manifest: Manifest, path: Path) -> bool:
+    """Draw the rank of each site over the layers into a PNG file."""
+    figure, axes = _figure()
+    for kind, sites in sites_by_kind(manifest.sites).items():
         axes.plot([site.layer or 0 for site in sites], [site.k for site in sites], marker="o", ms=3, label=kind)
-    axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {adapter.threshold:.4g}")
+    axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {manifest.threshold:.4g}")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
@@ -257,16 +287,37 @@ def plot_ranks(adapter: "SaraAdapter", path: Path) -> bool:
     return True
 
 
-def _rank_table(adapter: "SaraAdapter") -> dict[str, Any]:
+def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
+    """Draw the training loss over the steps into a PNG file; `False` for fewer than two points, which are no curve."""
+    if len(losses) < 2:
+        return False
+    figure, axes = _figure()
+    axes.plot(*zip(*losses, strict=True))
+    axes.set(xlabel="step", ylabel="training loss", title="Training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Software": None})
+    return True
+
+
+def _figure() -> tuple[Any, Any]:
+    # Without pyplot, so that no window system and no global state is touched.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _rank_table(manifest: Manifest) -> tuple[list[str], list[list[Any]]]:
     """A row per layer and a column per kind of site. Several sites in one cell stand side by side."""
-    kinds = sites_by_kind(adapter.sites)
-    layers = sorted({site.layer for site in adapter.sites}, key=lambda layer: (layer is None, layer))
+    kinds = sites_by_kind(manifest.sites)
+    layers = sorted({site.layer for site in manifest.sites}, key=lambda layer: (layer is None, layer))
     rows = [
         ["-" if layer is None else layer]
         + [" ".join(str(site.k) for site in sites if site.layer == layer) for sites in kinds.values()]
         for layer in layers
     ]
-    return {"rank_columns": ["layer", *map(_inline, kinds)], "rank_rows": rows}
+    return ["layer", *map(inline, kinds)], rows
 
 
 def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -282,81 +333,25 @@ def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list
     if len(chosen) > MAX_LOG_ROWS:
         chosen = [chosen[round(i * (len(chosen) - 1) / (MAX_LOG_ROWS - 1))] for i in range(MAX_LOG_ROWS)]
     rows = [
-        [str(step), *(_number(steps[step][name]) if name in steps[step] else "" for name in names)] for step in chosen
+        [str(step), *(number(steps[step][name]) if name in steps[step] else "" for name in names)] for step in chosen
     ]
-    return ["step", *map(_inline, names)], rows
+    return ["step", *map(inline, names)], rows
 
 
-def _non_default_arguments(args: SaraArguments) -> dict[str, Any]:
-    default = SaraArguments(method=args.method).to_dict()
-    shown = ("method", "threshold")
-    values = {key: value for key, value in args.to_dict().items() if key not in shown and default[key] != value}
-    # The number of heads is what a reader of a Mo-SARA card looks for.
-    return {**({"num_heads": args.num_heads} if args.method == "mo_sara" else {}), **values}
+def _shown_arguments(args: SaraArguments) -> dict[str, Any]:
+    """The arguments that differ from their defaults, and those that a method always shows."""
+    default, values = SaraArguments(method=args.method).to_dict(), args.to_dict()
+    always = args.resolved_method().shown_options
+    # These two stand in the table by themselves.
+    own_rows = ("method", "threshold")
+    differing = {key: value for key, value in values.items() if key not in own_rows and default[key] != value}
+    return {**{name: values[name] for name in always}, **differing}
 
 
 def _render(**values: Any) -> str:
+    # Here, since only cards need it.
     import jinja2
 
     template = resources.files("hf_sara").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(**values)
-
-
-def _join(metadata: dict[str, Any], body: str, existing: str | None) -> str:
-    """Metadata and generated text, around which the text and the metadata of an existing card are kept."""
-    before, after, theirs = "", "", {}
-    if existing:
-        card = ModelCard(existing, ignore_metadata_errors=True)
-        theirs = card.data.to_dict()
-        before, after = own_text(card.text)
-    tags = list(dict.fromkeys([*_listed(theirs.get("tags")), *metadata["tags"]]))
-    kept = {key: value for key, value in theirs.items() if value is not None and key not in metadata}
-    data = ModelCardData(**{**kept, **metadata, "tags": tags}, ignore_metadata_errors=True)
-    parts = [part for part in (before, f"{BEGIN}\n\n{body.strip()}\n\n{END}", after) if part]
-    return f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def take_over(card: str, other: str) -> str:
-    """A card with what people wrote on another version of it, where nobody wrote on this one."""
-    mine = ModelCard(card, ignore_metadata_errors=True)
-    if any(own_text(mine.text)):
-        return card
-    generated = mine.text.split(BEGIN, 1)[-1].split(END, 1)[0]
-    metadata = {key: value for key, value in mine.data.to_dict().items() if value is not None}
-    return _join({"tags": [], **metadata}, generated, other)
-
-
-def own_text(text: str) -> tuple[str, str]:
-    """What people wrote before and after the generated part of a card's Markdown."""
-    if BEGIN in text and END in text[text.index(BEGIN) :]:
-        before, rest = text.split(BEGIN, 1)
-        return before.strip(), rest.split(END, 1)[1].strip()
-    return text.strip(), ""
-
-
-def _listed(value: str | Sequence[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
-def _inline(value: Any) -> str:
-    """Text that cannot leave its table cell or line, whatever characters it has."""
-    text = " ".join(str(value).split())
-    text = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([|`*_\[\]])", r"\\\1", text)
-
-
-def _cells(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(_inline(name), _inline(_number(value))) for name, value in values.items()]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,52 +1,95 @@
 """Ranks and parameter counts for a threshold, and the threshold for a budget of parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .arguments import SaraArguments, parse_budget
-from .deltas import Delta, count_trained
-from .sites import Site, find_sites
-from .spectrum import Spectrum, find_rank, find_spectrum, for_each
+from .arguments import SaraArguments, allowed_parameters
+from .methods import Delta, Measured, Method
+from .methods.base import Shapes
+from .parallel import for_each
+from .sites import PlannedSite, Site
+from .spectrum import Spectrum, find_rank, find_spectrum
+from .targets import find_sites
 
 WeightOf = Callable[[Site], torch.Tensor]
 
-# A solved threshold is a multiple of one part in so many.
+# A threshold that is solved for a budget is a multiple of 1 / STEPS.
 STEPS = 10**9
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterSpec:
     """
-    What an adapter would be: its sites with their ranks, and what they cost.
+    What an adapter is, before and beside its tensors.
 
     Args:
-        args ([`SaraArguments`]): The arguments it is for.
+        args ([`SaraArguments`]): The adapter's arguments.
         threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
-        sites (`list[Site]`): The sites, each with its rank k.
-        base_parameters (`int`): Parameters of the base model.
+        sites (`list[PlannedSite]`): The sites, each with its rank k.
     """
 
     args: SaraArguments
     threshold: float
-    sites: list[Site]
-    base_parameters: int
+    sites: list[PlannedSite]
+
+    @property
+    def method(self) -> Method:
+        """The method's facts."""
+        return self.args.resolved_method()
 
     @property
     def trained_parameters(self) -> int:
         """Number of trained parameters: k (d_in + d_out + 1) per site for SARA, m k + k + m + d_out for Mo-SARA."""
         return sum(self.count(site) for site in self.sites)
 
-    def count(self, site: Site) -> int:
+    def count(self, site: PlannedSite) -> int:
         """Trained parameters of one site."""
-        return count_trained(self.args, site.shape, site.k)
+        return self.method.count(site.shape, site.k)
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all trained tensors: `"<site>.<tensor>"`."""
+        return self._shapes(self.method.trained_shapes)
+
+    def saved_factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the frozen factors that are saved too; empty where seeds stand for them."""
+        return self._shapes(self.method.frozen_shapes) if self.method.saves_factors else {}
+
+    def _shapes(self, of_site: Callable[[tuple[int, int], int], Shapes]) -> Shapes:
+        return {
+            f"{site.name}.{name}": shape for site in self.sites for name, shape in of_site(site.shape, site.k).items()
+        }
+
+
+@dataclass(frozen=True)
+class Plan(AdapterSpec):
+    """
+    What an adapter would be: its sites with their ranks, and what they cost.
+
+    Args:
+        args ([`SaraArguments`]): The arguments it is for.
+        threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
+        sites (`list[PlannedSite]`): The sites, each with its rank k.
+        base_parameters (`int`): Parameters of the base model.
+    """
+
+    base_parameters: int
 
     @property
     def share(self) -> float:
         """Trained parameters divided by base plus trained parameters, as in the paper's tables."""
         return self.trained_parameters / (self.base_parameters + self.trained_parameters)
+
+    def table(self) -> str:
+        """A table of the sites with their shapes, ranks and parameters, and one line that sums them up."""
+        width = max(len(site.name) for site in self.sites)
+        lines = [f"{'site':<{width}}  {'d_in':>6} {'d_out':>6} {'k':>5} {'trained':>10}"]
+        for site in self.sites:
+            d_in, d_out = site.shape
+            lines.append(f"{site.name:<{width}}  {d_in:>6} {d_out:>6} {site.k:>5} {self.count(site):>10,}")
+        return "\n".join([*lines, str(self)])
 
     def __str__(self) -> str:
         ranks = [site.k for site in self.sites]
@@ -76,11 +119,29 @@ def plan(model: nn.Module, args: SaraArguments) -> Plan:
 
 def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> Plan:
     """A plan for sites whose weights come from anywhere: `weight_of` gives one, of shape (d_in, d_out), at a time."""
-    threshold = args.resolved_threshold()
-    if args.parameter_budget is not None:
-        threshold = solve_threshold(sites, args, base, weight_of)
+    threshold = resolve_threshold(sites, args, base, weight_of)
     ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
-    return Plan(args, threshold, [replace(site, k=k) for site, k in zip(sites, ranks, strict=True)], base)
+    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), base)
+
+
+def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Measured]]:
+    """
+    What attaching needs: the plan of [`plan`], and by site what the method takes from its weight, frozen factors
+    included. One decomposition gives a site's rank and its factors.
+    """
+    sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
+    threshold = resolve_threshold(sites, args, base, lambda site: site.weight(model))
+    title = "Singular vectors" if method.has_factors else "Singular values"
+    found = for_each(lambda site: method.measure(site.weight(model), threshold, site.name), sites, title)
+    planned = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
+    return Plan(args, threshold, planned, base), {s.name: m for s, m in zip(sites, found, strict=True)}
+
+
+def resolve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
+    """The threshold in force: given, the method's default, or solved for a budget of parameters."""
+    if args.parameter_budget is None:
+        return args.resolved_threshold()
+    return solve_threshold(sites, args, args.parameter_budget, base, weight_of)
 
 
 def count_base(model: nn.Module) -> int:
@@ -90,23 +151,23 @@ def count_base(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in ours)
 
 
-def solve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
-    """The largest threshold (to 9 digits) whose adapter stays within `args.parameter_budget`."""
-    share, budget = parse_budget(args.parameter_budget)
-    if share is not None:
-        # trained / (base + trained) <= share
-        budget = int(share * base / (1.0 - share))
-    least = sum(count_trained(args, site.shape, 1) for site in sites)
+def solve_threshold(
+    sites: Sequence[Site], args: SaraArguments, parameter_budget: str, base: int, weight_of: WeightOf
+) -> float:
+    """The largest threshold (to 9 digits) whose adapter stays within the budget."""
+    method = args.resolved_method()
+    budget = allowed_parameters(parameter_budget, base)
+    least = sum(method.count(site.shape, 1) for site in sites)
     if least > budget:
         raise ValueError(
-            f"parameter_budget={args.parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of "
+            f"parameter_budget={parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of "
             f"the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
         )
     spectra = for_each(lambda site: find_spectrum(weight_of(site), site.name), sites, "Singular values")
 
     def cost(threshold: float) -> int:
         counts = (spectrum.count(threshold) for spectrum in spectra)
-        return sum(count_trained(args, site.shape, k) for site, k in zip(sites, counts, strict=True))
+        return sum(method.count(site.shape, k) for site, k in zip(sites, counts, strict=True))
 
     while True:
         # Bisection over multiples of 1e-9: the cost is a rising staircase of the threshold.

@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import logging as transformers_logging
 
-from hf_sara import SaraAdapter, SaraArguments, spectrum
+from hf_sara import SaraAdapter, SaraArguments, factors
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
@@ -211,7 +211,7 @@ def reference_data() -> Path:
 
 def rotated_lapack(clusters, seed=0):
     """LAPACK's step, with the freedom that it has: any signs, and any basis inside a cluster."""
-    step = spectrum.leading_eigenpairs
+    step = factors.leading_eigenpairs
 
     def call(matrix, choose):
         values, vectors = step(matrix, choose)

@@ -17,8 +17,8 @@ from conftest import (
 from torch import nn
 
 from hf_sara import SaraAdapter, SaraArguments
-from hf_sara.adapter import add_deltas
-from hf_sara.deltas import Delta
+from hf_sara.attached import add_deltas
+from hf_sara.methods import Delta
 
 
 def effect(model, adapter) -> float:

@@ -8,9 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sara import SaraAdapter, SaraArguments
-from hf_sara.adapter import add_deltas
-from hf_sara.deltas import DELTAS, count_trained, frozen_shapes, trained_shapes
-from hf_sara.sites import OutputSlice, Site
+from hf_sara.attached import add_deltas
+from hf_sara.sites import OutputSlice, PlannedSite
 
 D_IN, K = 10, 4
 # d_out of the site, outputs of the module, columns of the site: a whole module, and parts of fused ones.
@@ -39,12 +38,18 @@ def arguments(variant: str, dropout: float = 0.0) -> SaraArguments:
     return SaraArguments(method=variant.split()[0], dropout=dropout, **VARIANTS[variant])
 
 
+def new_delta(args: SaraArguments, site: PlannedSite, dtype=torch.float32):
+    """A delta at its start."""
+    method = args.resolved_method()
+    return method.delta_class(method, site, dtype, torch.device("cpu"))
+
+
 def make_delta(variant: str, kind: str = "linear", dtype=torch.float64, dropout: float = 0.0):
     """A delta of which no tensor is at its start."""
     args = arguments(variant, dropout)
     d_out, _, part = KINDS[kind]
-    site = Site("layer.q" if part else "layer", "layer", (D_IN, d_out), part, K)
-    delta = DELTAS[args.method](args, site, K, dtype, torch.device("cpu"))
+    site = PlannedSite("layer.q" if part else "layer", "layer", (D_IN, d_out), part, k=K)
+    delta = new_delta(args, site, dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in delta.parameters():
@@ -106,12 +111,12 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(variant, kind, dty
     assert close(result.detach(), expected.detach())
     assert close(base.grad, weights)
     assert close(x.grad, x64.grad)
-    assert set(delta.trained()) == set(trained_shapes(arguments(variant), delta.shape, K))
+    assert set(delta.trained()) == set(arguments(variant).resolved_method().trained_shapes(delta.shape, K))
     for name, parameter in delta.trained().items():
         assert float(wide[name].grad.abs().max()) > 0.01, name
         assert close(parameter.grad, wide[name].grad), name
     frozen = {name for name, _ in delta.named_parameters()} - set(delta.trained())
-    assert frozen == set(frozen_shapes(arguments(variant), delta.shape, K))
+    assert frozen == set(arguments(variant).resolved_method().frozen_shapes(delta.shape, K))
     assert all(delta.get_parameter(name).grad is None for name in frozen)
 
 
@@ -393,14 +398,14 @@ def test_parameter_counts(variant, count):
     d_in, d_out = delta.shape
     expected = count(3, K, d_in, d_out)
     assert sum(parameter.numel() for parameter in delta.parameters() if parameter.requires_grad) == expected
-    assert count_trained(arguments(variant), delta.shape, K) == expected
+    assert arguments(variant).resolved_method().count(delta.shape, K) == expected
 
 
 def test_initialisation_is_uniform_in_one_over_the_root_of_fan_in(method):
     d_in, d_out, k = 300, 200, 150
     args = arguments(method)
     torch.manual_seed(0)
-    delta = DELTAS[args.method](args, Site("q", "q", (d_in, d_out)), k, torch.float32, torch.device("cpu"))
+    delta = new_delta(args, PlannedSite("q", "q", (d_in, d_out), k=k))
     fan_in = {"U": d_in, "S": k, "Vh": k} if method == "sara" else {"S": k, "gate_down": k, "gate_up": 1}
     for name, size in fan_in.items():
         values, bound = getattr(delta, name).detach().flatten(), 1 / math.sqrt(size)
@@ -419,7 +424,7 @@ def test_initialisation_is_uniform_in_one_over_the_root_of_fan_in(method):
 def test_ablations_that_start_at_zero_do():
     for variant in ("sara with Vh from zero", "sara without S with Vh from zero"):
         args = arguments(variant)
-        delta = DELTAS["sara"](args, Site("q", "q", (8, 9)), 3, torch.float32, torch.device("cpu"))
+        delta = new_delta(args, PlannedSite("q", "q", (8, 9), k=3))
         assert not delta.Vh.any()
         assert delta.U.all()
         output = torch.randn(2, 9)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_sara
-from hf_sara import AdapterError, SaraAdapter, SaraArguments, export, export_lora, merge, merge_shards
+from hf_sara import AdapterError, SaraAdapter, SaraArguments, export, export_lora, merge, merge_shards, plain_model
 from hf_sara.export import LORA_CONFIG_FILE, LORA_TENSORS_FILE
 
 ONE_HEAD = {"method": "mo_sara", "num_heads": 1}
@@ -511,7 +511,7 @@ def test_a_folder_without_all_of_its_files_is_not_taken_for_a_model(tmp_path, mo
         moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(export.os, "replace", cut_off)
+    monkeypatch.setattr(plain_model.os, "replace", cut_off)
     with pytest.raises(OSError, match="power cut"):
         merge(model, tmp_path / "merged")
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
@@ -604,7 +604,7 @@ def test_only_adapted_weights_are_read_and_one_file_at_a_time(tmp_path, monkeypa
             read.append(key)
             return self.file.get_tensor(key)
 
-    monkeypatch.setattr(export, "safe_open", Watched)
+    monkeypatch.setattr(plain_model, "safe_open", Watched)
     merge_shards(base, tmp_path / "adapter", tmp_path / "merged")
     assert sorted(read) == [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in (0, 1) for p in "qv"]
 

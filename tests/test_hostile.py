@@ -187,7 +187,7 @@ def many_heads(folder: Path) -> None:
     config(lambda c: c["arguments"].update(num_heads=10**8))(folder)
     saved = storage.read(folder)
     records, end = {}, 0
-    for name, shape in storage.shapes_at(storage.trained_shapes, saved.args, saved.sites).items():
+    for name, shape in saved.trained_shapes().items():
         size = 4 * torch.Size(shape).numel()
         records[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
         end += size

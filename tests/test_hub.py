@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from hub_server import Fault, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from training import make_trainer
 
-from hf_sara import AdapterError, SaraAdapter, from_hub, hub, push_to_hub, storage
+from hf_sara import AdapterError, SaraAdapter, files, from_hub, hub, push_to_hub, repos, storage
 from hf_sara.hub import UPLOAD_FILES
 
 TOKEN = "hf_alicealicealicealice"
@@ -127,14 +128,14 @@ def test_the_base_is_loaded_at_the_commit_of_the_training(server, tmp_path):
     model = from_hub(REPO, cache_dir=tmp_path / "other")
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
     model.sara_adapter.save_pretrained(tmp_path / "again")
-    assert storage.read(tmp_path / "again").base["revision"] == trained_on
+    assert storage.read(tmp_path / "again").base.revision == trained_on
 
 
 def test_of_several_commits_in_the_cache_none_is_recorded(server, tmp_path):
     load_base(server)
     HfApi(token="hf_someone").upload_file(path_or_fileobj=b"new", path_in_repo="new.txt", repo_id=BASE)
     hf_hub_download(BASE, "new.txt", cache_dir=constants.HF_HUB_CACHE)
-    assert storage.cached_commit(BASE) is None
+    assert repos.cached_commit(BASE) is None
 
 
 def test_a_base_of_the_users_own_can_be_given(server, tmp_path):
@@ -162,7 +163,7 @@ def test_an_adapter_of_a_base_without_hub_id_asks_for_it(server, tmp_path):
 
 
 def test_a_push_is_one_commit_of_the_allow_list(server, method, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pushed(server, method)
     files = server.repo(REPO).files()
     assert set(files) - {".gitattributes"} <= set(UPLOAD_FILES)
@@ -197,14 +198,14 @@ def test_private_branches_and_pull_requests(server):
     adapter, _ = pushed(server, private=True)
     assert server.repo(REPO).private
     with pytest.raises(FileNotFoundError, match="no adapter can be had"):
-        storage.locate(REPO, token="hf_bobbobbobbob")
+        hub.fetch_adapter(REPO, token="hf_bobbobbobbob")
     adapter.push_to_hub(REPO, revision="second", commit_message="On a branch", license="mit")
     assert server.repo(REPO).history("second")[0].title == "On a branch"
     assert len(server.repo(REPO).commits) == 2
     info = adapter.push_to_hub(REPO, create_pr=True, license="apache-2.0")
     assert info.pr_url
     assert len(server.repo(REPO).commits) == 2
-    assert storage.locate(REPO, revision="second").is_dir()
+    assert hub.fetch_adapter(REPO, revision="second").is_dir()
 
 
 def test_what_people_wrote_on_the_hub_survives_the_next_push(server):
@@ -310,7 +311,7 @@ def test_a_full_disk_is_an_error_and_the_old_adapter_stays(server, tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         adapter.save_pretrained(tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before

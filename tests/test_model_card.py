@@ -1,3 +1,4 @@
+import ast
 import re
 
 import pytest
@@ -7,8 +8,11 @@ from huggingface_hub import EvalResult, ModelCard
 from training import make_trainer
 from transformers import TrainingArguments
 
-from hf_sara import model_card, storage
-from hf_sara.model_card import BEGIN, END, Training, make_card
+from hf_sara import card_text, model_card, storage
+from hf_sara.card_text import BEGIN, END
+from hf_sara.model_card import CARD_FILE, LOSS_FILE, RANKS_FILE, Sample, Training
+from hf_sara.planning import count_base
+from hf_sara.trainer.cards import non_default
 
 HOSTILE = "a | b\n---\n# <script>`x` [y](z)\\ \"': {x: 1} <!-- hf_sara: generated up to here -->"
 
@@ -16,6 +20,14 @@ HOSTILE = "a | b\n---\n# <script>`x` [y](z)\\ \"': {x: 1} <!-- hf_sara: generate
 def result(**changes):
     values = {"task_type": "text-generation", "dataset_type": "e2e_nlg", "dataset_name": "E2E", "metric_type": "bleu"}
     return EvalResult(**{**values, "metric_value": 0.7, **changes})
+
+
+def card_of(adapter, folder=None, **card) -> str:
+    """The card of an adapter: its text alone, or as it is written beside its files."""
+    if folder is None:
+        return model_card.make_card(adapter.manifest(), count_base(adapter.model), **card)
+    adapter.write_card(folder, **card)
+    return (folder / CARD_FILE).read_text()
 
 
 def parts(card: str) -> tuple[dict, str]:
@@ -32,7 +44,7 @@ def on_the_hub(model):
 def test_a_card_says_what_the_adapter_is(method, tmp_path):
     adapter = attach_trained(on_the_hub(make_model()), method)
     adapter.save_pretrained(tmp_path)
-    card = make_card(
+    card = card_of(
         adapter,
         folder=tmp_path,
         repo_id="me/my-adapter",
@@ -63,12 +75,12 @@ def test_a_card_says_what_the_adapter_is(method, tmp_path):
 def test_a_base_that_is_not_on_the_hub_is_not_named(tmp_path):
     model = make_model()
     model.config._name_or_path = str(tmp_path)
-    metadata, text = parts(make_card(attach_trained(model)))
+    metadata, text = parts(card_of(attach_trained(model)))
     assert "base_model" not in metadata
     assert "base_model_relation" not in metadata
     assert str(tmp_path) not in text
     assert "base_model=" in text
-    named, _ = parts(make_card(attach_trained(make_model()), base_model="someone/base"))
+    named, _ = parts(card_of(attach_trained(make_model()), base_model="someone/base"))
     assert named["base_model"] == "someone/base"
 
 
@@ -89,7 +101,7 @@ def test_the_task_follows_from_the_class(family, task):
 
 def test_values_of_users_break_neither_yaml_nor_markdown(tmp_path):
     training = Training({HOSTILE: HOSTILE}, [{"step": 1, HOSTILE: 1.0}], 61.0, [HOSTILE])
-    card = make_card(
+    card = card_of(
         attach_trained(make_model()),
         title=HOSTILE,
         language=[HOSTILE],
@@ -112,12 +124,12 @@ def test_values_of_users_break_neither_yaml_nor_markdown(tmp_path):
 
 def test_what_people_wrote_survives_the_next_card(method):
     adapter = attach_trained(make_model(), method)
-    first = make_card(adapter, license="mit", tags=["mine"], title="first")
+    first = card_of(adapter, license="mit", tags=["mine"], title="first")
     metadata, text = parts(first)
     metadata["thumbnail"] = "picture.png"
     metadata["tags"].append("by hand")
     edited = f"---\n{yaml.safe_dump(metadata)}---\n\nWritten before.\n{text}\nWritten after.\n"
-    second = make_card(adapter, title="second", tags=["new"], existing=edited)
+    second = card_of(adapter, title="second", tags=["new"], existing=edited)
     metadata, text = parts(second)
     assert (metadata["thumbnail"], metadata["license"]) == ("picture.png", "mit")
     assert {"mine", "by hand", "new"} <= set(metadata["tags"])
@@ -125,32 +137,32 @@ def test_what_people_wrote_survives_the_next_card(method):
     assert text.index(END) < text.index("Written after.")
     assert "# first" not in text
     # And again: nothing piles up.
-    assert make_card(adapter, title="second", tags=["new"], existing=second) == second
+    assert card_of(adapter, title="second", tags=["new"], existing=second) == second
 
 
 def test_a_card_of_somebody_else_is_kept_whole():
-    card = make_card(attach_trained(make_model()), existing="# A title\n\nNo metadata.\n")
+    card = card_of(attach_trained(make_model()), existing="# A title\n\nNo metadata.\n")
     assert card.index("No metadata.") < card.index(BEGIN)
-    broken = make_card(attach_trained(make_model()), existing="---\nmodel-index: 3\ntags: x\n---\nText.\n")
+    broken = card_of(attach_trained(make_model()), existing="---\nmodel-index: 3\ntags: x\n---\nText.\n")
     assert "Text." in broken
 
 
 def test_taking_over_prefers_what_was_written_here():
     adapter = attach_trained(make_model())
-    fresh = make_card(adapter, title="new")
-    remote = make_card(adapter, title="old", existing="From the Hub.")
-    merged = model_card.take_over(fresh, remote)
+    fresh = card_of(adapter, title="new")
+    remote = card_of(adapter, title="old", existing="From the Hub.")
+    merged = card_text.take_over(fresh, remote)
     assert "From the Hub." in merged
     assert "# new" in merged
     assert "# old" not in merged
-    mine = make_card(adapter, title="new", existing="From here.")
-    assert model_card.take_over(mine, remote) == mine
+    mine = card_of(adapter, title="new", existing="From here.")
+    assert card_text.take_over(mine, remote) == mine
 
 
 def test_the_log_is_thinned_and_says_how_the_training_went():
     log = [{"step": step, "loss": 10.0 / step, "epoch": 0.1} for step in range(1, 200)]
     log += [{"step": 199, "eval_loss": 0.5, "eval_runtime": 3.0}]
-    card = make_card(attach_trained(make_model()), training=Training({"learning_rate": 0.02}, log, 3721.0))
+    card = card_of(attach_trained(make_model()), training=Training({"learning_rate": 0.02}, log, 3721.0))
     trained = card[card.index("## How it was trained") :]
     rows = [line for line in trained.splitlines() if re.match(r"\| \d+ \| [\d.]+ \|", line)]
     assert len(rows) == model_card.MAX_LOG_ROWS
@@ -181,16 +193,45 @@ def test_the_trainer_writes_the_card_of_its_run(method, tmp_path):
 
 def test_epochs_that_steps_stand_for_are_not_shown(tmp_path):
     given = {"output_dir": str(tmp_path), "num_train_epochs": 5, "use_cpu": True}
-    assert model_card.non_default(TrainingArguments(**given)) == {"num_train_epochs": 5}
-    assert model_card.non_default(TrainingArguments(**given, max_steps=7)) == {"max_steps": 7}
+    assert non_default(TrainingArguments(**given)) == {"num_train_epochs": 5}
+    assert non_default(TrainingArguments(**given, max_steps=7)) == {"max_steps": 7}
 
 
 def test_ranks_are_drawn_where_matplotlib_is_installed(tmp_path, monkeypatch):
     adapter = attach_trained(make_model())
     monkeypatch.setattr(model_card.importlib.util, "find_spec", lambda name: None)
-    assert model_card.PLOT_FILE not in make_card(adapter, folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert RANKS_FILE not in card_of(adapter, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CARD_FILE]
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    assert f"![rank per layer]({model_card.PLOT_FILE})" in make_card(adapter, folder=tmp_path)
-    assert (tmp_path / model_card.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    assert f"![rank per layer]({RANKS_FILE})" in card_of(adapter, folder=tmp_path)
+    assert (tmp_path / RANKS_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loss_is_drawn_where_there_is_a_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    adapter = attach_trained(make_model())
+    one = Training(log=[{"step": 1, "loss": 2.0}])
+    assert LOSS_FILE not in card_of(adapter, tmp_path, training=one)
+    assert not (tmp_path / LOSS_FILE).exists()
+    two = Training(log=[{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}, {"step": 2, "loss": 1.0}])
+    assert two.losses() == [(1, 2.0), (2, 1.0)]
+    assert f"![training loss per step]({LOSS_FILE})" in card_of(adapter, tmp_path, training=two)
+    assert (tmp_path / LOSS_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sample_of_the_task_is_shown_with_its_output():
+    sample = Sample('name : The "Mill" | food : `tea`\n |', "The Mill serves tea.\n```\nIt is \U0001f375.")
+    card = card_of(attach_trained(make_model()), sample=sample)
+    code = re.search(r"```python\n(.*?)\n```\n", card, re.DOTALL).group(1)
+    prompt = re.search(r"tokenizer\((.*), return_tensors", code).group(1)
+    assert ast.literal_eval(prompt) == sample.prompt
+    assert "````text\n" + sample.output + "\n````" in card
+    assert card.count(END) == 1
+
+
+def test_a_card_names_the_project_and_the_versions():
+    card = card_of(attach_trained(make_model()))
+    assert f"made with [hf_sara]({model_card.PROJECT_URL})" in card
+    for package in ("hf_sara", "transformers", "torch", "accelerate", "datasets", "tokenizers", "python"):
+        assert re.search(rf"Versions: .*\b{package.replace('_', '.*')} \d", card), package

@@ -1,14 +1,13 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import make_model, sara_arguments
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
-from hf_sara.planning import STEPS, count_base
-from hf_sara.sites import find_sites
+from hf_sara.planning import STEPS, AdapterSpec, count_base
+from hf_sara.sites import PlannedSite
 from hf_sara.spectrum import find_rank
+from hf_sara.targets import find_sites
 
 
 def test_a_plan_has_the_ranks_of_the_rule_and_the_counts_of_the_formula(method):
@@ -117,8 +116,8 @@ def attach_at_rank(config, k, **arguments):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         args = SaraArguments(**arguments)
-        sites = [replace(site, k=k) for site in find_sites(model, args)]
-        return SaraAdapter(model, args, sites, threshold=0.5)
+        sites = [PlannedSite.of(site, k) for site in find_sites(model, args)]
+        return SaraAdapter(model, AdapterSpec(args, 0.5, sites))
 
 
 @pytest.mark.parametrize(

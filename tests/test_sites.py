@@ -5,7 +5,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sara import SaraArguments
-from hf_sara.sites import DEFAULT_TARGETS, OutputSlice, all_sites, find_sites
+from hf_sara.sites import OutputSlice, all_sites
+from hf_sara.targets import DEFAULT_TARGETS, find_sites
 
 # Sites per model and their shapes: q is (24, heads x head size), v has the heads that keys and values have.
 SHAPES = {

@@ -6,20 +6,10 @@ import pytest
 import torch
 from conftest import rotated_lapack
 
-from hf_sara import spectrum
-from hf_sara.spectrum import (
-    Factors,
-    Spectrum,
-    canonical_rotation,
-    find_factors,
-    find_rank,
-    find_spectrum,
-    for_each,
-    probe,
-    rank_for_threshold,
-    sketch,
-    sketches_agree,
-)
+from hf_sara import cache, factors, spectrum
+from hf_sara.factors import Factors, canonical_rotation, find_factors, probe, sketch, sketches_agree
+from hf_sara.parallel import for_each
+from hf_sara.spectrum import Spectrum, find_rank, find_spectrum, rank_for_threshold
 
 
 @pytest.fixture(autouse=True)
@@ -284,8 +274,8 @@ def test_a_cluster_has_one_canonical_basis_whichever_lapack_returns(shape, k, mo
     assert found.clusters == [(3, 6), (6, 8)][: 2 if k > 6 else 1]
     assert_orthonormal(found, 1e-12)
     for seed in range(5):
-        monkeypatch.setenv("HF_SARA_CACHE", str(spectrum.cache_folder() / "other"))
-        monkeypatch.setattr(spectrum, "leading_eigenpairs", rotated_lapack([(3, 6), (6, 8)], seed))
+        monkeypatch.setenv("HF_SARA_CACHE", str(cache.cache_folder() / "other"))
+        monkeypatch.setattr(factors, "leading_eigenpairs", rotated_lapack([(3, 6), (6, 8)], seed))
         again = find_factors(weight, k=k)
         monkeypatch.undo()
         # Factors of the same bits would mean that the freedom was not used.
@@ -350,7 +340,7 @@ def test_what_the_cache_returns_is_what_was_computed(monkeypatch, empty_cache):
     fresh, rank = find_factors(weight, threshold=0.4), find_rank(weight, 0.7)
     assert any(empty_cache.rglob("*.safetensors"))
     assert not any(empty_cache.rglob("*.tmp"))
-    monkeypatch.setattr(spectrum, "_factorise", None)
+    monkeypatch.setattr(factors, "_factorise", None)
     monkeypatch.setattr(spectrum, "_gram_spectrum", None)
     cached = find_factors(weight, threshold=0.4)
     assert torch.equal(cached.U, fresh.U)
@@ -456,4 +446,4 @@ def test_a_spectrum_without_error_decides_every_rank():
 
 def test_an_error_of_lapack_is_an_error_here():
     with pytest.raises(np.linalg.LinAlgError, match=r"LAPACK.s dsterf failed"):
-        spectrum.leading_eigenpairs(np.full((4, 4), np.nan), lambda squares: 2)
+        factors.leading_eigenpairs(np.full((4, 4), np.nan), lambda squares: 2)

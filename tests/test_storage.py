@@ -17,7 +17,8 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from hf_sara import AdapterError, SaraAdapter, spectrum, storage
+from hf_sara import AdapterError, SaraAdapter, factors, files, storage
+from hf_sara.base_model import BaseRecord
 from hf_sara.storage import CONFIG_FILE, FACTORS_FILE, TENSORS_FILE
 
 
@@ -146,7 +147,7 @@ def test_another_lapack_at_load_arrives_at_the_same_factors(seed, tmp_path, othe
         called.append(len(matrix))
         return (turned if len(matrix) == 24 else plain)(matrix, choose)
 
-    monkeypatch.setattr(spectrum, "leading_eigenpairs", lapack)
+    monkeypatch.setattr(factors, "leading_eigenpairs", lapack)
     fresh = base()
     SaraAdapter.load(fresh, tmp_path / "a")
     assert sorted(called) == [12, 12, 24, 24]
@@ -398,7 +399,7 @@ def test_an_error_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         adapter.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -425,8 +426,8 @@ def test_the_base_is_named_by_its_hub_id_but_never_by_a_path_of_this_machine(tmp
     model = make_model()
     for name, expected in (("someone/model", "someone/model"), (str(tmp_path), None), ("/home/me/model", None)):
         model.config._name_or_path = name
-        assert storage.describe_base(model)["model_id"] == expected
-    labels = storage.describe_base(make_model("bert"))["id2label"]
+        assert BaseRecord.of(model).model_id == expected
+    labels = BaseRecord.of(make_model("bert")).id2label
     assert labels == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
 
 

@@ -10,15 +10,15 @@ from conftest import make_model, sara_arguments
 from hub_server import HubServer
 
 from hf_sara import plan
-from hf_sara.checkpoint import Checkpoint
-from hf_sara.sites import find_sites
+from hf_sara.base_model import BaseWeights
+from hf_sara.targets import find_sites
 
 
 @pytest.mark.parametrize("shard", ["50GB", "10KB"])
 def test_a_plan_from_the_files_is_that_of_the_loaded_model(family, method, shard, tmp_path):
     model = make_model(family)
     model.save_pretrained(tmp_path, max_shard_size=shard)
-    found, expected = Checkpoint(str(tmp_path)).plan(sara_arguments(method)), plan(model, sara_arguments(method))
+    found, expected = BaseWeights(str(tmp_path)).plan(sara_arguments(method)), plan(model, sara_arguments(method))
     assert found == expected
 
 
@@ -26,7 +26,7 @@ def test_a_plan_from_the_files_is_that_of_the_loaded_model(family, method, shard
 def test_weights_are_read_bit_by_bit(dtype, tmp_path):
     model = make_model("gpt_neox", dtype=dtype)
     model.save_pretrained(tmp_path)
-    checkpoint = Checkpoint(str(tmp_path))
+    checkpoint = BaseWeights(str(tmp_path))
     for site in find_sites(model, sara_arguments()):
         read = checkpoint.weight(site)
         assert read.dtype == dtype
@@ -39,38 +39,38 @@ def test_a_checkpoint_of_the_base_model_alone_has_no_prefix(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     model.model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert Checkpoint(str(tmp_path)).plan(sara_arguments()).sites == plan(model, sara_arguments()).sites
+    assert BaseWeights(str(tmp_path)).plan(sara_arguments()).sites == plan(model, sara_arguments()).sites
 
 
 def test_a_budget_is_solved_too(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     args = sara_arguments(threshold=None, parameter_budget="400")
-    assert Checkpoint(str(tmp_path)).plan(args).threshold == plan(model, args).threshold
+    assert BaseWeights(str(tmp_path)).plan(args).threshold == plan(model, args).threshold
 
 
 def test_what_cannot_be_read_is_a_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be a Hub id"):
-        Checkpoint(str(tmp_path / "no" / "where"))
+        BaseWeights(str(tmp_path / "no" / "where"))
     model = make_model()
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        Checkpoint(str(tmp_path))
+        BaseWeights(str(tmp_path))
     for damaged in (b"", whole[:4], struct.pack("<Q", 2**60), whole[:8] + b"x" * 20):
         weights.write_bytes(damaged)
         with pytest.raises(ValueError):  # noqa: PT011
-            Checkpoint(str(tmp_path))
+            BaseWeights(str(tmp_path))
     weights.write_bytes(whole[:-2000])
     with pytest.raises(ValueError, match="damaged"):
-        Checkpoint(str(tmp_path)).plan(sara_arguments())
+        BaseWeights(str(tmp_path)).plan(sara_arguments())
     weights.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
     with pytest.raises(ValueError, match="not one of transformers"):
-        Checkpoint(str(tmp_path))
+        BaseWeights(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_damaged_header_is_a_clear_error(header, message, tmp_path):
     make_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
     with pytest.raises(ValueError, match=message):
-        Checkpoint(str(tmp_path))
+        BaseWeights(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_damaged_index_is_a_clear_error(index, error, message, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(error, match=message):
-        Checkpoint(str(tmp_path))
+        BaseWeights(str(tmp_path))
 
 
 def test_from_the_hub_only_headers_and_the_chosen_matrices_are_transferred(tmp_path):
@@ -119,8 +119,8 @@ def test_from_the_hub_only_headers_and_the_chosen_matrices_are_transferred(tmp_p
     model.save_pretrained(tmp_path / "base")
     expected = [site.k for site in plan(model, sara_arguments()).sites]
     code = (
-        "from hf_sara import SaraArguments\nfrom hf_sara.checkpoint import Checkpoint\n"
-        "sites = Checkpoint('someone/base').plan(SaraArguments(threshold=0.3)).sites\n"
+        "from hf_sara import SaraArguments\nfrom hf_sara.base_model import BaseWeights\n"
+        "sites = BaseWeights('someone/base').plan(SaraArguments(threshold=0.3)).sites\n"
         "print('ranks', [site.k for site in sites])"
     )
     with HubServer(tokens={}) as server:

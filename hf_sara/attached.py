@@ -1,0 +1,248 @@
+"""Updates on a model: child modules of the linears that they adapt, and one forward hook per linear.
+
+Nothing here knows of files or of the Hub.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .factors import Factors
+from .merging import MergedWeights
+from .methods import Delta
+from .methods.products import is_plain
+from .planning import AdapterSpec
+from .sites import PlannedSite
+from .tensor_files import check_tensors
+
+
+def add_deltas(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """The one forward hook: adds the enabled updates of a linear to its output. It captures no state."""
+    # Whether this is the output of the frozen linear itself, which no other hook has seen or changed.
+    own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
+    linear = module if own else None
+    for delta in module.sara.values():
+        if delta.enabled:
+            output = delta(args[0], output, linear)
+            linear = None
+    return output
+
+
+def insert_delta(module: nn.Module, key: str, delta: Delta) -> None:
+    """Put an update on a linear, beside those that are there."""
+    if not hasattr(module, "sara"):
+        module.sara = nn.ModuleDict()
+        module.register_forward_hook(add_deltas)
+    module.sara[key] = delta.train(module.training)
+
+
+def remove_delta(module: nn.Module, key: str) -> None:
+    """Take an update off a linear; with the last one, the hook goes too."""
+    del module.sara[key]
+    if not len(module.sara):
+        del module.sara
+        for handle in [handle for handle, hook in module._forward_hooks.items() if hook is add_deltas]:
+            del module._forward_hooks[handle]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile`'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+class AttachedUpdates:
+    """
+    The updates of one adapter on a model, under one name: to look at, switch, merge and take off again.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model. Its parameters are frozen.
+        spec ([`AdapterSpec`]): What is attached.
+        factors (`Mapping[str, Factors]`): By site, the frozen factors of a method that has some.
+        name (`str`): Name on this model, where it carries several adapters.
+
+    Raises:
+        `ValueError`: If the model carries an adapter of that name, or no adapter can have it. The model is then as it
+            was.
+    """
+
+    def __init__(self, model: nn.Module, spec: AdapterSpec, factors: Mapping[str, Factors], name: str = "default"):
+        check_name(model, name)
+        self.model = model
+        self.spec = spec
+        self.name = name
+        self._merged: MergedWeights | None = None
+        self._unfrozen: list[str] = []
+        for parameter_name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and ".sara." not in parameter_name:
+                self._unfrozen.append(parameter_name)
+                parameter.requires_grad_(False)
+        method = self.spec.method
+        for site in self.sites:
+            module = self.model.get_submodule(site.module)
+            delta = method.make_delta(site, self.model, factors.get(site.name))
+            if site.name in factors:
+                delta.follow_weight(module)
+            insert_delta(module, self._key(site), delta)
+        self.model.sara_adapters = {**getattr(self.model, "sara_adapters", {}), self.name: self}
+        self.model.sara_adapter = self
+
+    @property
+    def sites(self) -> list[PlannedSite]:
+        """What is adapted: each with `.name`, `.shape` (d_in, d_out) and `.k`."""
+        return self.spec.sites
+
+    def _key(self, site: PlannedSite) -> str:
+        return f"{self.name}:{site.label}" if site.label else self.name
+
+    # ---- what it holds ----
+
+    def delta(self, site: PlannedSite) -> Delta:
+        """The update's module at one site."""
+        return self.model.get_submodule(site.module).sara[self._key(site)]
+
+    def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
+        """All sites with their updates' modules."""
+        return ((site, self.delta(site)) for site in self.sites)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, named `"<site>.<tensor>"`."""
+        return {f"{s.name}.{name}": tensor for s, delta in self.deltas() for name, tensor in delta.trained().items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]. Of a model that FSDP shards they
+        are whole, and every process has to call this.
+        """
+        return {name: _whole_copy(tensor) for name, tensor in self.trained().items()}
+
+    def saved_factors(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of the frozen factors that are saved with the adapter, named `"<site>.U"` and `"<site>.Vh"`; empty
+        where seeds stand for them. Of a sharded model they are whole, as in [`SaraAdapter.state_dict`].
+        """
+        deltas = {site.name: delta for site, delta in self.deltas()}
+        names = (name.rpartition(".") for name in self.spec.saved_factor_shapes())
+        return {f"{site}.{name}": _whole_copy(deltas[site].get_parameter(name)) for site, _, name in names}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put trained tensors in place. The names and shapes have to be exactly the adapter's own."""
+        check_tensors(tensors, self.spec.trained_shapes())
+        for name, tensor in self.trained().items():
+            value = tensors[name].to(tensor.device)
+            if hasattr(tensor, "full_tensor"):
+                # A shard, see `state_dict`.
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
+
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(tensor.numel() for tensor in self.trained().values())
+
+    # ---- switching ----
+
+    def enable(self) -> None:
+        """Let the updates count."""
+        self._refuse_merged("enable")
+        self._set_enabled(True)
+
+    def disable(self) -> None:
+        """Let the updates not count: the model computes exactly what the base computes."""
+        self._refuse_merged("disable")
+        self._set_enabled(False)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the model is the base."""
+        before = {site.name: delta.enabled for site, delta in self.deltas()}
+        self.disable()
+        try:
+            yield
+        finally:
+            for site, delta in self.deltas():
+                delta.enabled = before[site.name]
+
+    def _set_enabled(self, enabled: bool) -> None:
+        for _, delta in self.deltas():
+            delta.enabled = enabled
+
+    def _refuse_merged(self, action: str) -> None:
+        if self.merged:
+            raise ValueError(
+                f"Cannot {action} the adapter {self.name!r}: it is merged into the weights. Unmerge first."
+            )
+
+    # ---- merging ----
+
+    @property
+    def merged(self) -> bool:
+        """Whether the updates are part of the base weights now."""
+        return self._merged is not None
+
+    def merge(self) -> None:
+        """
+        Add the updates to the base weights, computed in float32, rounded once to the weights' dtype. The weights' own
+        bits are kept, so that [`SaraAdapter.unmerge`] restores them.
+
+        Raises:
+            `ValueError`: For Mo-SARA with more than one head (its update depends on the token), weights that are
+                quantized or tied to another module's, or a sum that the dtype cannot hold. The weights are then as
+                they were.
+        """
+        self._refuse_merged("merge")
+        self._merged = MergedWeights(self.model, list(self.deltas()))
+        self._set_enabled(False)
+
+    def unmerge(self) -> None:
+        """Restore the very bits that the base weights had before [`SaraAdapter.merge`]."""
+        if self._merged is None:
+            raise ValueError(f"The adapter {self.name!r} is not merged.")
+        order = self._merged.order
+        later = [a.name for a in self.model.sara_adapters.values() if a._merged and a._merged.order > order]
+        if later:
+            raise ValueError(f"Unmerge {later} first: they were merged after {self.name!r}, on top of it.")
+        self._merged.restore()
+        self._merged = None
+        self._set_enabled(True)
+
+    def detach(self, keep_merged: bool = False) -> None:
+        """
+        Take the adapter off the model: its modules, its hooks and its attributes. With the last adapter the parameters
+        that could be trained before can be trained again.
+
+        Args:
+            keep_merged (`bool`, *optional*, defaults to `False`):
+                Leave the updates of a merged adapter in the weights for good. By default it is unmerged first.
+        """
+        if self.merged and not keep_merged:
+            self.unmerge()
+        for site in self.sites:
+            remove_delta(self.model.get_submodule(site.module), self._key(site))
+        others = {name: other for name, other in self.model.sara_adapters.items() if other is not self}
+        if others:
+            self.model.sara_adapters = others
+            self.model.sara_adapter = heir = next(reversed(others.values()))
+            heir._unfrozen += self._unfrozen
+        else:
+            del self.model.sara_adapters, self.model.sara_adapter
+            for name in self._unfrozen:
+                self.model.get_parameter(name).requires_grad_(True)
+
+
+def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().clone().contiguous()
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise a `ValueError` unless a new adapter of the model can have the name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"The adapter name {name!r} may have letters, digits, '_' and '-' only.")
+    if name in getattr(model, "sara_adapters", {}):
+        raise ValueError(f"The model already carries an adapter {name!r}. Detach it, or choose another name.")

@@ -1,0 +1,308 @@
+"""A base model: what an adapter records of it, its class, its modules without values, and its weights one matrix at a
+time from safetensors files in a folder or on the Hub, without loading the model."""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+from huggingface_hub import HfFileSystem
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .arguments import SaraArguments
+from .planning import Plan, count_base, plan_sites
+from .records import check_fields
+from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name
+from .sites import Site
+from .targets import find_sites
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Room for a quarter of a million tensors, in the header of a file or in the index of all files.
+MAX_HEADER_BYTES = 32 * 2**20
+ENTRY_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
+# The fields of a base in an adapter's config, and the types of their values.
+BASE_FIELDS = {
+    "model_id": str | None,
+    "revision": str | None,
+    "class": str,
+    "model_type": str | None,
+    "dtype": str,
+    "pad_token_id": int | None,
+    "eos_token_id": int | list[int] | None,
+    "id2label": dict[str, str] | None,
+}
+
+
+# ---- what is recorded ----
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """
+    What loading an adapter needs to know of the base model. It never names a path of the local machine.
+
+    Args:
+        model_id (`str`, *optional*): Hub id.
+        revision (`str`, *optional*): Commit.
+        class_name (`str`): Name of the model's class in transformers.
+        model_type (`str`, *optional*): The `model_type` of its configuration.
+        dtype (`str`): Its dtype.
+        pad_token_id (`int`, *optional*): Training aligns this and the next with the tokenizer, and an adapter has no
+            config.json to carry them.
+        eos_token_id (`int` or `list[int]`, *optional*): See `pad_token_id`.
+        id2label (`dict[str, str]`, *optional*): The names of a classifier's labels.
+    """
+
+    model_id: str | None
+    revision: str | None
+    class_name: str
+    model_type: str | None
+    dtype: str
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    id2label: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "BaseRecord":
+        """The record of a model in memory."""
+        config = getattr(model, "config", None)
+        model_id = hub_id(getattr(config, "_name_or_path", None))
+        commit = getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None)
+        kind = class_of(model)
+        labels = getattr(config, "id2label", None) if "Classification" in kind.__name__ else None
+        return cls(
+            model_id=model_id,
+            revision=commit if commit and is_commit(commit) else None,
+            class_name=kind.__name__,
+            model_type=getattr(config, "model_type", None),
+            dtype=str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+            pad_token_id=getattr(config, "pad_token_id", None),
+            eos_token_id=getattr(config, "eos_token_id", None),
+            id2label=None if labels is None else {str(key): str(label) for key, label in labels.items()},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as it stands in an adapter's config."""
+        values = vars(self)
+        return {key: values["class_name" if key == "class" else key] for key in BASE_FIELDS}
+
+    @classmethod
+    def from_json(cls, record: Any) -> "BaseRecord":
+        """
+        Read a record.
+
+        Raises:
+            `ValueError`: Unless what it says is harmless to look for: it never is a path, and never a URL.
+        """
+        check_fields("its base", record, BASE_FIELDS)
+        model_id, revision, class_name = record["model_id"], record["revision"], record["class"]
+        if model_id is not None and not is_hub_name(model_id):
+            raise ValueError(f"its base {model_id!r} is not a Hub id")
+        if revision is not None and not is_commit(revision):
+            raise ValueError(f"its base's revision {revision!r} is not a commit")
+        if not class_name.isidentifier():
+            raise ValueError(f"its base's class {class_name!r} is not the name of a class")
+        dtype = getattr(torch, record["dtype"], None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"its base's dtype {record['dtype']!r} is not one that a base can have")
+        return cls(**{"class_name" if key == "class" else key: value for key, value in record.items()})
+
+    def __str__(self) -> str:
+        name = self.model_id or f"a {self.class_name} without a Hub id"
+        return f"{name} at revision {self.revision}" if self.revision else name
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's class as its author wrote it: while FSDP2 shards a model, it has a subclass of its own making."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+# ---- models of which only the name or the configuration is known ----
+
+
+def model_class(name: Any) -> type[PreTrainedModel] | None:
+    """The model class of transformers of that name, or `None`. No code of a repository is run to find it."""
+    found = getattr(transformers, str(name), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel
+    return found if is_model else None
+
+
+def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    kinds = [kind for kind in map(model_class, config.architectures or []) if kind is not None]
+    if not kinds:
+        raise ValueError(f"The model's architecture {config.architectures} is not one of transformers.")
+    return kinds[0]
+
+
+def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model's modules on the meta device: names, kinds and shapes, no values."""
+    with torch.device("meta"):
+        return kind(config)
+
+
+def names_in_model(model: nn.Module, keys: list[str]) -> dict[str, str]:
+    """
+    The model's names of a checkpoint's tensors: transformers renames them as it loads them, and adds or removes the
+    prefix of the base model. Tensors that it also changes are left out.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    own = model.state_dict()
+    found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in keys}
+    return {key: name for key, (name, converted) in found.items() if converted is None}
+
+
+# ---- weights from files ----
+
+
+def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> list[str]:
+    """
+    The weights files of a model that `from_pretrained` would read.
+
+    Args:
+        exists (`Callable`): Whether the model has a file of that name.
+        read (`Callable`): The content of a file, at most `MAX_HEADER_BYTES` of it.
+
+    Raises:
+        `FileNotFoundError`: If it has no safetensors files.
+        `ValueError`: If the index of the files is damaged, or names a file elsewhere.
+    """
+    if exists(SAFE_WEIGHTS_NAME):
+        return [SAFE_WEIGHTS_NAME]
+    if not exists(SAFE_WEIGHTS_INDEX_NAME):
+        raise FileNotFoundError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
+    index = _parse(read(SAFE_WEIGHTS_INDEX_NAME), SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    if type(index) is not dict or not all(type(name) is str for name in index.values()):
+        raise ValueError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} is damaged: it has no map of weights files, so it is not an index of weights "
+            "files."
+        )
+    names = sorted(set(index.values()))
+    outside = [name for name in names if "/" in name or "\\" in name]
+    if outside:
+        raise ValueError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} names files outside of the model: {outside[0]!r} is not a file of this folder."
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: its file, and the dtype, shape and byte range that the file's header gives."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class BaseWeights:
+    """
+    A model's configuration, its modules without values, and its weights on demand.
+
+    Args:
+        name_or_folder (`str`): Folder or Hub id of a model in safetensors files. From the Hub, only the headers of the
+            files and the matrices that are asked for are transferred.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): For private repositories.
+
+    Raises:
+        `FileNotFoundError`: If there is no such model, or it has no safetensors files.
+        `ValueError`: If a file is damaged, or the model is of an unknown kind.
+    """
+
+    def __init__(self, name_or_folder: str, revision: str | None = None, token: str | None = None):
+        self.folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else None
+        if self.folder is None and hub_id(name_or_folder) is None:
+            raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
+        self._remote = "" if self.folder else f"{name_or_folder}@{revision or 'main'}"
+        self._files = None if self.folder else HfFileSystem(token=token)
+        try:
+            config = AutoConfig.from_pretrained(name_or_folder, revision=revision or "main", token=token)
+            self.model = empty_model(_architecture(config), config)
+            entries = [entry for file in shard_names(self._exists, self._head) for entry in self._entries(file)]
+        except NETWORK_ERRORS as error:
+            raise FileNotFoundError(f"The model {name_or_folder!r} cannot be read: {error}") from error
+        names = names_in_model(self.model, [key for key, _ in entries])
+        self._by_name = {names[key]: entry for key, entry in entries if key in names}
+
+    def plan(self, args: SaraArguments) -> Plan:
+        """What [`~hf_sara.plan`] gives for the loaded model."""
+        return plan_sites(find_sites(self.model, args), args, count_base(self.model), self.weight)
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The weight W of a site, of shape (d_in, d_out)."""
+        module = self.model.get_submodule(site.module)
+        entry = self._by_name.get(f"{site.module}.weight")
+        if entry is None:
+            raise ValueError(f"{site.name}: the checkpoint has no tensor for it. Load the model, and plan on that.")
+        if entry.dtype not in DTYPES or entry.shape != tuple(module.weight.shape):
+            raise ValueError(
+                f"{site.name}: the file has {entry.dtype} of shape {entry.shape}, and the configuration asks for a "
+                f"floating-point weight of shape {tuple(module.weight.shape)}."
+            )
+        with self._open(entry.file) as file:
+            file.seek(entry.start)
+            content = bytearray(file.read(entry.stop - entry.start))
+        if len(content) != entry.stop - entry.start:
+            raise ValueError(f"{entry.file} is damaged: it ends before {site.name} does.")
+        return site.orient(torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape), module)
+
+    def _entries(self, name: str) -> Iterator[tuple[str, Entry]]:
+        """The tensors of one file: eight bytes with the header's length, the header as JSON, then the bytes."""
+        with self._open(name) as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise ValueError(f"{name} is damaged: it is not a safetensors file.")
+            header = _parse(file.read(length), name)
+        for key, record in header.items():
+            if key == "__metadata__":
+                continue
+            check_fields(f"{key!r} of {name}", record, ENTRY_FIELDS)
+            start, stop = record["data_offsets"]
+            entry = Entry(name, record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
+            size = DTYPES[entry.dtype].itemsize * math.prod(entry.shape) if entry.dtype in DTYPES else None
+            if size is not None and (start < 0 or stop - start != size):
+                raise ValueError(f"{name} is damaged: {key} has {stop - start} bytes, its shape asks for {size}.")
+            yield key, entry
+
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).is_file() if self.folder else self._files.exists(f"{self._remote}/{name}")
+
+    def _head(self, name: str) -> bytes:
+        with self._open(name) as file:
+            return file.read(MAX_HEADER_BYTES)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        if self.folder:
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"it has no {name}.")
+            with open(self.folder / name, "rb") as file:
+                yield file
+        else:
+            # Reads what is asked for by range requests, with no read-ahead.
+            with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
+                yield file
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: it is not JSON ({error}).") from error
+    if type(parsed) is not dict:
+        raise ValueError(f"{name} is damaged: it is not a JSON object.")
+    return parsed

@@ -1,0 +1,237 @@
+"""Leading singular vectors of a weight, in a canonical form.
+
+Singular vectors are unique only up to a sign, and inside a cluster of equal singular values only up to a rotation.
+`canonical_rotation` fixes both by a convention that depends on the spanned subspace alone, so that another LAPACK,
+thread count or machine arrives at the same factors. `sketch` sums factors up in eight numbers, so that a later
+computation can be compared with an earlier one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ._lapack import leading_eigenpairs
+from .cache import read_entry, write_entry
+from .spectrum import (
+    Spectrum,
+    check_threshold,
+    check_weight,
+    error_bound,
+    exact_spectrum,
+    load_spectrum,
+    save_spectrum,
+    weight_digest,
+    widened,
+)
+
+# Eigenvalues closer than this share of the largest one belong to one cluster: their vectors are not determined.
+CLUSTER_GAP = 1e-9
+# Below this ratio of squared singular values a vector from the Gram matrix is no longer accurate.
+GRAM_FLOOR = 1e-8
+SKETCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Factors:
+    """
+    Leading singular vectors of a weight W of shape (d_in, d_out).
+
+    Args:
+        U (`torch.Tensor` of shape `(d_in, k)`): Left singular vectors.
+        Vh (`torch.Tensor` of shape `(k, d_out)`): Right singular vectors.
+        clusters (`list[tuple[int, int]]`): Ranges [start, stop) of vectors that share one singular value and are
+            fixed together; the last may reach beyond k. Vectors outside of them are fixed by their sign.
+    """
+
+    U: torch.Tensor
+    Vh: torch.Tensor
+    clusters: list[tuple[int, int]]
+
+    @property
+    def k(self) -> int:
+        return self.Vh.shape[0]
+
+
+def find_factors(
+    weight: torch.Tensor,
+    threshold: float | None = None,
+    k: int | None = None,
+    clusters: Sequence[tuple[int, int]] | None = None,
+    site: str = "weight",
+    digest: str | None = None,
+) -> Factors:
+    """
+    The leading singular vectors of a weight, in canonical form, computed in float64.
+
+    Args:
+        weight (`torch.Tensor` of shape `(d_in, d_out)`): Any floating-point dtype, on any device.
+        threshold (`float`, *optional*): Gives the number of vectors by the rank rule.
+        k (`int`, *optional*): Gives it outright.
+        clusters (`Sequence[tuple[int, int]]`, *optional*): Clusters found when the adapter was made. Left out, they
+            are found here.
+        site (`str`, *optional*): Name for error messages.
+        digest (`str`, *optional*): The weight's digest where the caller has it, for the cache.
+
+    Returns:
+        [`Factors`]: In float32, or in float64 for a float64 weight.
+
+    Raises:
+        `ValueError`: For a weight that is empty, zero or not finite, or a threshold out of range.
+    """
+    check_weight(weight, site)
+    digest = digest or weight_digest(weight)
+    if k is None:
+        check_threshold(threshold, site)
+        spectrum = load_spectrum(digest)
+        k = None if spectrum is None else spectrum.rank(threshold)
+    factors = None if k is None else load_factors(digest, k)
+    if factors is not None and (clusters is None or list(clusters) == factors.clusters):
+        return factors
+    factors = _factorise(weight, threshold, k, clusters, digest)
+    save_factors(digest, factors)
+    return factors
+
+
+def _factorise(
+    weight: torch.Tensor,
+    threshold: float | None,
+    k: int | None,
+    clusters: Sequence[tuple[int, int]] | None,
+    digest: str,
+) -> Factors:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    wide = widened(weight)
+    transposed = wide.shape[0] < wide.shape[1]
+    tall = wide.t() if transposed else wide
+
+    def choose(squares: np.ndarray) -> int:
+        """How many vectors to compute: k, and on to the end of the cluster that k stands in."""
+        nonlocal k, clusters
+        eigenvalues = torch.from_numpy(squares).clamp_min(0.0)
+        spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, wide.shape, float(eigenvalues[0])))
+        if k is None:
+            k = spectrum.rank(threshold)
+            if k is None:
+                spectrum = exact_spectrum(tall)
+                k = spectrum.count(threshold)
+            save_spectrum(digest, spectrum)
+        if clusters is None:
+            clusters = _find_clusters(eigenvalues, k)
+        return max([k, *(stop for _, stop in clusters)])
+
+    left, right = (side[:k].to(dtype) for side in _canonical(*top_vectors(tall.double(), choose), clusters))
+    U, Vh = (right.t(), left) if transposed else (left.t(), right)
+    return Factors(U.contiguous(), Vh.contiguous(), [tuple(cluster) for cluster in clusters])
+
+
+def top_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Leading singular vectors of a matrix with at least as many rows as columns.
+
+    Args:
+        tall (`torch.Tensor` of shape `(m, n)`): float64, m >= n.
+        choose (`Callable`): Gets the n squared singular values in descending order, returns how many vectors.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: left vectors (count, m) and right vectors (count, n), as rows.
+    """
+    matrix = tall.numpy()
+    # numpy computes a matrix times its own transpose in half the work.
+    squares, vectors = leading_eigenpairs(np.ascontiguousarray(matrix.T @ matrix), choose)
+    count = vectors.shape[0]
+    if squares[count - 1] < GRAM_FLOOR * squares[0]:
+        left, _, right = torch.linalg.svd(tall, full_matrices=False)
+        return left[:, :count].t(), right[:count]
+    # In float64, since dividing by a small singular value multiplies the product's error.
+    right = torch.from_numpy(vectors)
+    return (right @ tall.t()) / torch.from_numpy(np.sqrt(squares[:count]))[:, None], right
+
+
+def _find_clusters(eigenvalues: torch.Tensor, k: int) -> list[tuple[int, int]]:
+    """Ranges of at least two leading eigenvalues with gaps below CLUSTER_GAP, as far as they touch the first k."""
+    close = ((eigenvalues[:-1] - eigenvalues[1:]) <= CLUSTER_GAP * eigenvalues[0]).tolist()
+    clusters, start = [], 0
+    while start < k:
+        stop = start + 1
+        while stop <= len(close) and close[stop - 1]:
+            stop += 1
+        if stop - start > 1:
+            clusters.append((start, stop))
+        start = stop
+    return clusters
+
+
+def probe(rows: int, columns: int, salt: int = 0) -> torch.Tensor:
+    """A fixed matrix of +-1, float64 of shape (rows, columns): bits of an integer hash, the same on every machine."""
+    index = torch.arange(rows * columns, dtype=torch.int64) + (salt << 40)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        # splitmix64's finalizer in wrapping int64 arithmetic; the mask makes the right shift a logical one.
+        index = (index ^ ((index >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    bits = (index >> 62) & 1
+    return (1 - 2 * bits).to(torch.float64).view(rows, columns)
+
+
+def canonical_rotation(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """
+    The rotation that brings a basis of a subspace to its canonical form: block^T columns becomes symmetric and
+    positive. For one vector that is its sign. It depends on the subspace alone, not on the basis it came with.
+
+    Args:
+        block (`torch.Tensor` of shape `(d, c)`): Orthonormal basis of the subspace.
+        columns (`torch.Tensor` of shape `(d, c)`): Columns of the fixed probe.
+
+    Returns:
+        `torch.Tensor` of shape `(c, c)`: Orthogonal; `block @ rotation` is canonical.
+    """
+    left, _, right = torch.linalg.svd(block.t() @ columns)
+    return left @ right
+
+
+def _canonical(
+    left: torch.Tensor, right: torch.Tensor, clusters: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of singular vectors, as rows, in canonical form: by sign, and per cluster by one rotation of both."""
+    signs = torch.where(right @ probe(right.shape[1], 1) < 0, -1.0, 1.0)
+    left, right = left * signs, right * signs
+    for start, stop in clusters:
+        rotation = canonical_rotation(right[start:stop].t(), probe(right.shape[1], stop - start, salt=1)).t()
+        left[start:stop], right[start:stop] = rotation @ left[start:stop], rotation @ right[start:stop]
+    return left, right
+
+
+def sketch(factors: Factors) -> torch.Tensor:
+    """
+    A summary of factors that changes with every sign flip, rotation or swap: 4 numbers for U and 4 for Vh, each a
+    projection of the whole matrix by fixed vectors of +-1 on both sides.
+
+    Returns:
+        `torch.Tensor` of shape `(8,)`, float32: Of the order sqrt(k).
+    """
+    U, Vh = factors.U.double(), factors.Vh.double()
+    rows = probe(factors.k, SKETCH_SIZE, salt=2)
+    left = ((probe(U.shape[0], SKETCH_SIZE, salt=3).t() @ U) * rows.t()).sum(1)
+    right = ((Vh @ probe(Vh.shape[1], SKETCH_SIZE, salt=4)) * rows).sum(0)
+    return torch.cat([left, right]).float()
+
+
+def sketches_agree(one: torch.Tensor, other: torch.Tensor, k: int) -> bool:
+    """Whether two sketches belong to the same factors. One vector off by an angle of 1e-3 is told apart."""
+    return bool(((one - other).abs() <= 1e-5 * max(1.0, math.sqrt(k))).all())
+
+
+def load_factors(digest: str, k: int) -> Factors | None:
+    """Factors from the cache, or `None`."""
+    found = read_entry(f"{digest}.k{k}")
+    if found is None:
+        return None
+    ends = [int(number) for number in found[1]["clusters"].split()]
+    return Factors(found[0]["U"], found[0]["Vh"], list(zip(ends[::2], ends[1::2], strict=True)))
+
+
+def save_factors(digest: str, factors: Factors) -> None:
+    """Keep factors in the cache."""
+    ends = " ".join(str(end) for cluster in factors.clusters for end in cluster)
+    write_entry(f"{digest}.k{factors.k}", {"U": factors.U, "Vh": factors.Vh}, {"clusters": ends})

@@ -1,0 +1,86 @@
+"""Updates in the base weights, and back out of them to the very bits."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .methods import Delta
+from .sites import PlannedSite
+
+_counter = itertools.count(1)
+
+
+class MergedWeights:
+    """
+    Weights that hold an adapter's updates now. The weights' own bits are kept, so that they can be restored.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model; its weights are changed.
+        deltas (`Sequence[tuple[PlannedSite, Delta]]`): The updates and where they belong.
+
+    Attributes:
+        order (`int`): A number that grows from merge to merge: what was merged later has to be restored earlier.
+
+    Raises:
+        `ValueError`: If a weight cannot be merged into, see [`merged_weight`] and [`refuse_tied`]. The weights are
+            then as they were.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, deltas: Sequence[tuple[PlannedSite, Delta]]):
+        self.model = model
+        self._sites = [site for site, _ in deltas]
+        refuse_tied(model, self._sites)
+        merged = {site.name: merged_weight(site, model.get_submodule(site.module), delta) for site, delta in deltas}
+        self._originals: dict[str, torch.Tensor] = {}
+        for site in self._sites:
+            self._originals[site.name] = site.read(model.get_submodule(site.module)).clone()
+            self._write(site, merged.pop(site.name))
+        self.order = next(_counter)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the very bits that the weights had before."""
+        for site in self._sites:
+            device = self.model.get_submodule(site.module).weight.device
+            self._write(site, self._originals.pop(site.name).to(device))
+
+    def _write(self, site: PlannedSite, weight: torch.Tensor) -> None:
+        module = self.model.get_submodule(site.module)
+        site.write(module, weight)
+        for delta in module.sara.values():
+            delta.follow_weight(module)
+
+
+def merged_weight(site: PlannedSite, module: nn.Module, delta: Delta) -> torch.Tensor:
+    """
+    A site's weight plus its update, of shape (d_in, d_out): computed in at least float32, rounded once.
+
+    Raises:
+        `ValueError`: If no single matrix equals the update, the weight is quantized, or its dtype cannot hold the sum.
+    """
+    if not module.weight.is_floating_point() or getattr(module.weight, "quant_state", None) is not None:
+        raise ValueError(f"{site.name}: a quantized weight cannot be merged into. Load the base unquantized.")
+    weight = site.read(module)
+    update = delta.merged()
+    merged = (weight.to(update.dtype) + update).to(weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"{site.name}: weight plus update leaves the range of {weight.dtype}. Use a wider dtype.")
+    return merged
+
+
+def refuse_tied(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
+    """Raise a `ValueError` if a site's weight is another module's too, as an output layer's often is the embedding."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        others = [n for n in owners[id(model.get_submodule(site.module).weight)] if n != site.module]
+        if others:
+            raise ValueError(
+                f"{site.name}: its weight is tied to {', '.join(others)}, which merging would change as well. "
+                "Load the base with tie_word_embeddings=False, or leave the adapter unmerged."
+            )

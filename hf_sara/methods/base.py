@@ -1,0 +1,258 @@
+"""
+What a method is: a class that owns its facts, and a class for its updates.
+
+A new method is one file beside this one, with a subclass of [`Method`] and one of [`Delta`], and one line in the
+registry `METHODS`. The rest of the package asks the method and never compares its name.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from ..factors import Factors, find_factors
+from ..seeds import Seed
+from ..sites import OutputSlice, PlannedSite
+from ..spectrum import find_rank
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Options(Protocol):
+    """The choices of [`~hf_sara.SaraArguments`] that methods read."""
+
+    dropout: float
+    num_heads: int
+    singular_values: bool
+    zero_init_vh: bool
+    v_position: str
+    factors: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    What a method needs to know of a base weight before it can be adapted.
+
+    Args:
+        k (`int`): Rank of the site.
+        factors ([`Factors`], *optional*): Its frozen factors, for a method that has some.
+        seed ([`Seed`], *optional*): What identifies them.
+    """
+
+    k: int
+    factors: Factors | None = None
+    seed: Seed | None = None
+
+
+class Method:
+    """
+    The facts of a method, for the options of one adapter.
+
+    Subclasses set the class attributes, define `trained_shapes`, and override what differs.
+
+    Args:
+        options ([`Options`]): The adapter's arguments.
+
+    Attributes:
+        name (`str`): The value of `SaraArguments.method`.
+        title (`str`): The name in texts.
+        summary (`str`): What the method does, as the end of a sentence on a model card.
+        limit (`str`): What its adapters can and cannot be turned into, as a sentence on a model card.
+        default_threshold (`float`): The threshold where none is given.
+        delta_class (`type[Delta]`): The class of its updates.
+        has_factors (`bool`): Whether an update has frozen factors U and Vh, the leading singular vectors of the base
+            weight. They are computed when an adapter is attached, and identified by seeds in its files.
+        shown_options (`tuple[str, ...]`): Options that a model card shows even if they have their defaults.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    limit: ClassVar[str]
+    default_threshold: ClassVar[float]
+    delta_class: ClassVar[type["Delta"]]
+    has_factors: ClassVar[bool] = False
+    shown_options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def check(self) -> None:
+        """Raise a `ValueError` for an option that contradicts the method."""
+
+    def trained_shapes(self, shape: tuple[int, int], k: int) -> Shapes:
+        """
+        Names and shapes of a site's trained tensors, in the order in which they are initialised.
+
+        Args:
+            shape (`tuple[int, int]`): (d_in, d_out) of the site.
+            k (`int`): Rank of the site.
+        """
+        raise NotImplementedError
+
+    def frozen_shapes(self, shape: tuple[int, int], k: int) -> Shapes:
+        """Names and shapes of a site's frozen factors: U (d_in, k) and Vh (k, d_out), or none."""
+        return {"U": (shape[0], k), "Vh": (k, shape[1])} if self.has_factors else {}
+
+    def count(self, shape: tuple[int, int], k: int) -> int:
+        """Number of trained parameters of one site."""
+        return sum(math.prod(tensor) for tensor in self.trained_shapes(shape, k).values())
+
+    @property
+    def saves_factors(self) -> bool:
+        """Whether the frozen factors are saved with the adapter, and not only the seeds that identify them."""
+        return self.has_factors and self.options.factors == "save"
+
+    @property
+    def router_heads(self) -> int | None:
+        """Number of vectors that a router mixes per token; `None` for a method that has no router at all."""
+        return None
+
+    def refuse_merge(self) -> None:
+        """Raise a `ValueError` if no single matrix equals an update, so that it cannot be merged or exported."""
+
+    def measure(self, weight: torch.Tensor, threshold: float, site: str) -> Measured:
+        """
+        Rank, and frozen factors with their seed, of a base weight.
+
+        Args:
+            weight (`torch.Tensor` of shape `(d_in, d_out)`): The weight of a site.
+            threshold (`float`): With 0 < threshold <= 1.
+            site (`str`): Name for error messages.
+        """
+        if not self.has_factors:
+            return Measured(find_rank(weight, threshold, site))
+        seed = Seed.of_weight(weight)
+        factors = find_factors(weight, threshold=threshold, site=site, digest=seed.sha256)
+        return Measured(factors.k, factors, seed.with_factors(factors))
+
+    def make_delta(self, site: PlannedSite, model: nn.Module, factors: Factors | None = None) -> "Delta":
+        """
+        The update of a site at its start.
+
+        Args:
+            site ([`PlannedSite`]): The site.
+            model ([`~transformers.PreTrainedModel`]): The base model; the update is not attached to it.
+            factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
+        """
+        weight = model.get_submodule(site.module).weight
+        # The stored weight of a quantized linear has no dtype to compute in.
+        dtype = weight.dtype if weight.is_floating_point() else model.dtype
+        delta = self.delta_class(self, site, dtype, weight.device)
+        if factors is not None:
+            delta.set_factors(factors.U, factors.Vh)
+        return delta
+
+
+class Delta(nn.Module):
+    """
+    What the updates of all methods have in common: where they stand, their dtypes, and whether they count. An update
+    is a child module of the linear that it adapts.
+
+    Subclasses define `reset_parameters`, `add_update`, and `low_rank` where the update is one matrix.
+
+    Args:
+        method ([`Method`]): The method, with the adapter's options.
+        site ([`PlannedSite`]): The adapted weight matrix.
+        dtype (`torch.dtype`): Dtype of the base weight. Frozen factors have it; trained tensors are float32, or
+            float64 on a float64 base.
+        device (`torch.device`): Where the base weight is.
+    """
+
+    def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.shape = site.shape
+        self.slice: OutputSlice | None = site.slice
+        self.k = site.k
+        # A module, since some trainers turn dropout off by going through a model's modules.
+        self.dropout = nn.Dropout(method.options.dropout)
+        self.enabled = True
+        trained, frozen = method.trained_shapes(site.shape, site.k), method.frozen_shapes(site.shape, site.k)
+        self.trained_names = tuple(trained)
+        trained_dtype = torch.promote_types(dtype, torch.float32)
+        for name, shape in trained.items():
+            self.register_parameter(name, nn.Parameter(_empty(name, shape, trained_dtype)))
+        for name, shape in frozen.items():
+            zeros = nn.init.zeros_(_empty(name, shape, dtype))
+            self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        self.reset_parameters(method.options)
+        self.to(device)
+
+    def reset_parameters(self, options: Options) -> None:
+        """Give the trained tensors their start."""
+        raise NotImplementedError
+
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The trained tensors by name."""
+        return {name: self.get_parameter(name) for name in self.trained_names}
+
+    @torch.no_grad()
+    def set_factors(self, U: torch.Tensor, Vh: torch.Tensor) -> None:
+        """Put the frozen factors in place: U of shape (d_in, k), Vh of shape (k, d_out)."""
+        self.get_parameter("U").copy_(U)
+        self.get_parameter("Vh").copy_(Vh)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` and `model.half()` must not take the trained tensors below float32: they would
+        # lose small updates, and a gradient scaler refuses float16 ones. They keep their values, not a rounded copy.
+        before = {name: parameter.data for name, parameter in self.trained().items()}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = value.to(parameter.device)
+        return self
+
+    def forward(self, x: torch.Tensor, output: torch.Tensor, linear: nn.Linear | None = None) -> torch.Tensor:
+        """
+        Add the update.
+
+        Args:
+            x (`torch.Tensor` of shape `(..., d_in)`): The linear's input.
+            output (`torch.Tensor` of shape `(..., outputs of the module)`): The linear's output.
+            linear (`torch.nn.Linear`, *optional*): The linear, if it is a plain and frozen one and `output` is what it
+                computed from `x` and nobody else's yet: then the short cuts are open.
+
+        Returns:
+            `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
+        """
+        if self.dropout.p and self.training:
+            x, linear = self.dropout(x), None
+        if not torch.is_autocast_enabled(x.device.type):
+            if linear is not None and (x.dtype != output.dtype or self.slice is not None):
+                linear = None
+            return self.add_update(x, output, x.dtype, linear)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.add_update(x.to(dtype), output, dtype, None)
+
+    def add_update(
+        self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, linear: nn.Linear | None
+    ) -> torch.Tensor:
+        """`output` plus the update of `x`, computed in `dtype`. See [`Delta.forward`] for `linear`."""
+        raise NotImplementedError
+
+    def follow_weight(self, module: nn.Module) -> None:
+        """Take note of the base weight, whenever its values or the frozen factors were set."""
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The update as factors of `U diag(S) Vh`: (d_in, k), (k,) and (k, d_out), in at least float32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merged(self) -> torch.Tensor:
+        """The update as a matrix of shape (d_in, d_out), in at least float32."""
+        U, S, Vh = self.low_rank()
+        return (U * S) @ Vh
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}"
+
+
+def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # U lies in memory by columns: BLAS libraries multiply by a narrow matrix several times faster that way.
+    return torch.empty(shape[::-1], dtype=dtype).t() if name == "U" else torch.empty(shape, dtype=dtype)

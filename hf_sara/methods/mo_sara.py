@@ -1,0 +1,221 @@
+"""Mo-SARA: trained vectors of singular values, mixed by a router, between a weight's frozen singular vectors.
+
+The update is `((z * (g S)) Vh) * v` with `z = dropout(x) U` and the router `g = softmax(z gate_down gate_up)`, where U
+and Vh are frozen singular vectors of the weight.
+
+At a layer's size, an update costs as much in calls and in memory traffic as in arithmetic, so it is few tensor
+operations. Where the update stands on the output of a plain frozen linear, one short cut saves more, and changes no
+result but for rounding: z is read from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the
+leading part of W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
+
+The paper's form (v behind, several heads) has a gradient with fewer passes than autograd's (`_MixedUpdate`), on whole
+outputs of full precision. What lies between the factors is kept by ranks, as (k, n) for n tokens: BLAS libraries make
+such a product of few and long rows faster than one of few columns.
+"""
+
+import torch
+from torch import nn
+
+from ..sites import PlannedSite
+from .base import Delta, Method, Options, Shapes
+from .products import add_product, has_own_gradients, is_plain, uniform_
+
+
+class MoSaraDelta(Delta):
+    """
+    The update `((z * (g S)) Vh) * v` of Mo-SARA, with `z = dropout(x) U` and `g = softmax(z gate_down gate_up)`.
+    Trained: S (m, k), gate_down (k, 1), gate_up (1, m), v (d_out). Frozen: U (d_in, k), Vh (k, d_out).
+    """
+
+    U: nn.Parameter
+    Vh: nn.Parameter
+    S: nn.Parameter
+    gate_down: nn.Parameter
+    gate_up: nn.Parameter
+    v: nn.Parameter
+    inverse_sigma: torch.Tensor | None
+
+    def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
+        self.v_position = method.options.v_position
+        self.num_heads = method.options.num_heads
+        super().__init__(method, site, dtype, device)
+        # 1 / sigma of shape (k,) while U diag(sigma) Vh is the leading part of the base weight, else None.
+        self.register_buffer("inverse_sigma", None, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        dtype = self.U.dtype
+        super()._apply(fn, recurse)
+        if self.U.dtype != dtype:
+            # Rounded factors of a rounded weight are not its singular vectors any more.
+            self.inverse_sigma = None
+        return self
+
+    def reset_parameters(self, options: Options) -> None:
+        uniform_(self.S, fan_in=self.k)
+        if self.num_heads > 1:
+            uniform_(self.gate_down, fan_in=self.k)
+            uniform_(self.gate_up, fan_in=1)
+        if self.v_position != "none":
+            nn.init.zeros_(self.v)
+
+    @torch.no_grad()
+    def follow_weight(self, module):
+        # In half precision, the output's rounding would cost z more than the short cut gains.
+        if not is_plain(module) or self.U.dtype not in (torch.float32, torch.float64):
+            return
+        if module.bias is not None or self.slice is not None or self.v_position == "front":
+            return
+        U, Vh = self.U.double(), self.Vh.double()
+        projected = module.weight.t().double() @ Vh.t()
+        sigma = projected.norm(dim=0)
+        error = (projected - U * sigma).norm(dim=0)
+        # Also false where sigma spans so many orders of magnitude that the output's rounding would show in z.
+        holds = bool((error <= 1e-5 * sigma).all())
+        self.inverse_sigma = (1 / sigma).to(self.U.dtype) if holds else None
+
+    def add_update(self, x, output, dtype, linear):
+        Vh, S = self.Vh.to(dtype), self.S.to(dtype)
+        # FSDP may have cast the weight and the factors for this call, each on its own.
+        if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
+            z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
+        else:
+            z = self._project(x, dtype)
+        is_papers = self.v_position == "back" and self.num_heads > 1
+        is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
+        if is_papers and is_full and self.slice is None and not Vh.requires_grad and has_own_gradients():
+            return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
+        scaled = (z * (S.t() if self.num_heads == 1 else S.t() @ self.router(z).to(dtype))).t()
+        if self.v_position != "back":
+            return add_product(output, scaled, Vh, self.slice)
+        v = self.v.to(dtype)
+        if self.slice is None and output.dtype == dtype:
+            # Not Vh * v: the gradient of v from the update itself is a sum, that from the factor another product.
+            return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
+        return add_product(output, scaled, Vh * v, self.slice)
+
+    def _project(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """z of shape (k, n), of the linear's input of shape (..., d_in)."""
+        if self.v_position == "front":
+            x = x * self.v.to(dtype)
+        return self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
+
+    def router(self, z: torch.Tensor) -> torch.Tensor:
+        """
+        The softmax of the router for z of shape (k, n): a tensor (m, n), in at least float32, since half precision
+        would blur its logits.
+        """
+        logits = (self.gate_down @ self.gate_up).to(z.dtype).t() @ z
+        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)
+
+    @torch.no_grad()
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """The router's weights for an input of shape (..., d_in): a tensor of shape (..., m) that sums to 1."""
+        if self.num_heads == 1:
+            return torch.ones(*x.shape[:-1], 1, device=x.device)
+        return self.router(self._project(x, x.dtype)).t().reshape(*x.shape[:-1], self.num_heads)
+
+    @torch.no_grad()
+    def low_rank(self):
+        refuse_heads(self.num_heads)
+        dtype = self.S.dtype
+        U, Vh = self.U.to(dtype), self.Vh.to(dtype)
+        if self.v_position == "front":
+            U = self.v[:, None] * U
+        elif self.v_position == "back":
+            Vh = Vh * self.v
+        return U, self.S[0], Vh
+
+
+class _MixedUpdate(torch.autograd.Function):
+    """
+    `output`, of shape (..., d_out), plus `((z * (g S)) Vh) * v`, with z of shape (k, n). Its gradient has fewer passes
+    over the tokens than autograd's: v scales the small factor in it, not every token's gradient.
+    """
+
+    @staticmethod
+    def between(z, Vh, S, gate_down, gate_up):
+        gates = torch.softmax((gate_down @ gate_up).t() @ z, dim=0)
+        mixed = S.t() @ gates
+        return gates, mixed, (mixed * z).t() @ Vh
+
+    @staticmethod
+    def forward(ctx, output, z, Vh, S, gate_down, gate_up, v):
+        between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
+        ctx.save_for_backward(z, Vh, S, gate_down, gate_up, v, *between)
+        # Not a view: what comes next may change it in place.
+        return torch.addcmul(output, between[-1].view(output.shape), v)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        z, Vh, S, gate_down, gate_up, v, *between = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated: these have to be functions of the inputs again.
+            between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
+        gates, mixed, update = between
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_scaled = (Vh * v) @ grad.t()
+        grad_mixed = grad_scaled * z
+        grad_gates = S @ grad_mixed
+        grad_logits = gates * (grad_gates - (gates * grad_gates).sum(0))
+        grad_z = torch.addcmul(gate_down @ (gate_up @ grad_logits), grad_scaled, mixed)
+        grad_router = z @ grad_logits.t()
+        return (
+            grad_output,
+            grad_z,
+            None,
+            gates @ grad_mixed.t(),
+            grad_router @ gate_up.t(),
+            gate_down.t() @ grad_router,
+            (grad * update).sum(0),
+        )
+
+
+def refuse_heads(num_heads: int) -> None:
+    """Raise a `ValueError`, unless the update of a Mo-SARA adapter is one matrix."""
+    if num_heads > 1:
+        raise ValueError(
+            f"A Mo-SARA update with {num_heads} heads depends on the token, since a router mixes its heads, so no "
+            "single matrix equals it. Only num_heads=1 can be merged or exported."
+        )
+
+
+class MoSara(Method):
+    """Mo-SARA: only one-dimensional vectors are trained (section 3.3 of the paper)."""
+
+    name = "mo_sara"
+    title = "Mo-SARA"
+    summary = (
+        "trained vectors of singular values, mixed per token by a router, between a weight's frozen singular vectors."
+    )
+    limit = "With more than one head the update depends on the token, so it cannot be merged into the weights."
+    default_threshold = 0.5
+    delta_class = MoSaraDelta
+    has_factors = True
+    # The number of heads is what a reader of a card looks for.
+    shown_options = ("num_heads",)
+
+    def check(self) -> None:
+        if not self.options.singular_values or self.options.zero_init_vh:
+            raise ValueError(
+                "singular_values=False and zero_init_vh=True are ablations of method='sara'; the factors of "
+                "method='mo_sara' are frozen. Drop them, or choose method='sara'."
+            )
+
+    def trained_shapes(self, shape: tuple[int, int], k: int) -> Shapes:
+        """S (m, k), gate_down (k, 1), gate_up (1, m) and v (d_out): m k + k + m + d_out parameters for m heads."""
+        d_in, d_out = shape
+        heads, v_position = self.options.num_heads, self.options.v_position
+        shapes: Shapes = {"S": (heads, k)}
+        if heads > 1:
+            # One head needs no router: the softmax of one logit is 1.
+            shapes.update(gate_down=(k, 1), gate_up=(1, heads))
+        if v_position != "none":
+            shapes["v"] = (d_out,) if v_position == "back" else (d_in,)
+        return shapes
+
+    @property
+    def router_heads(self) -> int:
+        return self.options.num_heads
+
+    def refuse_merge(self) -> None:
+        refuse_heads(self.options.num_heads)

@@ -1,0 +1,67 @@
+"""The tensor operations that the updates of all methods share."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..sites import OutputSlice
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W and nothing else."""
+    if type(module) is not nn.Linear or module.weight.requires_grad:
+        return False
+    return module.bias is None or not module.bias.requires_grad
+
+
+def uniform_(tensor: torch.Tensor, fan_in: int) -> None:
+    """Kaiming-uniform with a = sqrt(5), that is uniform in +-1/sqrt(fan_in), also for vectors."""
+    nn.init.uniform_(tensor, -1.0 / math.sqrt(fan_in), 1.0 / math.sqrt(fan_in))
+
+
+def add_product(
+    output: torch.Tensor, left: torch.Tensor, right: torch.Tensor, part: OutputSlice | None
+) -> torch.Tensor:
+    """`output` plus left @ right, of shape (n, d_out), on the site's columns; the other columns keep their bits."""
+    if part is None and output.dtype == left.dtype:
+        return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
+    update = (left @ right).to(output.dtype)
+    if part is None:
+        return output + update.view(output.shape)
+    if not is_transformed():
+        return AddToColumns.apply(output, update, part)
+    blocks = output.unflatten(-1, (part.groups, -1))
+    before, own, after = blocks.tensor_split((part.start, part.stop), -1)
+    return torch.cat([before, own + update.view(own.shape), after], -1).flatten(-2)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which goes through plain operations alone."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def has_own_gradients() -> bool:
+    """Whether to use gradients of our own: torch.compile does better with plain operations, torch.jit needs them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+        return False
+    return not is_transformed()
+
+
+class AddToColumns(torch.autograd.Function):
+    """
+    `output` plus `update` on the columns of `part`. An in-place addition to a view does the same, but autograd copies
+    the whole gradient for it.
+    """
+
+    @staticmethod
+    def forward(ctx, output, update, part):
+        ctx.part = part
+        result = output.clone(memory_format=torch.contiguous_format)
+        columns = part.view(result)
+        columns.add_(update.view(columns.shape))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, ctx.part.view(grad_output).reshape(-1, ctx.part.size), None

@@ -1,0 +1,98 @@
+"""SARA: a trained low-rank update `dropout(x) U diag(S) Vh` beside a frozen weight.
+
+At a layer's size, an update costs as much in calls and in memory traffic as in arithmetic, so it is few tensor
+operations. Where the update stands on the output of a plain frozen linear, one short cut saves more, and changes no
+result but for rounding: the update brings the linear's gradient along (`_LinearWithUpdate`), so that both are written
+in one pass.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .base import Delta, Method, Options, Shapes
+from .products import add_product, has_own_gradients, uniform_
+
+
+class SaraDelta(Delta):
+    """The update `dropout(x) U diag(S) Vh` of SARA: U (d_in, k), S (k), Vh (k, d_out), all trained, no scaling."""
+
+    U: nn.Parameter
+    S: nn.Parameter
+    Vh: nn.Parameter
+
+    def reset_parameters(self, options: Options) -> None:
+        d_in, _ = self.shape
+        uniform_(self.U, fan_in=d_in)
+        if options.singular_values:
+            uniform_(self.S, fan_in=self.k)
+        uniform_(self.Vh, fan_in=self.k)
+        if options.zero_init_vh:
+            nn.init.zeros_(self.Vh)
+
+    def add_update(self, x, output, dtype, linear):
+        # U as (k, d_in), which is contiguous.
+        Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
+        S = self.S.to(dtype) if "S" in self.trained_names else None
+        if linear is not None and has_own_gradients():
+            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, Ut, S, Vh)
+        h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
+        return add_product(output, h if S is None else h * S, Vh, self.slice)
+
+    @torch.no_grad()
+    def low_rank(self):
+        S = self.S if "S" in self.trained_names else self.U.new_ones(self.k)
+        return self.U, S, self.Vh
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    """
+    The output of a frozen linear, which is given and overwritten, plus `x U diag(S) Vh`; the gradient of x is both the
+    linear's and the update's. Left to autograd, the update's part would be written and read once more to be added.
+    """
+
+    @staticmethod
+    def forward(ctx, x, output, weight, Ut, S, Vh):
+        h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
+        ctx.save_for_backward(x, weight, Ut, S, Vh, h)
+        ctx.mark_dirty(output)
+        output.view(-1, output.shape[-1]).addmm_(h if S is None else h * S, Vh)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, Ut, S, Vh, h = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated: h has to be a function of x and U again.
+            h = F.linear(rows, Ut)
+        grad_scaled = F.linear(grad, Vh)
+        scaled, grad_h = (h, grad_scaled) if S is None else (h * S, grad_scaled * S)
+        grad_S = None if S is None else (grad_scaled * h).sum(0)
+        grad_x = (grad @ weight).addmm_(grad_h, Ut).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad
+
+
+class Sara(Method):
+    """SARA: the rank of the update follows from the singular values of each weight (section 3.2 of the paper)."""
+
+    name = "sara"
+    title = "SARA"
+    summary = "a low-rank update `U diag(S) Vh` beside each weight, its rank read from the weight's singular values."
+    limit = "The update is a plain low-rank product; it can be merged, or exported to PEFT's LoRA format."
+    default_threshold = 0.01
+    delta_class = SaraDelta
+
+    def check(self) -> None:
+        if self.options.v_position != "back":
+            raise ValueError(
+                f"v_position={self.options.v_position!r} is an option of method='mo_sara': SARA has no vector v. "
+                "Drop it, or choose method='mo_sara'."
+            )
+
+    def trained_shapes(self, shape: tuple[int, int], k: int) -> Shapes:
+        """U (d_in, k), S (k) and Vh (k, d_out): k (d_in + d_out + 1) parameters. The ablation has no S."""
+        d_in, d_out = shape
+        if self.options.singular_values:
+            return {"U": (d_in, k), "S": (k,), "Vh": (k, d_out)}
+        return {"U": (d_in, k), "Vh": (k, d_out)}

@@ -1,0 +1,78 @@
+"""
+Seeds: what identifies frozen factors that are not stored. They are computed again from the base weight when an adapter
+is loaded, and the seed tells whether the same factors came out.
+"""
+
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .factors import Factors, sketch
+from .files import check_digest
+from .sites import Site
+from .spectrum import weight_digest
+from .tensor_files import SAFETENSORS_DTYPES
+
+# The fields of a seed in an adapter's config, and the types of their values.
+SEED_FIELDS = {"dtype": str, "sha256": str, "sketch": str, "clusters": list[list[int]]}
+
+
+@dataclass(frozen=True)
+class Seed:
+    """
+    What identifies the frozen factors of a site.
+
+    Args:
+        dtype (`str`): Dtype of the weight that they were computed from.
+        sha256 (`str`): Digest of the weight's values, see [`~hf_sara.spectrum.weight_digest`].
+        sketch (`torch.Tensor` of shape `(8,)`, *optional*): Summary of U and Vh, see [`~hf_sara.factors.sketch`].
+        clusters (`tuple[tuple[int, int], ...]`, *optional*): Ranges of vectors that share one singular value.
+    """
+
+    dtype: str
+    sha256: str
+    sketch: torch.Tensor | None = None
+    clusters: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_weight(cls, weight: torch.Tensor) -> "Seed":
+        """The part of a seed that follows from the weight of a site alone."""
+        return cls(str(weight.dtype).removeprefix("torch."), weight_digest(weight))
+
+    def with_factors(self, factors: Factors) -> "Seed":
+        """The whole seed, once the factors are computed."""
+        return replace(self, sketch=sketch(factors), clusters=tuple(factors.clusters))
+
+    def to_json(self) -> dict[str, Any]:
+        """The seed's fields in the record of its site."""
+        if self.sketch is None:
+            raise ValueError("A seed without a sketch cannot be saved: its factors were never computed.")
+        packed = base64.b64encode(self.sketch.numpy().astype("<f4").tobytes()).decode()
+        record = {"dtype": self.dtype, "sha256": self.sha256, "sketch": packed}
+        return {**record, "clusters": self.clusters} if self.clusters else record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], site: Site) -> "Seed":
+        """The seed in a site's record, the types of whose fields have been checked."""
+        if record["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{site.name}: a weight cannot have the dtype {record['dtype']!r}")
+        check_digest(f"{site.name}: its sha256", record["sha256"])
+        packed = record["sketch"]
+        if not re.fullmatch(r"[A-Za-z0-9+/]{43}=", packed):
+            raise ValueError(f"{site.name}: its sketch {packed!r} is not 32 bytes in base64")
+        numbers = np.frombuffer(base64.b64decode(packed), dtype="<f4")
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"{site.name}: its sketch has NaN or infinite values")
+        clusters: list[tuple[int, int]] = []
+        end = 0
+        for cluster in record.get("clusters", []):
+            if len(cluster) != 2 or not end <= cluster[0] < cluster[1] - 1 < min(site.shape):
+                raise ValueError(f"{site.name}: its clusters {record['clusters']} are not ranges of its vectors")
+            clusters.append((cluster[0], cluster[1]))
+            end = cluster[1]
+        return cls(record["dtype"], record["sha256"], torch.from_numpy(numbers.copy()), tuple(clusters))

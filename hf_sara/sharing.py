@@ -1,0 +1,149 @@
+"""Adapters and their bases in one line: `push_to_hub` and `from_hub`."""
+
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, snapshot_download
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from . import hub, storage
+from .adapter import SaraAdapter, adapter_of
+from .base_model import BaseRecord, model_class
+from .errors import AdapterError
+from .plain_model import merge as merge_into_base
+
+
+def push_to_hub(model_or_adapter: PreTrainedModel | SaraAdapter, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """
+    Push an adapter and its model card to the Hub, in one commit. The repository is made if it does not exist.
+
+    Args:
+        model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]):
+            An adapter, or a model that carries exactly one.
+        repo_id (`str`): Where to: `"user/name"`.
+        kwargs: The other arguments of [`SaraAdapter.push_to_hub`]: `commit_message`, `private`, `revision`,
+            `create_pr`, `token`, and what goes to the model card.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: The commit, with `pr_url` for a pull request.
+
+    Raises:
+        `OSError`: If the push failed. The adapter then lies in a folder that the message names, to be pushed later.
+        `ValueError`: If the model carries no adapter or several, or `repo_id` is not one.
+    """
+    return adapter_of(model_or_adapter).push_to_hub(repo_id, **kwargs)
+
+
+def from_hub(
+    repo_id_or_folder: str | PathLike,
+    *,
+    base_model: str | PathLike | PreTrainedModel | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    merge: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    Load an adapter together with its base model: the recorded one at the recorded commit, as the recorded class.
+
+    Args:
+        repo_id_or_folder (`str` or `os.PathLike`): Hub id or folder of the adapter.
+        base_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*): A base to use instead of
+            the recorded one.
+        revision (`str`, *optional*): Branch, tag or commit of the adapter.
+        dtype (`torch.dtype` or `str`, *optional*): Defaults to the one that the adapter was trained on.
+        device_map (`str` or `dict`, *optional*): Passed on to the base's `from_pretrained`.
+        token (`str` or `bool`, *optional*): For private repositories.
+        cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads.
+        local_files_only (`bool`, *optional*, defaults to `False`): Take what the cache has, without a network.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Let a base run code of its repository.
+        merge (`bool`, *optional*, defaults to `False`): Merge the adapter into the weights and return a plain model.
+        kwargs: Passed on to the base's `from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: In eval mode; `model.sara_adapter` is the handle, unless merged.
+
+    Raises:
+        `FileNotFoundError`: If the adapter or the base cannot be found.
+        [`AdapterError`]: If the adapter is damaged, or does not belong to the base.
+    """
+    folder = hub.fetch_adapter(
+        repo_id_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    saved = storage.read(folder)
+    base = saved.base
+    if isinstance(base_model, PreTrainedModel):
+        model = base_model
+    else:
+        name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
+        kind = base_class(base.class_name, trust_remote_code)
+        try:
+            model = kind.from_pretrained(
+                name,
+                revision=commit or "main",
+                dtype=dtype or getattr(torch, base.dtype),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                **kwargs,
+            )
+        except OSError as error:
+            raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error
+        if commit is not None:
+            # transformers does not keep the commit that it loaded, and the next save records it.
+            model.config._commit_hash = commit
+        for key in ("pad_token_id", "eos_token_id"):
+            if getattr(base, key) is not None and hasattr(model.config, key):
+                setattr(model.config, key, getattr(base, key))
+    adapter = SaraAdapter.from_saved(model, saved)
+    return (merge_into_base(adapter) if merge else model).eval()
+
+
+def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
+    """The folder of a base in safetensors files: the given one, or the recorded one, downloaded where needed."""
+    name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
+    if Path(name).is_dir():
+        return Path(name)
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+
+
+def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:
+    """Hub id and commit of the base that an adapter names."""
+    name = base.model_id
+    if name is None:
+        raise AdapterError(
+            f"The adapter in {folder} was trained on a {base.class_name} that is not on the Hub. "
+            "Give it as base_model: a folder, a Hub id or a loaded model."
+        )
+    if os.path.exists(name):
+        # `from_pretrained` would load what lies there.
+        raise AdapterError(
+            f"The adapter in {folder} names the base {name!r}, and there is a file or folder of that name here. "
+            "Give base_model, or go to another folder."
+        )
+    return name, base.revision
+
+
+def base_class(name: str, trust_remote_code: bool) -> type:
+    """The class of the base: one of transformers' own, or an Auto class where remote code may run."""
+    found = model_class(name)
+    if found is not None:
+        return found
+    if trust_remote_code:
+        return AutoModelForCausalLM
+    raise AdapterError(
+        f"The adapter was trained on a model of the class {name!r}, which is not one of transformers. If you trust "
+        "the code in its repository, say trust_remote_code=True; otherwise load the model yourself and give it as "
+        "base_model."
+    )

@@ -1,0 +1,260 @@
+"""What an adapter asks of `transformers.Trainer`: to be attached, saved, gathered and loaded, in place of the base.
+
+Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls
+through all of them, and its whole base would be written at every checkpoint.
+"""
+
+import json
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer as transformers_trainer
+from torch import nn
+from transformers import set_seed
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import HPSearchBackend, enable_full_determinism
+
+from .. import storage
+from ..adapter import SaraAdapter
+from ..arguments import SaraArguments
+from ..attached import unwrap
+from ..hub import TRAINING_ARGS_FILE
+from .frozen_base import FrozenBaseMixin
+
+logger = logging.getLogger(__name__)
+
+# Trained tensors and saved factors by name.
+Contents = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+class AdapterTrainerMixin(FrozenBaseMixin):
+    """
+    Makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters.
+
+    Args:
+        sara_args ([`SaraArguments`], *optional*):
+            The adapter to attach to the model (to each new one, with `model_init`). Left out, a model that carries an
+            adapter keeps it, and another gets the default, SARA at threshold 0.01.
+
+    Raises:
+        `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
+    """
+
+    def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
+        self.sara_args = sara_args
+        self._trial_overrides: dict[str, Any] = {}
+        if model is not None and not isinstance(model, str):
+            if args is not None:
+                # Trainer seeds only later, but the adapter's random start has to follow from the seed too.
+                enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+            self._attach(model)
+        # A constructor may change the tokenizer that it is given: TRL's take a pad token and a template from `args`.
+        tokenizer_state = _tokenizer_state(kwargs.get("processing_class"))
+        with _pose_as_peft(model):
+            super().__init__(model, args, *positional, **kwargs)
+        if isinstance(model, str):
+            self._attach(self.model)
+        self._tokenizer_state = tokenizer_state or _tokenizer_state(self.processing_class)
+
+    # ---- the adapter ----
+
+    @property
+    def sara_adapter(self) -> SaraAdapter:
+        """The adapter that is trained."""
+        adapter = SaraAdapter.of(self.accelerator.unwrap_model(self.model))
+        if adapter is None:
+            raise ValueError("The model carries no SARA adapter any more. It was detached while the trainer had it.")
+        return adapter
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name."""
+        return self.sara_adapter.trained()
+
+    def _attach(self, model: nn.Module) -> None:
+        adapter = SaraAdapter.of(model)
+        wanted = self.sara_args
+        if wanted is not None and self._trial_overrides:
+            wanted = replace(wanted, **self._trial_overrides)
+        elif self._trial_overrides:
+            wanted = SaraArguments(**self._trial_overrides)
+        if adapter is None:
+            SaraAdapter.attach(model, wanted)
+        elif wanted is not None and wanted != adapter.args:
+            raise ValueError(
+                f"The model already carries the adapter {adapter!r}, made with {adapter.args}, which is not what "
+                f"sara_args asks for: {wanted}. Leave sara_args out to go on training it, or detach it first."
+            )
+        elif adapter.merged:
+            raise ValueError(f"The adapter {adapter.name!r} is merged into the weights. Unmerge it before training.")
+
+    # ---- model_init and hyperparameter search ----
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._trial_overrides = self._fields_of(trial)
+        self._attach(model)
+        return model
+
+    def _fields_of(self, trial: Any) -> dict[str, Any]:
+        """The fields of SaraArguments that a hyperparameter search tries."""
+        if trial is None or self.hp_search_backend is None:
+            return {}
+        values = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
+        return {field.name: values[field.name] for field in fields(SaraArguments) if field.name in values}
+
+    def _hp_search_setup(self, trial):
+        space = self.hp_space if self.hp_search_backend is not None else None
+        ours = {field.name for field in fields(SaraArguments)}
+        if space is not None and trial is not None and self.hp_search_backend == HPSearchBackend.OPTUNA:
+            # The adapter's own fields were used when the model was made; Trainer would warn that it has none of them.
+            self.hp_space = lambda trial: {name: value for name, value in space(trial).items() if name not in ours}
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            if space is not None:
+                self.hp_space = space
+
+    # ---- writing ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, a few kilobytes, not the base. Called on every process; one of them writes."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Trainer's own way gathers the whole base, or nothing. Gathering is collective: every rank takes part.
+            self._write(output_dir, self._gather())
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _gather(self) -> Contents:
+        """What is to be written, in full, whatever it is sharded by."""
+        adapter = self.sara_adapter
+        if not self.is_deepspeed_enabled:
+            return adapter.state_dict(), adapter.saved_factors()
+        import deepspeed
+
+        tensors = [tensor for _, delta in adapter.deltas() for tensor in delta.parameters()]
+        with deepspeed.zero.GatheredParameters(tensors):
+            return adapter.state_dict(), adapter.saved_factors()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # `state_dict` is Trainer's own idea of one, which holds the base or nothing.
+        if self.args.should_save:
+            self._write(output_dir, self._gather())
+
+    def _write(self, output_dir: str | None, contents: Contents) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        storage.write(output_dir, self.sara_adapter.manifest(), *contents)
+        if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
+            self.processing_class.save_pretrained(output_dir)
+        # `to_json_string` replaces every token by a placeholder.
+        Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+        logger.info("Saved the adapter to %s", output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self._save_running_loss(output_dir)
+            # Comes with DeepSpeed alone.
+            from accelerate.utils import DeepSpeedSchedulerWrapper
+
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                self._save_scheduler(output_dir)
+        elif self.is_fsdp_enabled:
+            self._save_running_loss(output_dir)
+            from accelerate.utils import save_fsdp_optimizer
+
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            self._save_scheduler(output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    # ---- loading ----
+
+    def _load_tensors(self, folder: str, what: str) -> None:
+        """Load a checkpoint's tensors into the adapter, after comparing method, sites and ranks; raise otherwise."""
+        adapter = self.sara_adapter
+        try:
+            saved = storage.read(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: {error}") from error
+        differences = [
+            f"{name}: {getattr(saved.args, name)!r} there, {getattr(adapter.args, name)!r} here"
+            for name in ("method", "num_heads", "singular_values", "v_position")
+            if getattr(saved.args, name) != getattr(adapter.args, name)
+        ]
+        there, here = ({site.name: site.k for site in sites} for sites in (saved.sites, adapter.sites))
+        differences += [
+            f"{name}: k={there.get(name)} there, k={here.get(name)} here"
+            for name in {**there, **here}
+            if there.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
+                "Use the SaraArguments of its training, or another output_dir."
+            )
+        tensors = saved.read_tensors()
+        if self.is_deepspeed_enabled:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.trained().values()), modifier_rank=0):
+                adapter.load_state_dict(tensors)
+        else:
+            adapter.load_state_dict(tensors)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError("FSDP1 is not supported. Leave 'version' out of fsdp_config, or set it to 2.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # They take contiguous parameters only, and U lies in memory by columns.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.contiguous()
+        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks
+        # for that with PEFT's class only.
+        load = transformers_trainer.deepspeed_load_checkpoint
+        transformers_trainer.deepspeed_load_checkpoint = lambda engine, path, **_: load(
+            engine, path, load_module_strict=False
+        )
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            transformers_trainer.deepspeed_load_checkpoint = load
+
+
+@contextmanager
+def _pose_as_peft(model: Any):
+    """
+    Trainer refuses a quantized base unless PEFT has put an adapter on it. Ours is one too, so for the length of the
+    constructor the model says that it has one.
+    """
+    inner = unwrap(model) if isinstance(model, nn.Module) else None
+    if not getattr(inner, "is_quantized", False) or getattr(inner, "_hf_peft_config_loaded", False):
+        yield
+        return
+    inner._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        inner._hf_peft_config_loaded = False
+
+
+def _tokenizer_state(processing_class: Any) -> tuple | None:
+    """What training may change of a tokenizer: its added tokens, special tokens and template."""
+    if processing_class is None or not hasattr(processing_class, "get_added_vocab"):
+        return None
+    tokens = tuple(sorted(processing_class.get_added_vocab().items()))
+    special = json.dumps(processing_class.special_tokens_map, default=str, sort_keys=True)
+    return tokens, special, str(getattr(processing_class, "chat_template", None))

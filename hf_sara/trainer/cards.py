@@ -1,0 +1,215 @@
+"""Model cards and the Hub: what a training leaves for its card, and when it is pushed."""
+
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi
+from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
+
+from .. import hub
+from ..model_card import Sample, Training, pipeline_of
+from .adapter_trainer import AdapterTrainerMixin
+from .resuming import RUNNING_LOSS_FILE
+
+logger = logging.getLogger(__name__)
+
+# What resuming needs besides the adapter.
+CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
+# Arguments of a training that say where and how it was run, not what it computed, or could hold a secret.
+UNINTERESTING = re.compile(
+    "output_dir|logging_|report_to|run_name|disable_tqdm|hub_|push_to_hub|log_|save_|dataloader_|project|trackio"
+    "|local_rank|resume|do_|skip_memory|use_cpu|eval_|load_best|accelerator_config|deepspeed|fsdp|ddp_|debug"
+    # Masked, whatever their value.
+    "|.*_token$"
+)
+
+
+def non_default(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that differ from their defaults and that a reader of the card cares about."""
+    # The declared defaults, not a new instance: making one is refused where the defaults do not suit this machine, and
+    # resets the state that Accelerate keeps for a training that goes on.
+    default = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
+    }
+    values = args.to_dict()
+    if args.max_steps > 0:
+        # `max_steps` overrides the number of epochs, so that number says nothing of what was done.
+        del values["num_train_epochs"]
+    return {
+        name: value
+        for name, value in values.items()
+        # Some fields that are declared `None` become False, or an empty list.
+        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name) and not name.startswith("_")
+    }
+
+
+class SaraTrainerMixin(AdapterTrainerMixin):
+    """
+    Makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
+    MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
+
+    Args:
+        sara_args ([`SaraArguments`], *optional*):
+            The adapter to attach to the model (to each new one, with `model_init`). Left out, a model that carries an
+            adapter keeps it, and another gets the default, SARA at threshold 0.01.
+
+    Raises:
+        `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        # Trainer calls this in its constructor. A training must not wait for, or fail with, a network: each push makes
+        # the repository if it has to.
+        self.hub_model_id = self.args.hub_model_id
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Save the adapter and its card to `args.output_dir` and push them, and only them, in one commit. The arguments
+        are Trainer's; `kwargs` go to [`~SaraTrainerMixin.create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        push = functools.partial(
+            hub.push_folder,
+            self.args.output_dir,
+            self._hub_repo_id(),
+            commit_message=commit_message,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision if revision is not None else self.args.hub_revision,
+            token=token if token is not None else self.args.hub_token,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def _hub_repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        where = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
+        state = None
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            state = "last-checkpoint" if last else Path(checkpoint_folder).name
+        job = HfApi().run_as_future(
+            hub.push_training,
+            checkpoint_folder,
+            self._hub_repo_id(),
+            commit_message=f"Training in progress, {where}",
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            token=self.args.hub_token,
+            state_in_repo=state,
+            state_files=CHECKPOINT_FILES,
+        )
+        job.add_done_callback(_warn_of_failure)
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        results: Sequence[EvalResult] = (),
+        sample: Sample | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """
+        Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
+
+        Args:
+            dataset_name (`str`, *optional*): `dataset`, as TRL's trainers call it.
+            results (`Sequence[EvalResult]`, *optional*):
+                Evaluation results. Left out, those of the last evaluation, where `dataset_tags` or `dataset` says on
+                what.
+            sample ([`~hf_sara.model_card.Sample`], *optional*): An input of the task and its output, for the snippet.
+        """
+        if not self.is_world_process_zero():
+            return
+        dataset = dataset or dataset_name
+        names = [dataset] if isinstance(dataset, str) else list(dataset or [])
+        ids = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
+        repo_id = self._hub_repo_id()
+        self.sara_adapter.write_card(
+            self.args.output_dir,
+            repo_id=repo_id,
+            title=model_name or repo_id.rsplit("/", 1)[-1],
+            base_model=finetuned_from,
+            language=language,
+            license=license,
+            tags=tags or (),
+            results=results or self._last_evaluation(ids, names, tasks),
+            training=Training(
+                hyperparameters=non_default(self.args),
+                log=self.state.log_history,
+                seconds=self.training_seconds,
+                datasets=ids or names,
+            ),
+            sample=sample,
+        )
+
+    def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
+        """The metrics of the last evaluation, where somebody said on what they were measured."""
+        entry = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        values = {
+            key.removeprefix("eval_"): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
+        }
+        task = tasks[0] if isinstance(tasks, list) and tasks else tasks
+        task = task or pipeline_of(type(self.sara_adapter.model).__name__) or "other"
+        dataset = (ids or names or [None])[0]
+        if dataset is None:
+            return []
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset,
+                dataset_name=(names or ids)[0],
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in values.items()
+        ]
+
+
+def _warn_of_failure(job: Future) -> None:
+    """A push in the background that failed must not go unnoticed, nor end the training."""
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning("%s", job.exception())

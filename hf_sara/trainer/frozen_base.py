@@ -1,0 +1,102 @@
+"""What training a few tensors beside a frozen base asks of `transformers.Trainer`, whoever's tensors they are.
+
+Trainer has special cases for PEFT's own model class only. A model that is frozen in another way falls through all of
+them.
+"""
+
+import logging
+
+from torch import nn
+
+from .resuming import ExactResumeMixin
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenBaseMixin(ExactResumeMixin):
+    """
+    Makes a subclass of [`~transformers.Trainer`] train named tensors of a model whose other parameters are frozen.
+    Subclasses define `trained` and `_load_tensors`, and write checkpoints in `save_model`.
+    """
+
+    def __init__(self, model=None, args=None, *positional, **kwargs):
+        self._checked_gradients = False
+        self._input_gradients: nn.Module | None = None
+        self._note_cache(model)
+        if positional:
+            super().__init__(model, args, *positional, **kwargs)
+        else:
+            # By name: another argument may stand between the two, as `ref_model` does in DPOTrainer.
+            super().__init__(model=model, args=args, **kwargs)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name."""
+        raise NotImplementedError
+
+    def _load_tensors(self, folder: str, what: str) -> None:
+        """Load the trained tensors of a checkpoint; raise where they do not fit. `what` names it in errors."""
+        raise NotImplementedError
+
+    def _note_cache(self, model) -> None:
+        # Trainer switches the cache off for training; generation afterwards is many times slower without.
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", True)
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._note_cache(model)
+        self._checked_gradients = False
+        return model
+
+    def train(self, *args, **kwargs):
+        """Trainer's `train`, after which the model's configuration and hooks are what they were."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._input_gradients is not None:
+                self._input_gradients.disable_input_require_grads()
+                self._input_gradients = None
+            config = getattr(self.model, "config", None)
+            if hasattr(config, "use_cache"):
+                config.use_cache = self._use_cache
+
+    def _on_train_begin(self) -> None:
+        super()._on_train_begin()
+        model = self.accelerator.unwrap_model(self.model)
+        wants_hooks = self.args.activation_checkpointing and hasattr(model, "enable_input_require_grads")
+        if wants_hooks and not getattr(model, "_require_grads_hooks", None):
+            # Reentrant checkpointing needs an input with gradient: embeddings of a frozen base have none.
+            model.enable_input_require_grads()
+            self._input_gradients = model
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper.
+        trained = {id(p) for p in self.trained().values()}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
+        return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # DeepSpeed keeps gradients of its own, so there is nothing to see here.
+        if not self._checked_gradients and not self.is_deepspeed_enabled:
+            self._check_gradients()
+            self._checked_gradients = True
+        return loss
+
+    def _check_gradients(self) -> None:
+        trained = self.trained()
+        silent = [n for n, t in trained.items() if t.requires_grad and t.numel() and t.grad is None]
+        frozen = [n for n, t in trained.items() if not t.requires_grad]
+        if silent or frozen:
+            names = silent or frozen
+            raise RuntimeError(
+                f"After the first backward pass {len(names)} trained tensors have no gradient: {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or the adapter is "
+                "frozen, disabled or merged. Choose other target_modules or layers, or enable the adapter."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_tensors(resume_from_checkpoint, "checkpoint")
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best adapter from %s", self.state.best_model_checkpoint)
+        self._load_tensors(self.state.best_model_checkpoint, "best checkpoint")

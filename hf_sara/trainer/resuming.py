@@ -1,0 +1,169 @@
+"""Exact resuming for any `transformers.Trainer`: a run that was cut off ends with the same bits and the same log.
+
+Trainer restores the optimizer, the schedule and the random numbers. What it does not restore is added here: the loss
+between two log lines, the order of batches that are grouped by length, and the time of the whole training. A finished
+run that is resumed trains no step more.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+RUNNING_LOSS_FILE = "running_loss.json"
+
+# Mixins stand before a subclass of Trainer. A type checker has to know what `super()` offers.
+TrainerBase = Trainer if TYPE_CHECKING else object
+
+
+class EpochSeededSampler(LengthGroupedSampler):
+    """[`~transformers.trainer_pt_utils.LengthGroupedSampler`] with an order that follows from seed and epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class ExactResumeMixin(TrainerBase):
+    """Makes a subclass of [`~transformers.Trainer`] resume exactly: `class MyTrainer(ExactResumeMixin, Trainer)`."""
+
+    def __init__(self, *args, **kwargs):
+        self._resumed_loss: dict[str, Any] | None = None
+        self._started: float | None = None
+        self._seconds = 0.0
+        super().__init__(*args, **kwargs)
+        self.add_callback(_OnTrainBegin(self))
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Trainer's `train`. `resume_from_checkpoint=True` takes the last *complete* checkpoint: one that a crash cut off
+        while it was written is passed over, with a warning.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        self._resumed_loss = None
+        if resume_from_checkpoint:
+            # It is not read together with the tensors, since DeepSpeed loads those in its own way.
+            path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
+            self._resumed_loss = json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._seconds, self._started = self.training_seconds, None
+
+    @property
+    def training_seconds(self) -> float:
+        """How long the training took so far, over all calls that it was resumed by."""
+        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def _on_train_begin(self) -> None:
+        """What has to happen after Trainer has made the model and reset its own state, and before the first step."""
+        self._restore_running_loss()
+        self._started = time.monotonic()
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run is resumed. Trainer looks for the end after a step only, and would train one more.
+            self.control.should_training_stop = True
+            if self.state.global_step == self._initial_global_step:
+                # Nothing is trained, so the time of the training stays what it was.
+                self._started = None
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Trainer groups by length with the global random numbers. Methods use up different ones of them, and a run
+            # that is resumed in a later epoch does not have them.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._save_running_loss(output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    # The loss between two log lines lives in memory only. It is saved with each checkpoint, so that the log of a
+    # resumed run equals that of an uninterrupted one, also where checkpoints fall between log lines.
+
+    def _save_running_loss(self, output_dir: str) -> None:
+        # The loss of each process is saved, since their mean would be rounded.
+        losses = nested_gather(self._tr_loss, self.args.parallel_mode).view(-1).tolist()
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            state = {
+                "since_last_log": losses,
+                "logged": self._total_loss_scalar,
+                "last_logged_step": self._globalstep_last_logged,
+                "seconds": self.training_seconds,
+            }
+            Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
+
+    def _restore_running_loss(self) -> None:
+        self._seconds = 0.0
+        if self._resumed_loss is not None:
+            self._seconds = self._resumed_loss["seconds"]
+            losses = self._resumed_loss["since_last_log"]
+            same = len(losses) == self.args.world_size
+            self._tr_loss = self._tr_loss + (losses[self.args.process_index] if same else sum(losses) / len(losses))
+            self._total_loss_scalar = self._resumed_loss["logged"]
+            self._globalstep_last_logged = self._resumed_loss["last_logged_step"]
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._resumed_loss is not None:
+            # Trainer divides by the steps and the time of this call; the sum of the losses is that of the whole run.
+            self._initial_global_step = 0
+            start_time -= self._seconds
+            self._resumed_loss = None
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+
+class _OnTrainBegin(TrainerCallback):
+    """Trainer has no method of its own to override at that moment, only an event."""
+
+    def __init__(self, trainer: ExactResumeMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._on_train_begin()
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The newest checkpoint in a folder that was written to its end.
+
+    Args:
+        folder (`str` or `os.PathLike`): A training's `output_dir`.
+
+    Returns:
+        `str`, *optional*: Its path; `None` if there is none.
+    """
+    if not os.path.isdir(folder):
+        return None
+    for path in reversed(sort_checkpoints(output_dir=str(folder))):
+        try:
+            # Trainer writes the state last, so a state that can be read says that all else is there.
+            json.loads(Path(path, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("Passing over the incomplete checkpoint %s.", path)
+            continue
+        return path
+    return None

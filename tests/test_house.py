@@ -1,0 +1,119 @@
+"""The structure of the package: imports point down, rooms stay small, and what is heavy loads late."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_sara
+
+PACKAGE = Path(hf_sara.__file__).parent
+# From the bottom to the top. A module may import what stands before it, wherever the import is written.
+FLOORS = (
+    *("_lapack", "errors", "files", "records", "repos", "cache", "parallel", "spectrum", "factors", "tensor_files"),
+    *("sites", "seeds", "methods.base", "methods.products", "methods.sara", "methods.mo_sara", "methods"),
+    *("arguments", "targets", "planning", "base_model", "storage", "card_text", "model_card", "hub", "merging"),
+    *("attached", "adapter", "export", "plain_model", "sharing", "analysis"),
+    *("trainer.resuming", "trainer.frozen_base", "trainer.adapter_trainer", "trainer.cards", "trainer"),
+    *("cli", "tasks.data", "tasks.instruct", "tasks.math", "tasks.commonsense", "tasks.e2e", "tasks.e2e_metrics"),
+)
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_CLASS, LARGEST_SHARE = 450, 250, 0.15
+
+
+def module_files() -> dict[str, Path]:
+    """The modules by name, without the package's own `__init__.py`, which names everything, and empty ones."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and path.read_text(encoding="utf-8").count("\n") > 1:
+            found[name] = path
+    return found
+
+
+def imported(name: str, path: Path, known: set[str]) -> set[str]:
+    """The package's modules that a module imports, on any line: also inside of functions and for type checkers."""
+    here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name.removeprefix("hf_sara.") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                stem = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
+            else:
+                stem = re.sub(r"^hf_sara\.?", "", node.module or "").split(".")
+            stem = ".".join(part for part in stem if part)
+            names = [f"{stem}.{alias.name}".strip(".") for alias in node.names] + [stem]
+        else:
+            continue
+        found |= {other for other in names if other in known and other != name}
+    return found
+
+
+def test_every_import_points_down():
+    files = module_files()
+    assert set(files) == set(FLOORS)
+    height = {name: index for index, name in enumerate(FLOORS)}
+    arrows = {name: imported(name, path, set(files)) for name, path in files.items()}
+    assert sum(map(len, arrows.values())) > 100
+    up = [
+        f"{name} imports {other}"
+        for name, others in arrows.items()
+        for other in others
+        if height[other] > height[name]
+    ]
+    assert not up
+
+
+def test_rooms_stay_small():
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in module_files().items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_A_FILE} == {}
+    classes = {
+        f"{name}.{node.name}": node.end_lineno - node.lineno + 1
+        for name, path in module_files().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name: count for name, count in classes.items() if count > MOST_LINES_OF_A_CLASS} == {}
+    rooms: dict[str, int] = {}
+    for name, count in lines.items():
+        room = name.split(".")[0]
+        rooms[room] = rooms.get(room, 0) + count
+    total = sum(lines.values())
+    assert {room: count / total for room, count in rooms.items() if count >= LARGEST_SHARE * total} == {}
+
+
+def test_no_module_but_the_methods_own_compares_their_names():
+    naming = [
+        name
+        for name, path in module_files().items()
+        if re.search(r"""["']mo_sara["']""", path.read_text(encoding="utf-8"))
+    ]
+    assert [name for name in naming if not name.startswith("methods.") and name != "arguments"] == []
+
+
+@pytest.mark.parametrize("heavy", ["evaluate", "sacrebleu", "typer", "rich", "datasets", "peft", "matplotlib"])
+def test_training_imports_nothing_heavy_by_our_doing(heavy):
+    # transformers loads some of these by itself where they are installed, so the package's own sources are read.
+    light = [name for name in FLOORS if not name.startswith("tasks") and name != "cli"]
+    files = module_files()
+    for name in light:
+        tree = ast.parse(files[name].read_text(encoding="utf-8"))
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [found for found in names if found.split(".")[0] == heavy], name
+
+
+def test_importing_the_trainer_loads_no_module_of_the_command_line_and_of_the_tasks():
+    code = (
+        "import sys\nfrom hf_sara import SaraTrainer\n"
+        "print(sorted(m for m in sys.modules if m in ('typer', 'rich', 'evaluate', 'sacrebleu')"
+        " or m.startswith(('hf_sara.tasks', 'hf_sara.cli'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
