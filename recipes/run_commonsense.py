@@ -53,10 +53,10 @@ DEMO = {"test_sets": ["boolq", "piqa", "openbookqa"], "max_new_tokens": 16}
 
 
 def make_task():
-    """What is this recipe's own, for [`hf_sara.tasks.instruct_recipe`]."""
+    """What is this recipe's own, for [`harness.instruct_task`]."""
+    from harness.demo_data import make_commonsense_demo_data
+    from harness.instruct_task import Task
     from hf_sara.tasks import commonsense
-    from hf_sara.tasks.demo_data import make_commonsense_demo_data
-    from hf_sara.tasks.instruct_recipe import Task
 
     return Task(
         name="commonsense",
@@ -73,14 +73,14 @@ def make_task():
 
 def arguments() -> tuple:
     """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
-    from hf_sara.tasks import instruct_recipe
+    from harness import instruct_task
 
-    return instruct_recipe.arguments(make_task())
+    return instruct_task.arguments(make_task())
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what metrics.json holds."""
-    from hf_sara.tasks.instruct_recipe import run
+    from harness.instruct_task import run
 
     return run(make_task(), argv, description=__doc__)
 

@@ -60,7 +60,7 @@ class E2EArguments:
     generation_batch_size: int = field(default=16, metadata={"help": "Inputs that are decoded together."})
 
     def __post_init__(self):
-        from hf_sara.tasks.recipe import check_least
+        from harness.options import check_least
 
         check_least(self, max_test_mrs=0, max_eval_samples=1, no_repeat_ngram_size=0)
         check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
@@ -128,7 +128,7 @@ def arguments() -> tuple:
     """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
     from transformers import TrainingArguments
 
-    from hf_sara.tasks.methods import MethodArguments
+    from harness.arguments import MethodArguments
 
     return [E2EArguments, MethodArguments, TrainingArguments], defaults
 
@@ -137,18 +137,22 @@ def main(argv: list[str] | None = None) -> dict:
     """Run the recipe; returns what metrics.json holds."""
     from transformers import set_seed
 
-    from hf_sara.tasks import e2e, methods, recipe
-    from hf_sara.tasks.demo_data import make_demo_data
+    from harness import baselines, card, e2e_task, run_folder
+    from harness.arguments import OURS
+    from harness.base_models import load_base
+    from harness.demo_data import make_demo_data
+    from harness.options import parse_arguments
+    from hf_sara.tasks import e2e
     from hf_sara.tasks.e2e_metrics import E2EMetrics
     from hf_sara.trainer import last_complete_checkpoint
 
-    options, method_args, args = recipe.parse_arguments(*arguments(), argv, description=__doc__)
+    options, method_args, args = parse_arguments(*arguments(), argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log = logging.getLogger("hf_sara.run_e2e")
-    folder = recipe.open_run(args, recipe=options, method=method_args)
+    folder = run_folder.open_run(args, recipe=options, method=method_args)
     metrics_file = folder / "metrics.json"
     asked = {"max_test_mrs": options.max_test_mrs}
-    finished = recipe.finished_metrics(metrics_file, asked)
+    finished = run_folder.finished_metrics(metrics_file, asked)
     if finished is not None:
         return finished
     # What decoding needs is asked for now, not after hours of training.
@@ -159,18 +163,16 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(args.seed)
     data_dir = make_demo_data(folder / "data") if options.demo and not options.data_dir else options.data_dir
     data = e2e.load_e2e(data_dir)
-    model, tokenizer = recipe.load_base(
-        options.model_name_or_path, options.gguf_file, options.dtype, without_dropout=True
-    )
+    model, tokenizer = load_base(options.model_name_or_path, options.gguf_file, options.dtype, without_dropout=True)
     encoded = e2e.encode_dataset(data, tokenizer, max_length=options.max_length)
     valid = encoded["validation"]
     if options.max_eval_samples is not None:
         valid = valid.select(range(min(options.max_eval_samples, len(valid))))
 
     # ---- training ----
-    trainer = methods.make_trainer(
+    trainer = baselines.make_trainer(
         method_args,
-        mixin=e2e.E2ETrainerMixin,
+        mixin=e2e_task.E2ETrainerMixin,
         model=model,
         args=args,
         train_dataset=encoded["train"],
@@ -178,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         data_collator=e2e.make_collator(tokenizer),
     )
-    trainer.add_callback(recipe.LogMetrics())
+    trainer.add_callback(run_folder.LogMetrics())
     # A finished training resumes too: from its last checkpoint there is nothing left to do.
     start = last_complete_checkpoint(folder) or args.resume_from_checkpoint
     trained = trainer.train(resume_from_checkpoint=start)
@@ -187,14 +189,14 @@ def main(argv: list[str] | None = None) -> dict:
     if not trainer.is_world_process_zero():
         return {}
 
-    report = methods.report(trainer)
+    report = baselines.report(trainer)
     log.info("Report: %s", json.dumps(report))
 
     # ---- decoding and scoring ----
     groups = dict(itertools.islice(e2e.group_by_mr(data["test"]).items(), options.max_test_mrs))
     scores = {}
     if metric is not None:
-        predictions = e2e.generate_predictions(
+        predictions = e2e_task.generate_predictions(
             trainer.model,
             tokenizer,
             list(groups),
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> dict:
             max_new_tokens=options.max_new_tokens,
         )
         references = list(groups.values())
-        recipe.write_json(folder / "references.json", references)
+        run_folder.write_json(folder / "references.json", references)
         scores = metric.compute(predictions=predictions, references=references)
     metrics = {
         **scores,
@@ -217,8 +219,8 @@ def main(argv: list[str] | None = None) -> dict:
         "test_mrs": len(groups),
         "seconds": time.monotonic() - started,
     }
-    if method_args.method in methods.OURS:
-        recipe.write_card(
+    if method_args.method in OURS:
+        card.write_card(
             trainer,
             options.model_name_or_path,
             scores,
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> dict:
             dataset_id="e2e_nlg" if not options.demo else None,
             split=f"test, {len(groups)} meaning representations",
         )
-    recipe.write_json(metrics_file, metrics)
+    run_folder.write_json(metrics_file, metrics)
     log.info("Metrics: %s", json.dumps(metrics))
     return metrics
 

@@ -51,10 +51,10 @@ DEMO = {"test_sets": ["AddSub", "MultiArith", "AQuA"], "max_new_tokens": 64}
 
 
 def make_task():
-    """What is this recipe's own, for [`hf_sara.tasks.instruct_recipe`]."""
+    """What is this recipe's own, for [`harness.instruct_task`]."""
+    from harness.demo_data import make_math_demo_data
+    from harness.instruct_task import Task
     from hf_sara.tasks import math
-    from hf_sara.tasks.demo_data import make_math_demo_data
-    from hf_sara.tasks.instruct_recipe import Task
 
     return Task(
         name="math",
@@ -71,14 +71,14 @@ def make_task():
 
 def arguments() -> tuple:
     """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
-    from hf_sara.tasks import instruct_recipe
+    from harness import instruct_task
 
-    return instruct_recipe.arguments(make_task())
+    return instruct_task.arguments(make_task())
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what metrics.json holds."""
-    from hf_sara.tasks.instruct_recipe import run
+    from harness.instruct_task import run
 
     return run(make_task(), argv, description=__doc__)
 

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import TrainingArguments, set_seed
+from transformers import GenerationConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..arguments import METHODS as OURS
-from ..trainer import last_complete_checkpoint
-from . import instruct, recipe
-from .methods import MethodArguments, make_trainer, report
+from hf_sara.tasks import instruct
+from hf_sara.tasks.e2e import evaluating
+from hf_sara.tasks.instruct import PAD_ID, RESPONSE, make_prompt, pad_left
+from hf_sara.trainer import last_complete_checkpoint
+
+from . import card, run_folder
+from .arguments import OURS, MethodArguments
+from .base_models import SMOLLM2, load_base
+from .baselines import make_trainer, report
+from .options import RecipeError, check_least, parse_arguments
+from .predictions import decode_to_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +63,7 @@ BASELINES = {
     "full": {"learning_rate": 2e-5},
 }
 DEMO = {
-    "model_name_or_path": recipe.SMOLLM2,
+    "model_name_or_path": SMOLLM2,
     "max_steps": 80,
     "per_device_train_batch_size": 4,
     "warmup_steps": 8,
@@ -109,8 +117,8 @@ class InstructArguments:
     generation_batch_size: int = field(default=8, metadata={"help": "Questions that are answered together."})
 
     def __post_init__(self):
-        recipe.check_least(self, max_test_samples=0, val_set_size=0, max_train_samples=1)
-        recipe.check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
+        check_least(self, max_test_samples=0, val_set_size=0, max_train_samples=1)
+        check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Task:
         name (`str`): In the names of output folders.
         title (`str`): What the data are called on a model card.
         load (`Callable`): Gets `data_dir` and the names of test sets; returns the records, see `load_math`.
-        judge (`Callable`): See [`instruct.answer_test_sets`].
+        judge (`Callable`): See [`answer_test_sets`].
         test_sets (`Sequence[str]`): All of them.
         settings (`Mapping`): The paper's settings of SARA and Mo-SARA, by preset and method.
         max_new_tokens (`int`): Longest response of the paper's runs.
@@ -153,11 +161,11 @@ def defaults(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
         `dict[str, Any]`: Values for the others, by their names.
 
     Raises:
-        [`recipe.RecipeError`]: If there is no such preset.
+        [`RecipeError`]: If there is no such preset.
     """
     preset, method, demo = given.get("preset", "llama-7b"), given.get("method", "sara"), given.get("demo")
     if preset not in MODELS:
-        raise recipe.RecipeError(f"There is no preset {preset!r}. Choose from {', '.join(MODELS)}.")
+        raise RecipeError(f"There is no preset {preset!r}. Choose from {', '.join(MODELS)}.")
     chosen = {
         **PAPER,
         "model_name_or_path": MODELS[preset],
@@ -189,12 +197,12 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     Returns:
         `dict[str, Any]`: What metrics.json holds; empty on all processes but the first.
     """
-    options, method_args, args = recipe.parse_arguments(*arguments(task), argv, description)
+    options, method_args, args = parse_arguments(*arguments(task), argv, description)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    folder = recipe.open_run(args, recipe=options, method=method_args)
+    folder = run_folder.open_run(args, recipe=options, method=method_args)
     metrics_file = folder / "metrics.json"
     asked = {"max_test_samples": options.max_test_samples, "test_sets": options.test_sets}
-    finished = recipe.finished_metrics(metrics_file, asked)
+    finished = run_folder.finished_metrics(metrics_file, asked)
     if finished is not None:
         return finished
     started = time.monotonic()
@@ -211,7 +219,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     tests = {name: _first(part, options.max_test_samples) for name, part in data.items()}
     if options.max_test_samples == 0:
         tests = {}
-    model, tokenizer = recipe.load_base(options.model_name_or_path, options.gguf_file, options.dtype)
+    model, tokenizer = load_base(options.model_name_or_path, options.gguf_file, options.dtype)
     encoding = {"max_length": options.max_length, "with_input": options.with_input}
 
     # ---- training ----
@@ -224,7 +232,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
         processing_class=tokenizer,
         data_collator=instruct.make_collator(tokenizer),
     )
-    trainer.add_callback(recipe.LogMetrics())
+    trainer.add_callback(run_folder.LogMetrics())
     if method_args.method in OURS:
         logger.info("%s", trainer.sara_adapter.plan())
     # A finished training resumes too: from its last checkpoint there is nothing left to do.
@@ -240,7 +248,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
     costs = report(trainer)
 
     # ---- answers ----
-    accuracies = tests and instruct.answer_test_sets(
+    accuracies = tests and answer_test_sets(
         trainer.model,
         tokenizer,
         tests,
@@ -262,7 +270,7 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
         "seconds": time.monotonic() - started,
     }
     if method_args.method in OURS:
-        recipe.write_card(
+        card.write_card(
             trainer,
             options.model_name_or_path,
             scores,
@@ -270,10 +278,117 @@ def run(task: Task, argv: Sequence[str] | None = None, description: str | None =
             dataset_id=None,
             split=f"test, {sum(metrics['test_records'].values())} questions",
         )
-    recipe.write_json(metrics_file, metrics)
+    run_folder.write_json(metrics_file, metrics)
     logger.info("Metrics: %s", json.dumps(metrics))
     return metrics
 
 
 def _first(records: Dataset, size: int | None) -> Dataset:
     return records if size is None else records.select(range(min(size, len(records))))
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Dataset,
+    path: str | PathLike,
+    judge: Callable[[str, str], tuple[Any, bool]],
+    batch_size: int = 8,
+    num_beams: int = 4,
+    max_new_tokens: int = 256,
+    with_input: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    Answer questions, into a file that an interrupted call goes on with. Beam search without sampling: the original
+    sets a temperature, which has no effect there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model with its adapter, or a `PeftModel`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        records ([`~datasets.Dataset`]): Questions and their answers, see [`load_records`].
+        path (`str` or `os.PathLike`): JSON lines with the question, the response, what was extracted from it, the
+            right answer, and whether they agree.
+        judge (`Callable`): Gets a response and the right answer; returns what it extracts, and whether that is right.
+        batch_size (`int`, *optional*, defaults to 8): Questions that are answered together.
+        num_beams (`int`, *optional*, defaults to 4): Beams of the search.
+        max_new_tokens (`int`, *optional*, defaults to 256): Longest response; the paper's commonsense runs have 32.
+        with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
+
+    Returns:
+        `list[dict]`: What the file holds, in the order of the questions.
+    """
+    pad_left(tokenizer)
+    rows = list(records)
+    prompts = [make_prompt(row["instruction"], row["input"], with_input=with_input) for row in rows]
+    settings = GenerationConfig(
+        num_beams=num_beams,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=PAD_ID,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    def decode(batch: list[int]) -> list[dict[str, Any]]:
+        inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
+        tokens = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [_row(index, rows[index], text, judge) for index, text in zip(batch, responses, strict=True)]
+
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    with evaluating(model):
+        return decode_to_file(path, "index", range(len(rows)), lengths, decode, batch_size)
+
+
+def _row(
+    index: int, record: dict[str, str], text: str, judge: Callable[[str, str], tuple[Any, bool]]
+) -> dict[str, Any]:
+    # A model that does not stop may go on with another prompt.
+    response = text.split(RESPONSE)[0].strip()
+    prediction, correct = judge(response, record["answer"])
+    return {
+        "index": index,
+        "instruction": record["instruction"],
+        "response": response,
+        "prediction": prediction,
+        "answer": record["answer"],
+        "correct": correct,
+    }
+
+
+def answer_test_sets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test_sets: Mapping[str, Dataset],
+    folder: str | PathLike,
+    judge: Callable[[str, str, str], tuple[Any, bool]],
+    **generation,
+) -> dict[str, float]:
+    """
+    Answer test sets and count what is right.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): See [`answer`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): See [`answer`].
+        test_sets (`Mapping[str, Dataset]`): The records of each, by name.
+        folder (`str` or `os.PathLike`): Receives NAME.jsonl for each.
+        judge (`Callable`): Gets a name, a response and the right answer; see [`answer`].
+        generation: Passed on to [`answer`].
+
+    Returns:
+        `dict[str, float]`: The accuracy of each test set in [0, 1], by name, and their unweighted mean as `average`.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    accuracies = {}
+    for name, records in test_sets.items():
+        rows = answer(
+            model,
+            tokenizer,
+            records,
+            Path(folder, f"{name}.jsonl"),
+            lambda response, right, name=name: judge(name, response, right),
+            **generation,
+        )
+        accuracies[name] = sum(row["correct"] for row in rows) / len(rows)
+        logger.info("%s: %.4f of %d right", name, accuracies[name], len(rows))
+    return {**accuracies, "average": sum(accuracies.values()) / len(accuracies)}

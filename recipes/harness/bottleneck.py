@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from ..arguments import SaraArguments
-from ..sites import Site, all_sites, find_sites
-from ..storage import AdapterError, check_tensors, write_file
+from hf_sara.arguments import SaraArguments
+from hf_sara.sites import Site, all_sites, find_sites
+from hf_sara.storage import AdapterError, check_tensors, write_file
 
 CONFIG_FILE = "bottleneck_config.json"
 TENSORS_FILE = "bottleneck_adapter.safetensors"
