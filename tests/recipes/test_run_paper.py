@@ -257,8 +257,7 @@ def test_a_run_is_scored_later_and_further_without_training_again(name, base, tm
     assert len(file.read_text().splitlines()) == 3
     assert (tmp_path / "run" / "sara_adapter.safetensors").read_bytes() == tensors
     # And as far as it was, it is complete.
-    monkeypatch.setattr("harness.instruct_task.make_trainer", None)
-    monkeypatch.setattr("harness.baselines.make_trainer", None)
+    monkeypatch.setattr("harness.run.make_trainer", None)
     assert main([*argv, f"--{limit}", "3"]) == more
     if name == "math":
         # Another test set is not scored yet: its data are looked for.
