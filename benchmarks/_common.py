@@ -6,6 +6,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+# Some benchmarks use the recipes' harness, which is not installed with the package.
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 
 
 def keep_memory() -> None:

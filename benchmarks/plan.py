@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sara import SaraArguments
 from hf_sara.arguments import parse_layers
-from hf_sara.checkpoint import Checkpoint
-from hf_sara.sites import find_sites
+from hf_sara.base_model import BaseWeights
 from hf_sara.spectrum import rank_for_threshold
+from hf_sara.targets import find_sites
 
 SHARDS = 4
 LIMIT = 1.5e9
@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         make_checkpoint(Path(folder), layers)
         ranks, peak, total = run_command(Path(folder), f"{cache}/command", options)
-        checkpoint = Checkpoint(folder)
+        checkpoint = BaseWeights(folder)
         os.environ["HF_SARA_CACHE"] = f"{cache}/turns"
         rounds = min(options.rounds, len(layers))
         turns = {name: iter(layers) for name in ("svd", "plan")}

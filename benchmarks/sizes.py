@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import _common  # noqa: F401  (finds the recipes' harness)
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 
+from harness.base_models import SMOLLM2, load_base
 from hf_sara import SaraAdapter, SaraArguments
-from hf_sara.tasks.recipe import SMOLLM2, load_base
 
 TARGETS = ["q_proj", "v_proj"]
 OURS = {

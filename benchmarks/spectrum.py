@@ -13,7 +13,9 @@ import tempfile
 import torch
 from _common import interleave, keep_memory, table
 
-from hf_sara.spectrum import find_factors, find_rank, for_each, rank_for_threshold
+from hf_sara.factors import find_factors
+from hf_sara.parallel import for_each
+from hf_sara.spectrum import find_rank, rank_for_threshold
 
 SARA, MO_SARA = 0.012, 0.5
 

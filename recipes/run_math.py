@@ -28,9 +28,12 @@ The paper quotes the header of the prompt with an input, which the code that it 
 data, since their inputs are empty. The default is what that code does; --with_input takes the quoted form.
 """
 
-import json
-import sys
+from collections.abc import Mapping
 from typing import Any
+
+from harness.arguments import MethodArguments
+from harness.instruct_settings import InstructArguments, instruct_defaults
+from harness.options import parse_arguments, run_script
 
 # Table 5, by preset and method.
 SETTINGS = {
@@ -50,43 +53,42 @@ SETTINGS = {
 DEMO = {"test_sets": ["AddSub", "MultiArith", "AQuA"], "max_new_tokens": 64}
 
 
-def make_task():
-    """What is this recipe's own, for [`hf_sara.tasks.instruct_recipe`]."""
-    from hf_sara.tasks import math
-    from hf_sara.tasks.demo_data import make_math_demo_data
-    from hf_sara.tasks.instruct_recipe import Task
-
-    return Task(
-        name="math",
-        title="LLM-Adapters math",
-        load=math.load_math,
-        judge=math.judge,
-        test_sets=math.TEST_SETS,
-        settings=SETTINGS,
-        max_new_tokens=256,
-        make_demo_data=make_math_demo_data,
-        demo=DEMO,
-    )
+def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's settings for the preset and the method, or those of the demo."""
+    return instruct_defaults("math", SETTINGS, 256, DEMO, given)
 
 
 def arguments() -> tuple:
     """The dataclasses whose fields are the recipe's options, and what gives their defaults."""
-    from hf_sara.tasks import instruct_recipe
+    from transformers import TrainingArguments
 
-    return instruct_recipe.arguments(make_task())
+    return [InstructArguments, MethodArguments, TrainingArguments], defaults
+
+
+def make_task():
+    """The task, with all that it imports."""
+    from harness.demo_data import make_math_demo_data
+    from harness.instruct_task import InstructTask
+    from hf_sara.tasks import math
+
+    return InstructTask(
+        name="math",
+        title="LLM-Adapters math",
+        load_records=math.load_math,
+        judge=math.judge,
+        test_sets=math.TEST_SETS,
+        fill_demo_folder=make_math_demo_data,
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what metrics.json holds."""
-    from hf_sara.tasks.instruct_recipe import run
+    parsed = parse_arguments(*arguments(), argv, description=__doc__)
+    # The data libraries take seconds to import, which --help and a wrong option need not wait for.
+    from harness.run import run
 
-    return run(make_task(), argv, description=__doc__)
+    return run(make_task(), *parsed)
 
 
 if __name__ == "__main__":
-    try:
-        result = main()
-    except (ValueError, OSError, ImportError) as error:
-        # What cannot work or is missing, in one line; anything else is a bug and shows its trace.
-        sys.exit(f"run_math: {error}")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    run_script("run_math", main)

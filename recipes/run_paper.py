@@ -57,44 +57,44 @@ def main(argv: list[str] | None = None) -> int:
         # The value of a recipe's option would be taken for it.
         raise ValueError("Give the table first, then the options: run_paper.py TABLE --option value ...")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    from hf_sara.tasks import paper, paper_results
+    from harness import report, tables
 
     if args.table is None and args.report is None:
-        for name in paper.table_names(RECIPES / "paper"):
-            sys.stdout.write(f"{name:20} {paper.load_table(RECIPES / 'paper' / f'{name}.yaml').title}\n")
+        for name in tables.table_names(RECIPES / "paper"):
+            sys.stdout.write(f"{name:20} {tables.load_table(RECIPES / 'paper' / f'{name}.yaml').title}\n")
         return 0
     failed = {} if args.table is None else run_table(args, overrides)
     if args.report is not None:
-        logging.info("Wrote %s", paper_results.write_report(args.output_dir, args.report))
+        logging.info("Wrote %s", report.write_report(args.output_dir, args.report))
     return 1 if failed else 0
 
 
 def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
     """Run a table and write its results; returns the errors of what failed, by its name."""
-    from hf_sara.tasks import paper, paper_results
+    from harness import figures, results, sweep, tables
 
-    table = paper.load_table(paper.find_table(args.table, RECIPES / "paper"))
+    table = tables.load_table(tables.find_table(args.table, RECIPES / "paper"))
     script = RECIPES / f"{table.recipe}.py"
-    module = paper.load_recipe(script)
-    given = paper.read_overrides(module, [*overrides, *(["--model_name_or_path", args.model] if args.model else [])])
-    table = paper.override(table, given)
-    rows = paper.select_rows(table, args.rows)
-    paper.check_rows(rows, module)
-    paper_results.check_figures(table)
-    known = [] if args.known is None else paper.read_records(args.known)
-    sweep = paper.Sweep(table, args.output_dir, script, known)
+    module = sweep.load_recipe(script)
+    given = sweep.read_overrides(module, [*overrides, *(["--model_name_or_path", args.model] if args.model else [])])
+    table = tables.override(table, given)
+    rows = tables.select_rows(table, args.rows)
+    sweep.check_rows(rows, module)
+    figures.check_figures(table)
+    known = [] if args.known is None else sweep.read_records(args.known)
+    runs = sweep.Sweep(table, args.output_dir, script, known)
     if args.known is not None:
-        count = sum(run.known is not None for row in rows for run in sweep.runs(row))
+        count = sum(run.known is not None for row in rows for run in runs.runs(row))
         logging.info("%d runs of these rows are known from %s.", count, args.known)
     try:
-        for _ in sweep.run(rows, time.monotonic() + 60 * args.time_limit):
-            paper_results.write_results(sweep, given)
+        for _ in runs.run(rows, time.monotonic() + 60 * args.time_limit):
+            results.write_results(runs, given)
     finally:
-        results = paper_results.write_results(sweep, given)
-    undrawn = paper_results.draw_figures(sweep, module, results)
-    sys.stdout.write((sweep.folder / paper_results.TABLE_FILE).read_text(encoding="utf-8"))
-    failed = {row.label: error for row in rows if (error := sweep.error(row)) is not None}
-    left = [row.label for row in rows if row.label not in failed and not sweep.is_complete(row)]
+        collected = results.write_results(runs, given)
+    undrawn = figures.draw_figures(runs, module, collected)
+    sys.stdout.write((runs.folder / results.TABLE_FILE).read_text(encoding="utf-8"))
+    failed = {row.label: error for row in rows if (error := runs.error(row)) is not None}
+    left = [row.label for row in rows if row.label not in failed and not runs.is_complete(row)]
     if left:
         logging.info("The time is up. Left to do, by the same command: %s", ", ".join(left))
     failed |= {f"figure {name}": error for name, error in undrawn.items()}

@@ -209,6 +209,17 @@ def reference_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def image(tmp_path):
+    """A path for an image, which has to be there afterwards and not blank."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    yield tmp_path / "figure.png"
+    pixels = imread(tmp_path / "figure.png")
+    assert (pixels != pixels[0, 0]).any(axis=-1).mean() > 0.01
+
+
 def rotated_lapack(clusters, seed=0):
     """LAPACK's step, with the freedom that it has: any signs, and any basis inside a cluster."""
     step = factors.leading_eigenpairs

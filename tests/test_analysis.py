@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, attach_trained, base_state, logits, make_inputs, make_model, same_bits, sara_arguments
+from plotting import check, numbers
 
 import hf_sara
 from hf_sara import (
@@ -18,7 +19,7 @@ from hf_sara import (
     routing,
     spectrum,
 )
-from hf_sara.analysis import RankCurves, Routing, plot_lines
+from hf_sara.analysis import RankCurves, Routing
 from hf_sara.sites import all_sites, sites_by_kind
 
 THRESHOLDS = [0.1, 0.35, 0.9]
@@ -321,39 +322,6 @@ def test_ranks_that_are_all_the_same_correlate_with_nothing():
 # ---- figures ----
 
 
-@pytest.fixture
-def image(tmp_path):
-    """A path for an image, which has to be there afterwards and not blank."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
-
-    yield tmp_path / "figure.png"
-    pixels = imread(tmp_path / "figure.png")
-    assert (pixels != pixels[0, 0]).any(axis=-1).mean() > 0.01
-
-
-def check(figure):
-    """Nothing is clipped at the figure's edge, no legend covers a panel, and pyplot does not know of the figure."""
-    from matplotlib._pylab_helpers import Gcf
-
-    figure.draw_without_rendering()
-    drawn, whole = figure.get_tightbbox(), figure.bbox_inches
-    assert min(drawn.x0, drawn.y0) >= -0.01
-    assert drawn.x1 <= whole.x1 + 0.01
-    assert drawn.y1 <= whole.y1 + 0.01
-    for legend in figure.legends:
-        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
-    assert not Gcf.figs
-
-
-def numbers(axis):
-    """The numbers that can be read on an axis."""
-    low, high = sorted(axis.get_view_interval())
-    return [
-        text.get_text() for text in axis.get_ticklabels() if low <= text.get_position()[axis.axis_name == "y"] <= high
-    ]
-
-
 def lines_of(axes):
     return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.get_lines()]
 
@@ -430,47 +398,10 @@ def test_figure_of_a_correlation(image, ranks, r):
     assert lines_of(axes)[0][1] == list(SCORES.values())
 
 
-@pytest.mark.parametrize(
-    ("series", "log_x", "shown"),
-    [
-        ({"Mo-SARA": ([1, 3, 5, 7, 9], [31.2, 33.5, 35.1, 35.0, 34.2])}, False, ["1", "5", "9"]),
-        ({"SARA": (["0-7", "8-15"], [0.31, 0.33]), "LoRA": (["0-7", "8-15"], [0.3, 0.34])}, False, ["0-7", "8-15"]),
-        (
-            {"SARA": ([54_000, 240_000], [1.4, 1.3]), "LoRA": ([57_600, 230_400], [1.3, 1.2])},
-            True,
-            ["60k", "100k", "200k"],
-        ),
-        ({"SARA": ([109_170, 115_200], [1.4, 1.3])}, True, ["110k"]),
-        ({"SARA": ([109_170], [1.4]), "full": ([134_515_008], [1.2])}, True, ["200k", "1M", "100M"]),
-    ],
-)
-def test_figure_of_lines(image, series, log_x, shown):
-    figure = plot_lines(series, "the x axis", "score (%)", image, title="A title", log_x=log_x)
-    check(figure)
-    (axes,) = figure.axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("the x axis", "score (%)")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(series)
-    assert [(list(x), list(y)) for x, y in series.values()] == [
-        (list(line.get_xdata(orig=True)), list(line.get_ydata())) for line in axes.get_lines()
-    ]
-    assert set(shown) <= set(numbers(axes.xaxis))
-    assert axes.get_xscale() == ("log" if log_x else "linear")
-    assert len({line.get_marker() for line in axes.get_lines()}) == len(series)
-
-
-def test_lines_have_their_categories_in_order_and_names_at_their_points(image):
-    series = {"SARA": (["8-15"], [0.31]), "LoRA": (["0-7", "8-15"], [0.3, 0.34])}
-    figure = plot_lines(series, "layers", "score", image, categories=["0-7", "8-15"], names={"LoRA": ["r 5", "r 10"]})
-    check(figure)
-    (axes,) = figure.axes
-    assert numbers(axes.xaxis) == ["0-7", "8-15"]
-    assert {text.get_text(): text.xy for text in axes.texts} == {"r 5": ("0-7", 0.3), "r 10": ("8-15", 0.34)}
-
-
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hf_sara\[plot\]'"):
-        plot_lines({"a": ([1], [1])}, "x", "y", tmp_path / "figure.png")
+        plot_rank_curves(RankCurves([0.5], {"a": [0]}, {"a": [[1]]}), tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import base_state, same_bits
 
+from harness.base_models import SMOLLM2, load_base
+from harness.options import RecipeError
 from hf_sara import AdapterError, SaraAdapter, SaraArguments
 from hf_sara.spectrum import rank_for_threshold
-from hf_sara.tasks.recipe import SMOLLM2, RecipeError, load_base
 
 pytestmark = pytest.mark.slow
 

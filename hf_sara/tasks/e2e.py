@@ -6,7 +6,8 @@ rules of its own that `generate` does not reproduce (when a beam is complete, wh
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -15,13 +16,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import DataCollatorForSeq2Seq, DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..trainer import SaraTrainer
-from .predictions import decode_to_file, evaluating
-from .recipe import data_pattern
+from .data import IGNORED, data_pattern
 
 DATA_URL = "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e"
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
-IGNORED = -100
 
 
 # ---- data ----
@@ -135,22 +133,6 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Batches padded on the right to their longest example, with labels of -100 on the padding."""
     tokenizer.padding_side = "right"
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-
-
-class E2ETrainerMixin:
-    """Makes a Trainer's evaluation loss the plain cross-entropy also where training smooths its labels."""
-
-    def prediction_step(self, *args, **kwargs):
-        smoothing = self.label_smoother, self.compute_loss_func
-        self.label_smoother = self.compute_loss_func = None
-        try:
-            return super().prediction_step(*args, **kwargs)
-        finally:
-            self.label_smoother, self.compute_loss_func = smoothing
-
-
-class E2ETrainer(E2ETrainerMixin, SaraTrainer):
-    """[`SaraTrainer`] for this task."""
 
 
 # ---- decoding ----
@@ -337,38 +319,12 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> st
     return text.split(tokenizer.eos_token)[0].split("\n\n")[0].strip()
 
 
-def generate_predictions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    mrs: Sequence[str],
-    path: str | PathLike,
-    batch_size: int = 16,
-    **search,
-) -> list[str]:
-    """
-    Decode a text for each meaning representation, into a file that an interrupted call goes on with.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model, with its adapter.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        mrs (`Sequence[str]`): Distinct meaning representations.
-        path (`str` or `os.PathLike`): JSON lines with `mr` and `prediction`; in the end in the order of `mrs`.
-        batch_size (`int`, *optional*, defaults to 16): Prompts that are decoded together.
-        search: Passed on to [`beam_search`].
-
-    Returns:
-        `list[str]`: The texts, in the order of `mrs`.
-    """
-    prompts = encode_prompts(tokenizer, mrs)
-
-    def decode(batch: list[int]) -> list[dict[str, str]]:
-        outputs = beam_search(
-            model, [prompts[index] for index in batch], eos_token_ids=eos_tokens(tokenizer), **search
-        )
-        return [
-            {"mr": mrs[index], "prediction": decode_text(tokenizer, output)}
-            for index, output in zip(batch, outputs, strict=True)
-        ]
-
-    rows = decode_to_file(path, "mr", mrs, [len(prompt) for prompt in prompts], decode, batch_size)
-    return [row["prediction"] for row in rows]
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

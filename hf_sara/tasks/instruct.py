@@ -4,25 +4,18 @@ All of it is that of LLM-Adapters, which the paper follows, down to the white sp
 between training and evaluation.
 """
 
-import logging
-from collections.abc import Callable, Mapping
-from os import PathLike
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedModel
+from transformers import DataCollatorForSeq2Seq
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .predictions import decode_to_file, evaluating
-from .recipe import data_pattern
-
-logger = logging.getLogger(__name__)
+from .data import IGNORED, data_pattern
 
 REPOSITORY_URL = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
 COLUMNS = ("instruction", "input", "output", "answer")
-IGNORED = -100
 # The original pads with id 0 whatever the tokenizer's pad token is; LLaMA's id 0 is <unk>.
 PAD_ID = 0
 RESPONSE = "### Response:"
@@ -156,113 +149,3 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Batches padded on the left with id 0, to a multiple of 8 as in the original, with labels of -100 there."""
     pad_left(tokenizer)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)
-
-
-# ---- answers ----
-
-
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Dataset,
-    path: str | PathLike,
-    judge: Callable[[str, str], tuple[Any, bool]],
-    batch_size: int = 8,
-    num_beams: int = 4,
-    max_new_tokens: int = 256,
-    with_input: bool = False,
-) -> list[dict[str, Any]]:
-    """
-    Answer questions, into a file that an interrupted call goes on with. Beam search without sampling: the original
-    sets a temperature, which has no effect there.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model with its adapter, or a `PeftModel`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        records ([`~datasets.Dataset`]): Questions and their answers, see [`load_records`].
-        path (`str` or `os.PathLike`): JSON lines with the question, the response, what was extracted from it, the
-            right answer, and whether they agree.
-        judge (`Callable`): Gets a response and the right answer; returns what it extracts, and whether that is right.
-        batch_size (`int`, *optional*, defaults to 8): Questions that are answered together.
-        num_beams (`int`, *optional*, defaults to 4): Beams of the search.
-        max_new_tokens (`int`, *optional*, defaults to 256): Longest response; the paper's commonsense runs have 32.
-        with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
-
-    Returns:
-        `list[dict]`: What the file holds, in the order of the questions.
-    """
-    pad_left(tokenizer)
-    rows = list(records)
-    prompts = [make_prompt(row["instruction"], row["input"], with_input=with_input) for row in rows]
-    settings = GenerationConfig(
-        num_beams=num_beams,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=PAD_ID,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-    def decode(batch: list[int]) -> list[dict[str, Any]]:
-        inputs = tokenizer([prompts[index] for index in batch], padding=True, return_tensors="pt").to(model.device)
-        tokens = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-        responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [_row(index, rows[index], text, judge) for index, text in zip(batch, responses, strict=True)]
-
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
-    with evaluating(model):
-        return decode_to_file(path, "index", range(len(rows)), lengths, decode, batch_size)
-
-
-def _row(
-    index: int, record: dict[str, str], text: str, judge: Callable[[str, str], tuple[Any, bool]]
-) -> dict[str, Any]:
-    # A model that does not stop may go on with another prompt.
-    response = text.split(RESPONSE)[0].strip()
-    prediction, correct = judge(response, record["answer"])
-    return {
-        "index": index,
-        "instruction": record["instruction"],
-        "response": response,
-        "prediction": prediction,
-        "answer": record["answer"],
-        "correct": correct,
-    }
-
-
-def answer_test_sets(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    test_sets: Mapping[str, Dataset],
-    folder: str | PathLike,
-    judge: Callable[[str, str, str], tuple[Any, bool]],
-    **generation,
-) -> dict[str, float]:
-    """
-    Answer test sets and count what is right.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): See [`answer`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): See [`answer`].
-        test_sets (`Mapping[str, Dataset]`): The records of each, by name.
-        folder (`str` or `os.PathLike`): Receives NAME.jsonl for each.
-        judge (`Callable`): Gets a name, a response and the right answer; see [`answer`].
-        generation: Passed on to [`answer`].
-
-    Returns:
-        `dict[str, float]`: The accuracy of each test set in [0, 1], by name, and their unweighted mean as `average`.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    accuracies = {}
-    for name, records in test_sets.items():
-        rows = answer(
-            model,
-            tokenizer,
-            records,
-            Path(folder, f"{name}.jsonl"),
-            lambda response, right, name=name: judge(name, response, right),
-            **generation,
-        )
-        accuracies[name] = sum(row["correct"] for row in rows) / len(rows)
-        logger.info("%s: %.4f of %d right", name, accuracies[name], len(rows))
-    return {**accuracies, "average": sum(accuracies.values()) / len(accuracies)}

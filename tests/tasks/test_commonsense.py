@@ -3,8 +3,8 @@ import logging
 
 import pytest
 
+from harness.demo_data import make_commonsense_demo_data
 from hf_sara.tasks.commonsense import TEST_SETS, extract_answer, judge, load_commonsense
-from hf_sara.tasks.demo_data import make_commonsense_demo_data
 
 DEMO = ("boolq", "piqa", "openbookqa")
 

@@ -3,14 +3,13 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FAMILIES, make_model, make_tokenizer, sara_arguments, train
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from training import training_arguments
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from hf_sara import SaraAdapter
+from hf_sara import SaraAdapter, SaraTrainer
 from hf_sara.tasks import e2e
 
 DECODERS = [name for name, (_, _, kind) in FAMILIES.items() if kind.endswith("CausalLM") or kind == "GPT2LMHeadModel"]
@@ -114,29 +113,6 @@ def test_batches_are_padded_on_the_right_and_padding_does_not_count():
     assert (batch["labels"][0, short:] == -100).all()
     # EOS is also the pad token: the real one still counts.
     assert batch["labels"][0, short - 1] == tokenizer.eos_token_id
-
-
-def test_the_evaluation_loss_is_not_smoothed(tmp_path):
-    tokenizer = make_tokenizer()
-    model = make_model("gpt2", vocab_size=len(tokenizer), n_positions=64)
-    encoded = e2e.encode_dataset(rows(), tokenizer)["train"]
-    trainer = e2e.E2ETrainer(
-        model=model,
-        args=training_arguments(tmp_path, label_smoothing_factor=0.1, max_steps=1),
-        sara_args=sara_arguments(),
-        train_dataset=encoded,
-        eval_dataset=encoded,
-        processing_class=tokenizer,
-        data_collator=e2e.make_collator(tokenizer),
-    )
-    batch = trainer.data_collator([{k: v for k, v in row.items() if k != "length"} for row in encoded])
-    with torch.no_grad():
-        scores = model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
-    labels = batch["labels"][:, 1:].flatten()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(F.cross_entropy(scores, labels)), rel=1e-5)
-    smoothed = trainer.compute_loss(trainer.model, dict(batch))
-    assert smoothed.item() == pytest.approx(float(F.cross_entropy(scores, labels, label_smoothing=0.1)), rel=1e-5)
-    trainer.train()
 
 
 # ---- decoding ----
@@ -260,34 +236,16 @@ def test_a_blank_line_ends_a_text_where_it_is_one_token():
     assert e2e.eos_tokens(tokenizer) == [0, tokenizer("\n\n")["input_ids"][0]]
 
 
-def test_an_interrupted_decoding_goes_on_and_ends_with_the_same_file(tmp_path, monkeypatch):
-    tokenizer = make_tokenizer()
-    model = make_model("gpt2", vocab_size=len(tokenizer), n_positions=64)
-    mrs = [f"name : {'A' * (i % 3 + 1)}{i}" for i in range(7)]
-    settings = {"num_beams": 2, "max_new_tokens": 4, "batch_size": 2}
-    expected = e2e.generate_predictions(model, tokenizer, mrs, tmp_path / "whole.jsonl", **settings)
-
-    search, calls = e2e.beam_search, []
-
-    def broken(*args, **kwargs):
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return search(*args, **kwargs)
-
-    monkeypatch.setattr(e2e, "beam_search", broken)
-    path = tmp_path / "parts.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        e2e.generate_predictions(model, tokenizer, mrs, path, **settings)
-    assert len(path.read_text().splitlines()) == 4
-    # A crash may cut a line in two.
-    path.write_text(path.read_text()[:-9])
-    assert e2e.generate_predictions(model, tokenizer, mrs, path, **settings) == expected
-    assert calls[3:] == [2, 2, 1]
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert [json.loads(line)["mr"] for line in path.read_text().splitlines()] == mrs
-    assert e2e.generate_predictions(model, tokenizer, mrs, path, **settings) == expected
-    assert len(calls) == 6
+def test_the_mode_of_a_model_is_restored():
+    model = make_model()
+    for training in (True, False):
+        model.train(training)
+        with e2e.evaluating(model):
+            assert not model.training
+        assert model.training == training
+        with pytest.raises(KeyError), e2e.evaluating(model):
+            raise KeyError
+        assert model.training == training
 
 
 # ---- beside the original code's outputs ----
@@ -356,7 +314,7 @@ def test_the_loss_equals_the_original(reference_data, golden_gpt2, tmp_path, smo
     )
     assert int((batch["labels"] != -100).sum()) == golden["mask_sum"]
     args = training_arguments(tmp_path, label_smoothing_factor=smoothing)
-    trainer = e2e.E2ETrainer(model=golden_gpt2, args=args, sara_args=sara_arguments("mo_sara"))
+    trainer = SaraTrainer(model=golden_gpt2, args=args, sara_args=sara_arguments("mo_sara"))
     try:
         with torch.no_grad():
             loss = trainer.compute_loss(golden_gpt2.eval(), dict(batch))

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_sara.tasks.demo_data import make_math_demo_data
+from harness.demo_data import make_math_demo_data
 from hf_sara.tasks.math import TEST_SETS, extract_letter, extract_number, judge, load_math
 
 DEMO = ("AddSub", "MultiArith", "AQuA")

@@ -2,16 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils.logging import tqdm
 
-from ..storage import write_file
+from hf_sara.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +76,3 @@ def _read_rows(path: Path, key: str) -> dict[Any, dict[str, Any]]:
 
 def _write_rows(path: Path, rows) -> None:
     write_file(path, "".join(map(_line, rows)).encode())
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode that it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -5,13 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import attach_trained, make_model, make_tokenizer
-from test_paper import FAKE, RECIPES, SMALL, make_sweep, run
+from recipe_scripts import FAKE, RECIPES
+from test_sweep import SMALL, make_sweep, run
 
+from harness import plots, report, results, tables
+from harness import sweep as sweeps
+from harness.base_models import load_base
+from harness.demo_data import make_demo_data, make_math_demo_data
+from harness.figures import _draw_lines, check_figures, draw_figures
+from harness.options import RecipeError
+from harness.run_folder import write_json
+from harness.sweep import Sweep
 from hf_sara import analysis
-from hf_sara.tasks import instruct, paper, paper_results
-from hf_sara.tasks.demo_data import make_demo_data, make_math_demo_data
-from hf_sara.tasks.paper import Sweep
-from hf_sara.tasks.recipe import RecipeError, load_base, write_json
+from hf_sara.tasks import instruct
 
 COLUMNS = {
     "trained_parameters": {"title": "parameters", "format": ",.0f"},
@@ -35,24 +41,24 @@ def done(tmp_path_factory) -> Sweep:
 
 
 def test_results_hold_every_run_beside_the_papers_numbers(done):
-    results = paper_results.collect(done, {})
-    a, b, printed = results["rows"]
-    assert [row["state"] for row in results["rows"]] == ["complete", "complete", "printed"]
+    found = results.collect(done, {})
+    a, b, printed = found["rows"]
+    assert [row["state"] for row in found["rows"]] == ["complete", "complete", "printed"]
     assert [entry["learning_rate"] for entry in a["tries"]] == [0.1, 0.01, 0.001]
     assert a["learning_rate"] == 0.01
     assert [entry["seed"] for entry in a["seeds"]] == [3, 4, 5]
     assert a["options"]["learning_rate"] == [0.1, 0.01, 0.001]
-    assert paper_results.means(a, "score") == [0.81]
-    assert paper_results.means(a, "eval_loss") == pytest.approx([1.03, 1.04, 1.05])
+    assert results.seed_values(a, "score") == [0.81]
+    assert results.seed_values(a, "eval_loss") == pytest.approx([1.03, 1.04, 1.05])
     assert (a["paper"], b["paper"], printed["paper"]) == ({"score": 77.7}, {}, {"score": 11})
     assert (b["group"], b["tries"], b["error"]) == ("big", [], None)
     # What the runs ran on, each once.
-    assert results["hardware"] == ["a machine"]
-    assert results["versions"] == [{"torch": "1.0"}]
+    assert found["hardware"] == ["a machine"]
+    assert found["versions"] == [{"torch": "1.0"}]
 
 
 def test_the_table_stands_beside_the_papers(done):
-    assert paper_results.render_table(paper_results.collect(done, {})) == (
+    assert results.render_table(results.collect(done, {})) == (
         "|  |  | parameters | loss | score | seeds |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
         "|  | A | 1,000 | 1.04 ± 0.01 | 81.0 | 3 |\n"
@@ -86,7 +92,7 @@ def test_a_table_says_what_is_missing(tmp_path):
         pass
     # B's scored run is lost.
     next(sweep.run_folder.glob("b/*.scored.json")).unlink()
-    results = paper_results.write_results(sweep, {})
+    found = results.write_results(sweep, {})
     assert (sweep.folder / "table.md").read_text() == (
         "# A table\n"
         "\n"
@@ -108,28 +114,28 @@ def test_a_table_says_what_is_missing(tmp_path):
         "\n"
         "Failed: A: ValueError: it is broken\n"
     )
-    assert results["rows"][0]["error"] == "ValueError: it is broken"
+    assert found["rows"][0]["error"] == "ValueError: it is broken"
     # Of a file, its name alone.
     (failed,) = sweep.runs(sweep.table.rows[0])
     error = f"No '{tmp_path}/x.txt', see https://a/b"
     write_json(failed.beside("error.json"), {"options": failed.options, "error": error})
-    assert paper_results.collect(sweep, {})["rows"][0]["error"] == "No 'x.txt', see https://a/b"
+    assert results.collect(sweep, {})["rows"][0]["error"] == "No 'x.txt', see https://a/b"
     # A loss that is no number is none in JSON.
     assert "NaN" not in (sweep.folder / "results.json").read_text()
-    assert json.loads((sweep.folder / "results.json").read_text()) == results
+    assert json.loads((sweep.folder / "results.json").read_text()) == found
 
 
 def test_the_command_and_the_options_have_no_path_of_the_machine(tmp_path):
     given = {"data_dir": str(tmp_path / "data"), "model_name_or_path": "org/model", "size": 3, "names": ["a", "b"]}
     sweep = make_sweep(tmp_path)
-    sweep.table = paper.override(sweep.table, given)
-    results = paper_results.collect(sweep, given)
-    assert results["command"] == (
+    sweep.table = tables.override(sweep.table, given)
+    found = results.collect(sweep, given)
+    assert found["command"] == (
         "python recipes/run_paper.py small --data_dir data --model_name_or_path org/model --size 3 --names a b"
     )
-    assert results["rows"][0]["options"]["data_dir"] == "data"
-    assert results["rows"][0]["options"]["model_name_or_path"] == "org/model"
-    assert str(tmp_path) not in json.dumps(results)
+    assert found["rows"][0]["options"]["data_dir"] == "data"
+    assert found["rows"][0]["options"]["model_name_or_path"] == "org/model"
+    assert str(tmp_path) not in json.dumps(found)
 
 
 # ---- figures ----
@@ -145,7 +151,7 @@ def drawn(sweep: Sweep, module, failing=()) -> list[str]:
     """The figures of a sweep, drawn, none of them blank."""
     pytest.importorskip("matplotlib")
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    assert list(paper_results.draw_figures(sweep, module, paper_results.collect(sweep, {}))) == list(failing)
+    assert list(draw_figures(sweep, module, results.collect(sweep, {}))) == list(failing)
     names = sorted(path.name for path in sweep.folder.glob("*.png"))
     for name in names:
         image = pixels(sweep.folder / name)
@@ -156,14 +162,14 @@ def drawn(sweep: Sweep, module, failing=()) -> list[str]:
 @pytest.fixture
 def lines(monkeypatch):
     """What is drawn as lines."""
-    seen, plot = [], analysis.plot_lines
+    seen, plot = [], plots.plot_lines
 
     def record(*args, **kwargs):
         figure = plot(*args, **kwargs)
         seen.append((args, figure))
         return figure
 
-    monkeypatch.setattr(analysis, "plot_lines", record)
+    monkeypatch.setattr(plots, "plot_lines", record)
     return seen
 
 
@@ -178,7 +184,7 @@ def test_scores_are_drawn_over_an_option_with_a_line_per_group_and_the_papers(tm
     sweep = make_sweep(tmp_path, rows=rows, columns=COLUMNS, figures={"figure": spec})
     for _ in sweep.run(sweep.table.rows[:3]):
         pass
-    assert drawn(sweep, paper.load_recipe(FAKE)) == ["figure.png"]
+    assert drawn(sweep, sweeps.load_recipe(FAKE)) == ["figure.png"]
     series, xlabel, ylabel = lines[0][0][:3]
     assert lines[0][0][6:] == ([], None)
     assert (xlabel, ylabel) == ("size", "score (%)")
@@ -196,16 +202,14 @@ def test_texts_on_the_axis_are_in_the_order_of_the_rows(tmp_path, lines):
     sweep = make_sweep(tmp_path, rows=rows, figures={"figure": spec})
     for _ in sweep.run(sweep.table.rows[1:]):
         pass
-    assert drawn(sweep, paper.load_recipe(FAKE)) == ["figure.png"]
+    assert drawn(sweep, sweeps.load_recipe(FAKE)) == ["figure.png"]
     assert lines[0][0][6:] == (["0-1", "2-3"], None)
 
 
 def test_scores_are_drawn_over_a_metric(done, tmp_path, lines):
     spec = {"kind": "lines", "x": "trained_parameters", "y": "score", "xlabel": "parameters", "ylabel": "score (%)"}
-    results = paper_results.collect(done, {})
-    paper_results._draw_lines(
-        done, None, results, tmp_path / "a.png", **{k: v for k, v in spec.items() if k != "kind"}
-    )
+    found = results.collect(done, {})
+    _draw_lines(done, None, found, tmp_path / "a.png", **{k: v for k, v in spec.items() if k != "kind"})
     assert lines[0][0][0]["measured"] == ((1000,), pytest.approx((81.0,)))
     # What the place on the axis does not say.
     assert lines[0][0][6:] == ([], {"measured": ["A"], "big": ["B"]})
@@ -214,9 +218,9 @@ def test_scores_are_drawn_over_a_metric(done, tmp_path, lines):
 def test_losses_are_drawn_over_learning_rates(done, tmp_path, lines):
     rows = [{"name": "A", "options": {"learning_rate": [0.001, 2.0, 0.1, 0.01]}}, SMALL["rows"][1]]
     sweep = make_sweep(tmp_path, rows=rows, figures={"rates": {"kind": "tries"}})
-    assert drawn(sweep, paper.load_recipe(FAKE)) == []
+    assert drawn(sweep, sweeps.load_recipe(FAKE)) == []
     run(sweep)
-    assert drawn(sweep, paper.load_recipe(FAKE)) == ["rates.png"]
+    assert drawn(sweep, sweeps.load_recipe(FAKE)) == ["rates.png"]
     ((series, xlabel, ylabel), figure) = lines[0]
     # From small to large, without the one that diverged, and without rows that tried nothing.
     assert series == {"A": ((0.001, 0.01, 0.1), pytest.approx((2.0, 1.0, 2.0)))}
@@ -248,7 +252,7 @@ def test_ranks_and_their_correlation_are_drawn(base, tmp_path):
         "correlation": {"kind": "correlation", "group": "SARA", "y": "score", "ylabel": "score", "threshold": 0.6},
     }
     sweep = make_sweep(tmp_path, rows=rows, figures=figures, options={"model_name_or_path": str(base)})
-    module = paper.load_recipe(FAKE)
+    module = sweeps.load_recipe(FAKE)
     assert drawn(sweep, module) == ["ranks.png"]
     assert json.loads((sweep.folder / "ranks.json").read_text()) == analysis.rank_curves(base, [0.2, 0.6]).to_dict()
     run(sweep)
@@ -271,7 +275,7 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
         rows=[{"name": "Mo-SARA", "options": options}],
         figures={"routing": {"kind": "routing", "row": "Mo-SARA"}},
     )
-    module = paper.load_recipe(RECIPES / f"{recipe}.py")
+    module = sweeps.load_recipe(RECIPES / f"{recipe}.py")
     assert drawn(sweep, module) == []
     # The run, without its training.
     (entry,) = sweep.runs(sweep.table.rows[0])
@@ -289,7 +293,7 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
     # Of a run that was finished elsewhere, another one's adapter that lies here says nothing.
     seen.clear()
     entry.record.unlink()
-    sweep.known = [{"recipe": recipe, "options": paper.without_paths(entry.options), "metrics": {"score": 1.0}}]
+    sweep.known = [{"recipe": recipe, "options": sweeps.without_paths(entry.options), "metrics": {"score": 1.0}}]
     assert sweep.is_complete(sweep.table.rows[0])
     drawn(sweep, module)
     assert not seen
@@ -312,12 +316,12 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
 )
 def test_a_figure_that_cannot_be_drawn_is_refused_before_the_runs(figure, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
-        paper_results.check_figures(make_sweep(tmp_path, figures={"one": figure}).table)
+        check_figures(make_sweep(tmp_path, figures={"one": figure}).table)
 
 
-@pytest.mark.parametrize("name", paper.table_names(RECIPES / "paper"))
+@pytest.mark.parametrize("name", tables.table_names(RECIPES / "paper"))
 def test_the_figures_of_the_project_can_be_drawn(name):
-    paper_results.check_figures(paper.load_table(RECIPES / "paper" / f"{name}.yaml"))
+    check_figures(tables.load_table(RECIPES / "paper" / f"{name}.yaml"))
 
 
 def test_a_figure_that_fails_is_noted_and_leaves_the_others(tmp_path):
@@ -327,8 +331,8 @@ def test_a_figure_that_fails_is_noted_and_leaves_the_others(tmp_path):
     }
     sweep = make_sweep(tmp_path, figures=figures, options={"model_name_or_path": str(tmp_path / "nowhere")})
     run(sweep)
-    module = paper.load_recipe(FAKE)
-    failed = paper_results.draw_figures(sweep, module, paper_results.collect(sweep, {}))
+    module = sweeps.load_recipe(FAKE)
+    failed = draw_figures(sweep, module, results.collect(sweep, {}))
     assert list(failed) == ["ranks"]
     assert "nowhere" in failed["ranks"]
     assert drawn(sweep, module, failing=["ranks"]) == ["rates.png"]
@@ -339,14 +343,14 @@ def test_a_figure_that_fails_is_noted_and_leaves_the_others(tmp_path):
 
 def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, tmp_path):
     output = done.folder.parent
-    paper_results.write_results(done, {"data_dir": "/somewhere/e2e"})
+    results.write_results(done, {"data_dir": "/somewhere/e2e"})
     (done.folder / "ranks.json").write_text("{}")
     (done.folder / "rates.png").write_bytes(b"an image")
-    other = paper_results.collect(done, {})
+    other = results.collect(done, {})
     (output / "later").mkdir(exist_ok=True)
     (output / "later" / "results.json").write_text(json.dumps({**other, "name": "later", "title": "Later"}))
 
-    page = paper_results.write_report(output, tmp_path / "docs")
+    page = report.write_report(output, tmp_path / "docs")
     assert page == tmp_path / "docs" / "results.md"
     text = page.read_text()
     assert text.startswith("# Results\n")
@@ -372,12 +376,12 @@ def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, t
     fuller["runs"].append({"recipe": "fake_recipe", "options": {"size": 9}, "metrics": {}})
     write_json(tmp_path / "docs" / "results" / "small.json", fuller)
     with pytest.raises(RecipeError, match=r"has 1 runs that small does not have here.*--known"):
-        paper_results.write_report(output, tmp_path / "docs")
+        report.write_report(output, tmp_path / "docs")
     write_json(tmp_path / "docs" / "results" / "small.json", json.loads(files["small.json"]))
     # Another table's images, and those of a figure that is no longer drawn, are none of the table's.
     for image in ("small-two-rates.png", "small-old.png"):
         (tmp_path / "docs" / "results" / image).write_bytes(b"an image")
-    paper_results.write_report(output, tmp_path / "docs")
+    report.write_report(output, tmp_path / "docs")
     assert page.read_text() == text
 
     # A person reorders and writes; the next report only replaces the parts.
@@ -385,11 +389,11 @@ def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, t
         re.search(f"<!-- {name}: .*?<!-- {name}: [^>]*>", text, re.S).group() for name in ("small", "later")
     )
     page.write_text(f"# Ours\n\n{first.replace('54.0', '0.0')}\n\nB wins.\n\n{second}\n\nThe end.\n")
-    paper_results.write_report(output, tmp_path / "docs")
+    report.write_report(output, tmp_path / "docs")
     assert page.read_text() == f"# Ours\n\n{first}\n\nB wins.\n\n{second}\n\nThe end.\n"
 
 
 def test_without_results_there_is_nothing_to_report(tmp_path):
     with pytest.raises(RecipeError, match="no results in"):
-        paper_results.write_report(tmp_path, tmp_path / "docs")
+        report.write_report(tmp_path, tmp_path / "docs")
     assert not (tmp_path / "docs").exists()

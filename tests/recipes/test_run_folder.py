@@ -9,9 +9,9 @@ from conftest import make_model, make_tokenizer
 from training import training_arguments
 from transformers import TrainingArguments
 
+from harness import base_models, card, run_folder
+from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraArguments
-from hf_sara.tasks import recipe
-from hf_sara.tasks.recipe import RecipeError
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Options:
 
 
 def parse(*argv, defaults=lambda given: {}):
-    return recipe.parse_arguments([Options, SaraArguments, TrainingArguments], defaults, list(argv))
+    return parse_arguments([Options, SaraArguments, TrainingArguments], defaults, list(argv))
 
 
 # ---- the command line ----
@@ -90,23 +90,23 @@ def test_a_model_is_loaded_with_its_tokenizer_and_a_pad_token(tmp_path):
     model = make_model("llama", vocab_size=len(tokenizer), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, its_tokenizer = recipe.load_base(str(tmp_path))
+    loaded, its_tokenizer = base_models.load_base(str(tmp_path))
     assert loaded.dtype == torch.bfloat16
     assert not loaded.training
     assert its_tokenizer.pad_token == its_tokenizer.eos_token
-    assert recipe.load_base(str(tmp_path), dtype="float32")[0].dtype == torch.float32
+    assert base_models.load_base(str(tmp_path), dtype="float32")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["flaot32", "nn", "float32 "])
 def test_a_dtype_that_does_not_exist_is_an_error(dtype):
     with pytest.raises(RecipeError, match=f"dtype='{dtype}' is unknown. Choose auto, float32"):
-        recipe.load_base("nowhere", dtype=dtype)
+        base_models.load_base("nowhere", dtype=dtype)
 
 
 def test_the_demo_model_says_how_to_be_installed(monkeypatch):
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install"):
-        recipe.load_base(recipe.SMOLLM2)
+        base_models.load_base(base_models.SMOLLM2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "bloom", "gpt_neox"])
@@ -128,8 +128,8 @@ def test_a_model_can_be_loaded_without_its_dropout(family, tmp_path):
         model.train()
         return float((model(ids).logits - model(ids).logits).abs().max())
 
-    assert spread(recipe.load_base(str(tmp_path))[0]) > 0.0
-    model, _ = recipe.load_base(str(tmp_path), without_dropout=True)
+    assert spread(base_models.load_base(str(tmp_path))[0]) > 0.0
+    model, _ = base_models.load_base(str(tmp_path), without_dropout=True)
     assert spread(model) == 0.0
     assert all(getattr(model.config, name) == 0.0 for name in rates)
 
@@ -140,7 +140,7 @@ def test_a_model_can_be_loaded_without_its_dropout(family, tmp_path):
 def test_a_folder_takes_the_same_run_again_and_no_other(tmp_path):
     def run(learning_rate=0.1, size=1, **changes):
         args = training_arguments(tmp_path / "run", learning_rate=learning_rate, **changes)
-        return recipe.open_run(args, recipe=Options(size=size), sara=SaraArguments())
+        return run_folder.open_run(args, recipe=Options(size=size), sara=SaraArguments())
 
     folder = run()
     # So far there is nothing in it that could be lost.
@@ -148,14 +148,14 @@ def test_a_folder_takes_the_same_run_again_and_no_other(tmp_path):
     run(learning_rate=0.2, size=2)
     run()
     (folder / "checkpoint-3").mkdir()
-    settings = (folder / recipe.SETTINGS_FILE).read_text()
+    settings = (folder / run_folder.SETTINGS_FILE).read_text()
     # What does not change the result may change.
     assert run(logging_steps=1, save_steps=1) == folder
     with pytest.raises(RecipeError, match=r"learning_rate: 0.1 there, 0.2 now"):
         run(learning_rate=0.2)
     with pytest.raises(RecipeError, match=r"size: 1 there, 2 now"):
         run(size=2)
-    assert (folder / recipe.SETTINGS_FILE).read_text() == settings
+    assert (folder / run_folder.SETTINGS_FILE).read_text() == settings
     assert json.loads(settings)["recipe"]["size"] == 1
 
 
@@ -164,17 +164,17 @@ def test_what_is_logged_goes_to_the_file_of_the_run_that_is_open(tmp_path):
     folders = []
     for number in (1, 2):
         args = training_arguments(tmp_path / str(number))
-        folders.append(recipe.open_run(args))
+        folders.append(run_folder.open_run(args))
         log.info("message %d", number)
-    texts = [(folder / recipe.LOG_FILE).read_text() for folder in folders]
+    texts = [(folder / run_folder.LOG_FILE).read_text() for folder in folders]
     assert "message 1" in texts[0]
     assert "message 2" not in texts[0]
     assert "message 2" in texts[1]
 
 
 def test_no_token_is_written_to_the_settings(tmp_path):
-    recipe.open_run(training_arguments(tmp_path, hub_token="hf_secretsecretsecret"))
-    assert "secretsecret" not in (tmp_path / recipe.SETTINGS_FILE).read_text()
+    run_folder.open_run(training_arguments(tmp_path, hub_token="hf_secretsecretsecret"))
+    assert "secretsecret" not in (tmp_path / run_folder.SETTINGS_FILE).read_text()
 
 
 def test_a_card_says_where_the_base_of_the_package_is(tmp_path):
@@ -183,9 +183,9 @@ def test_a_card_says_where_the_base_of_the_package_is(tmp_path):
     # As make_card, it keeps what stands there.
     trainer.create_model_card.side_effect = lambda **kwargs: path.exists() or path.write_text(own)
     values = {"dataset": "E2E", "dataset_id": None, "split": "test"}
-    recipe.write_card(trainer, "someone/model", {"bleu": 0.5}, **values)
+    card.write_card(trainer, "someone/model", {"bleu": 0.5}, **values)
     assert path.read_text() == own
     for _ in range(2):
-        recipe.write_card(trainer, recipe.SMOLLM2, {"bleu": 0.5}, **values)
-        assert path.read_text() == f"{own}\n{recipe.SMOLLM2_TEXT}"
+        card.write_card(trainer, base_models.SMOLLM2, {"bleu": 0.5}, **values)
+        assert path.read_text() == f"{own}\n{card.SMOLLM2_TEXT}"
     assert trainer.create_model_card.call_args.kwargs["results"][0].metric_value == 0.5

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_scripts import FAKE, RECIPES
 
-from hf_sara.tasks import paper, paper_results
-from hf_sara.tasks.paper import Row, Sweep, Table, load_table
-from hf_sara.tasks.paper_results import FIGURES
-from hf_sara.tasks.recipe import RecipeError
+from harness import report, results, tables
+from harness import sweep as sweeps
+from harness.figures import FIGURES
+from harness.options import RecipeError
+from harness.sweep import Sweep
+from harness.tables import Row, Table, load_table
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-TABLES = paper.table_names(RECIPES / "paper")
-FAKE = Path(__file__).with_name("fake_recipe.py")
+TABLES = tables.table_names(RECIPES / "paper")
 
 SMALL = {
     "title": "A table",
@@ -42,12 +43,12 @@ def make_sweep(tmp_path, known=(), **changes) -> Sweep:
 
 
 def run(sweep, **kwargs) -> list[str]:
-    return [row.label for row in sweep.run(paper.select_rows(sweep.table), **kwargs)]
+    return [row.label for row in sweep.run(tables.select_rows(sweep.table), **kwargs)]
 
 
 def errors(sweep) -> dict[str, str]:
     """By row, why it is not complete."""
-    return {row.label: error for row in paper.select_rows(sweep.table) if (error := sweep.error(row))}
+    return {row.label: error for row in tables.select_rows(sweep.table) if (error := sweep.error(row))}
 
 
 def calls(sweep) -> list[str]:
@@ -66,9 +67,9 @@ def test_rows_have_the_tables_options_and_their_own(tmp_path):
     assert a.options == {"size": 2, "layers": "0-1", "learning_rate": [0.1, 0.01, 0.001], "seed": [3, 4, 5]}
     assert b.options == {"size": 4, "layers": "0-1"}
     assert printed.options is None
-    assert [row.label for row in paper.select_rows(table)] == ["A", "big B"]
+    assert [row.label for row in tables.select_rows(table)] == ["A", "big B"]
     assert (table.name, table.runs) == ("small", "small")
-    changed = paper.override(table, {"size": 9})
+    changed = tables.override(table, {"size": 9})
     assert [row.options and row.options["size"] for row in changed.rows] == [9, 9, None]
 
 
@@ -129,44 +130,44 @@ def test_files_that_are_no_table_are_an_error(tmp_path):
         with pytest.raises(RecipeError, match=message):
             load_table(tmp_path / f"{name}.yaml")
     with pytest.raises(RecipeError, match=r"no table 'table5'.*one of: broken, empty, list"):
-        paper.find_table("table5", tmp_path)
-    assert paper.find_table("list", tmp_path) == paper.find_table(str(tmp_path / "list.yaml"), "elsewhere")
+        tables.find_table("table5", tmp_path)
+    assert tables.find_table("list", tmp_path) == tables.find_table(str(tmp_path / "list.yaml"), "elsewhere")
 
 
 def test_rows_are_chosen_by_label_or_name(tmp_path):
     table = load_table(write(tmp_path))
-    assert [row.label for row in paper.select_rows(table, ["BIG-b"])] == ["big B"]
-    assert [row.label for row in paper.select_rows(table, ["b", "a"])] == ["A", "big B"]
+    assert [row.label for row in tables.select_rows(table, ["BIG-b"])] == ["big B"]
+    assert [row.label for row in tables.select_rows(table, ["b", "a"])] == ["A", "big B"]
     with pytest.raises(RecipeError, match=r"no row c, printed to run. It has: A; big B"):
-        paper.select_rows(table, ["printed", "C", "A"])
+        tables.select_rows(table, ["printed", "C", "A"])
 
 
 def test_tables_are_listed_by_their_numbers(tmp_path):
     for name in ("table10", "table2", "figure3", "table1"):
         write(tmp_path, name)
-    assert paper.table_names(tmp_path) == ["figure3", "table1", "table2", "table10"]
+    assert tables.table_names(tmp_path) == ["figure3", "table1", "table2", "table10"]
 
 
 # ---- recipes ----
 
 
 def test_options_come_from_the_recipes_own_parser():
-    module = paper.load_recipe(FAKE)
-    assert paper.read_overrides(module, ["--size", "3", "--learning-rate", "1e-3"]) == {
+    module = sweeps.load_recipe(FAKE)
+    assert sweeps.read_overrides(module, ["--size", "3", "--learning-rate", "1e-3"]) == {
         "size": 3,
         "learning_rate": 1e-3,
     }
     for argv, wrong in ((["--sizes", "3"], "--sizes 3"), (["--config", "x.yaml"], "--config"), (["more"], "more")):
         with pytest.raises(RecipeError, match=f"{wrong}: no option of run_paper or of the recipe fake_recipe"):
-            paper.read_overrides(module, argv)
-    (options,) = paper.parse_options(module, {"learning_rate": [0.5, 0.25], "seed": [7, 8], "size": 2})
+            sweeps.read_overrides(module, argv)
+    (options,) = sweeps.parse_options(module, {"learning_rate": [0.5, 0.25], "seed": [7, 8], "size": 2})
     assert (options.learning_rate, options.seed, options.size) == (0.5, 7, 2)
-    paper.check_rows([Row("fine", options={"size": 1})], module)
+    sweeps.check_rows([Row("fine", options={"size": 1})], module)
     for wrong, message in (({"size": 0}, "size=0 has to be"), ({"sizes": 1}, "unknown options sizes")):
         with pytest.raises(RecipeError, match=f"fast B: .*{message}"):
-            paper.check_rows([Row("fine", options={}), Row("B", "fast", wrong)], module)
+            sweeps.check_rows([Row("fine", options={}), Row("B", "fast", wrong)], module)
     with pytest.raises(RecipeError, match="There is no recipe"):
-        paper.load_recipe("nowhere.py")
+        sweeps.load_recipe("nowhere.py")
 
 
 # ---- runs ----
@@ -271,7 +272,7 @@ def test_another_row_or_rate_later_leaves_what_is_done(tmp_path):
 def test_what_was_run_with_other_options_does_not_count(tmp_path):
     run(make_sweep(tmp_path))
     sweep = make_sweep(tmp_path)
-    sweep.table = paper.override(sweep.table, {"size": 3})
+    sweep.table = tables.override(sweep.table, {"size": 3})
     assert sweep.seeds(sweep.table.rows[1]) == {}
     assert not sweep.is_complete(sweep.table.rows[1])
     calls(sweep)
@@ -288,9 +289,9 @@ def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
         tried = next(first_runs)
         assert tried.options["learning_rate"] == sought
         first.start(tried)
-    paper_results.write_results(first, {})
-    paper_results.write_report(first.folder.parent, tmp_path / "docs")
-    records = paper.read_records(tmp_path / "docs" / "results")
+    results.write_results(first, {})
+    report.write_report(first.folder.parent, tmp_path / "docs")
+    records = sweeps.read_records(tmp_path / "docs" / "results")
     # JSON has no word for the loss of the one that diverged.
     assert [record["metrics"]["eval_loss"] for record in records] == [None, pytest.approx(2.03)]
 
@@ -305,16 +306,16 @@ def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
     ]
     assert second.is_complete(row)
     # Its own report has all of it, so that a third machine can go on.
-    paper_results.write_results(second, {})
-    paper_results.write_report(second.folder.parent, tmp_path / "docs")
-    third = make_sweep(tmp_path / "third", known=paper.read_records(tmp_path / "docs" / "results"), rows=rows)
+    results.write_results(second, {})
+    report.write_report(second.folder.parent, tmp_path / "docs")
+    third = make_sweep(tmp_path / "third", known=sweeps.read_records(tmp_path / "docs" / "results"), rows=rows)
     run(third)
     assert calls(third) == []
     assert third.best_rate(row) == 0.01
-    assert paper_results.collect(third, {}) == paper_results.collect(second, {})
+    assert results.collect(third, {}) == results.collect(second, {})
     # Other options are other runs, and so are those of another recipe.
     table = third.table
-    third.table = paper.override(table, {"data_dir": "/elsewhere/other"})
+    third.table = tables.override(table, {"data_dir": "/elsewhere/other"})
     assert not any(third.tries(third.table.rows[0]).values())
     third.table = replace(table, recipe="another_recipe")
     assert not any(third.tries(third.table.rows[0]).values())
@@ -323,7 +324,7 @@ def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
 def test_where_nothing_was_reported_nothing_is_known(tmp_path):
     (tmp_path / "small-figure.json").write_text("{}")
     with pytest.raises(RecipeError, match="no results in"):
-        paper.read_records(tmp_path)
+        sweeps.read_records(tmp_path)
 
 
 @pytest.mark.parametrize(("how", "message"), [("raise", "ValueError: it is broken"), ("kill", "killed by SIGKILL")])
@@ -346,7 +347,7 @@ def test_a_failed_row_leaves_the_others_and_is_finished_by_a_second_call(how, me
     sweep = make_sweep(tmp_path, rows=rows)
     assert message in errors(sweep)["A"]
     other = make_sweep(tmp_path, rows=rows)
-    other.table = paper.override(other.table, {"size": 2})
+    other.table = tables.override(other.table, {"size": 2})
     assert not errors(other)
     run(sweep)
     assert not errors(sweep)
@@ -404,18 +405,18 @@ def test_no_run_begins_after_the_deadline(tmp_path):
 def rows_of(name: str) -> dict[str, tuple]:
     """The rows of a table as its recipe reads them: options of the recipe, of the method, of the training."""
     table = load_table(RECIPES / "paper" / f"{name}.yaml")
-    module = paper.load_recipe(RECIPES / f"{table.recipe}.py")
-    return {row.label: paper.parse_options(module, row.options) for row in paper.select_rows(table)}
+    module = sweeps.load_recipe(RECIPES / f"{table.recipe}.py")
+    return {row.label: sweeps.parse_options(module, row.options) for row in tables.select_rows(table)}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_option_of_a_table_is_one_of_its_recipe(name):
     table = load_table(RECIPES / "paper" / f"{name}.yaml")
-    module = paper.load_recipe(RECIPES / f"{table.recipe}.py")
-    rows = paper.select_rows(table)
-    paper.check_rows(rows, module)
+    module = sweeps.load_recipe(RECIPES / f"{table.recipe}.py")
+    rows = tables.select_rows(table)
+    sweeps.check_rows(rows, module)
     # What is tried is an option as well.
-    paper.parse_options(module, {**table.options, **table.tries})
+    sweeps.parse_options(module, {**table.options, **table.tries})
     for row in table.rows:
         assert set(row.paper or {}) <= set(table.columns)
     for figure in table.figures.values():

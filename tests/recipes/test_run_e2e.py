@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import importlib.util
 import json
 import os
 import runpy
@@ -14,23 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import make_model, make_tokenizer
 from peft import PeftModel
+from recipe_scripts import RECIPES, load
 from transformers import Trainer, TrainingArguments
 
+from harness import e2e_task
+from harness.arguments import ALL_METHODS, PEFT_METHODS, MethodArguments
+from harness.base_models import load_base
+from harness.bottleneck import load_bottleneck
+from harness.demo_data import make_demo_data
+from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraAdapter
-from hf_sara.tasks import e2e, recipe
-from hf_sara.tasks.bottleneck import load_bottleneck
-from hf_sara.tasks.demo_data import make_demo_data
-from hf_sara.tasks.methods import METHODS, PEFT_METHODS, MethodArguments
-from hf_sara.tasks.recipe import load_base
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from hf_sara.tasks import e2e
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +87,7 @@ def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp
     model, tokenizer = load_base(str(base))
     SaraAdapter.load(model, output)
     mrs = [row["mr"] for row in predictions]
-    again = e2e.generate_predictions(
+    again = e2e_task.generate_predictions(
         model, tokenizer, mrs, tmp_path / "again.jsonl", batch_size=2, num_beams=3, max_new_tokens=6
     )
     assert again == [row["prediction"] for row in predictions]
@@ -125,7 +118,7 @@ def test_e2e_runs_the_baselines_just_so(method, base, data, tmp_path, monkeypatc
     else:
         load_bottleneck(model, tmp_path / "run")
     mrs = [row["mr"] for row in predictions]
-    again = e2e.generate_predictions(
+    again = e2e_task.generate_predictions(
         model, tokenizer, mrs, tmp_path / "again.jsonl", batch_size=2, num_beams=3, max_new_tokens=6
     )
     assert again == [row["prediction"] for row in predictions]
@@ -163,7 +156,7 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
         )
         with pytest.raises(KeyboardInterrupt):
             run_e2e.main(arguments(base, data, tmp_path / "parts"))
-    for name in ("hf_sara.tasks.e2e.beam_search", "hf_sara.tasks.e2e_metrics.bleu"):
+    for name in ("harness.e2e_task.beam_search", "hf_sara.tasks.e2e_metrics.bleu"):
         with monkeypatch.context() as patch:
             patch.setattr(name, crash)
             with pytest.raises(KeyboardInterrupt):
@@ -231,7 +224,7 @@ def test_a_run_that_could_not_begin_takes_other_settings(base, data, tmp_path):
 )
 def test_e2e_refuses_what_would_fail_after_the_training(name, value, least, tmp_path):
     argv = [f"--{name}", str(value), "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(recipe.RecipeError, match=f"{name}={value} has to be at least {least}"):
+    with pytest.raises(RecipeError, match=f"{name}={value} has to be at least {least}"):
         load("run_e2e").main(argv)
     assert not (tmp_path / "run").exists()
 
@@ -239,7 +232,7 @@ def test_e2e_refuses_what_would_fail_after_the_training(name, value, least, tmp_
 def test_e2e_alone_is_the_run_of_the_paper():
     run_e2e = load("run_e2e")
     kinds = [run_e2e.E2EArguments, MethodArguments, TrainingArguments]
-    options, sara, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--threshold", "0.012"])
+    options, sara, training = parse_arguments(kinds, run_e2e.defaults, ["--threshold", "0.012"])
     assert options.model_name_or_path == "openai-community/gpt2-medium"
     assert options.data_dir is None
     assert (options.num_beams, options.length_penalty, options.no_repeat_ngram_size) == (10, 0.8, 4)
@@ -248,13 +241,13 @@ def test_e2e_alone_is_the_run_of_the_paper():
     assert (training.per_device_train_batch_size, training.label_smoothing_factor) == (16, 0.1)
     assert (training.weight_decay, training.max_grad_norm, training.adam_epsilon) == (0.01, 0.0, 1e-6)
     assert (training.seed, training.lr_scheduler_type, training.max_steps) == (314, "linear", -1)
-    _, sara, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--method", "mo_sara"])
+    _, sara, training = parse_arguments(kinds, run_e2e.defaults, ["--method", "mo_sara"])
     assert (sara.method, sara.threshold, sara.num_heads, training.learning_rate) == ("mo_sara", 0.5, 3, 7e-2)
-    _, sara, _ = recipe.parse_arguments(kinds, run_e2e.defaults, ["--parameter_budget", "0.1%"])
+    _, sara, _ = parse_arguments(kinds, run_e2e.defaults, ["--parameter_budget", "0.1%"])
     assert (sara.threshold, sara.parameter_budget) == (None, "0.1%")
     rates = {}
-    for method in METHODS:
-        _, chosen, training = recipe.parse_arguments(kinds, run_e2e.defaults, ["--method", method])
+    for method in ALL_METHODS:
+        _, chosen, training = parse_arguments(kinds, run_e2e.defaults, ["--method", method])
         rates[method] = training.learning_rate
         assert (chosen.method, chosen.dropout, training.seed) == (method, 0.0, 314)
         assert training.output_dir == f"runs/e2e-gpt2-medium-{method}"

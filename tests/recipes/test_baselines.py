@@ -9,16 +9,19 @@ from datasets import Dataset
 from training import At, dataset, log_of, training_arguments
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer
 
+from harness import arguments as method_arguments
+from harness.arguments import ALL_METHODS, MethodArguments
+from harness.baselines import attach_baseline, make_trainer, report
+from harness.bottleneck import load_bottleneck
+from harness.e2e_task import E2ETrainerMixin
 from hf_sara import SaraAdapter, SaraArguments, SaraTrainer
 from hf_sara.planning import count_base
-from hf_sara.tasks import e2e, methods
-from hf_sara.tasks.bottleneck import load_bottleneck
-from hf_sara.tasks.methods import METHODS, MethodArguments, attach_baseline, make_trainer, report
+from hf_sara.tasks import e2e
 
 SMALL = {"lora_r": 2, "vera_r": 8, "num_virtual_tokens": 3, "bottleneck_size": 4, "adalora_interval": 1}
 OURS = {"sara": {"threshold": 0.3}, "mo_sara": {"threshold": 0.5, "num_heads": 3}}
-BASELINES = [method for method in METHODS if method not in OURS]
-PEFT_METHODS = [method for method in BASELINES if method in methods.PEFT_METHODS]
+BASELINES = [method for method in ALL_METHODS if method not in OURS]
+PEFT_METHODS = [method for method in BASELINES if method in method_arguments.PEFT_METHODS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +32,7 @@ def _small_heap():
     gc.unfreeze()
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=ALL_METHODS)
 def method(request) -> str:
     return request.param
 
@@ -236,7 +239,7 @@ def ragged(size: int = 8) -> Dataset:
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_all_methods_see_the_same_batches_in_the_same_order(strategy, tmp_path):
     seen = {}
-    for name in METHODS:
+    for name in ALL_METHODS:
         trainer = trainer_of(
             name,
             tmp_path / name,
@@ -325,7 +328,7 @@ def test_the_best_checkpoint_of_prefix_tuning_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_labels_are_smoothed_in_training_and_not_in_evaluation(method, family, tmp_path):
-    trainer = trainer_of(method, tmp_path, family, mixin=e2e.E2ETrainerMixin, label_smoothing_factor=0.1)
+    trainer = trainer_of(method, tmp_path, family, mixin=E2ETrainerMixin, label_smoothing_factor=0.1)
     model = trainer.model.eval()
     inputs = make_inputs(trainer.model, batch=3, length=7)
     # As in the task, no first token counts: Trainer miscounts those of GPT-2.

@@ -1,9 +1,8 @@
 import json
 
 import pytest
-from conftest import make_model
 
-from hf_sara.tasks.predictions import decode_to_file, evaluating
+from harness.predictions import decode_to_file
 
 LENGTHS = [5, 1, 4, 2, 3]
 
@@ -59,15 +58,3 @@ def test_fewer_inputs_leave_the_rows_of_the_others(tmp_path):
         assert rows == rows_of(range(count))
     assert len(calls) == 3
     assert [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]] == rows_of(range(5))
-
-
-def test_the_mode_of_a_model_is_restored():
-    model = make_model()
-    for training in (True, False):
-        model.train(training)
-        with evaluating(model):
-            assert not model.training
-        assert model.training == training
-        with pytest.raises(KeyError), evaluating(model):
-            raise KeyError
-        assert model.training == training

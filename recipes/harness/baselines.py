@@ -1,18 +1,16 @@
 """The methods that the paper compares, trained in one loop: same data order, same seed, same report.
 
 SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional;
-series and parallel adapters from [`hf_sara.tasks.bottleneck`]; `full` trains the model itself.
+series and parallel adapters from [`harness.bottleneck`]; `full` trains the model itself.
 
 PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn`, query, key and value, where
 SARA adapts query and value. (LoRA at r 4 on GPT-2 medium has 393,216 parameters either way, as the paper's LoRA.)
 """
 
 import functools
-import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -25,18 +23,15 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import enable_full_determinism
 
-from .. import storage
-from ..arguments import METHODS as OURS
-from ..arguments import SaraArguments
-from ..model_card import hardware
-from ..planning import count_base
-from ..sites import find_sites
-from ..trainer import SaraTrainer, SaraTrainerMixin
-from . import bottleneck, recipe
+from hf_sara import storage
+from hf_sara.model_card import hardware
+from hf_sara.planning import count_base
+from hf_sara.targets import find_sites
+from hf_sara.tensor_files import check_tensors
+from hf_sara.trainer import FrozenBaseMixin, SaraTrainer
 
-PEFT_METHODS = ("lora", "dora", "vera", "adalora", "prefix")
-BOTTLENECKS = ("series_adapter", "parallel_adapter")
-METHODS = (*OURS, *PEFT_METHODS, *BOTTLENECKS, "full")
+from . import bottleneck
+from .arguments import BOTTLENECKS, OURS, PEFT_METHODS, MethodArguments
 
 # A checkpoint's trained tensors, by their names in the model, in full: what PEFT writes to share is AdaLoRA's pruned
 # ranks only, to which the optimizer's state would not belong.
@@ -48,105 +43,8 @@ ADAPTER_FILES = {
     **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
     "full": ("config.json", "generation_config.json", "model*.safetensors*"),
 }
-# The methods that have an option of `SaraArguments`, where that is not all of them. The baselines' own sizes, and
-# dropout, may stand beside any method.
-AT_SITES = tuple(method for method in METHODS if method not in ("prefix", "full"))
-OWNERS = {entry.name: OURS for entry in fields(SaraArguments) if entry.name not in ("method", "dropout")}
-OWNERS |= {"target_modules": AT_SITES, "layers": AT_SITES}
 # AdaLoRA's weight of the orthogonality of its factors, PEFT's default.
 ORTHOGONALITY = 0.5
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class MethodArguments(SaraArguments):
-    """
-    [`SaraArguments`] with the baselines beside: `method` may be any of `METHODS`. `dropout`, `target_modules` and
-    `layers` are shared, where a method has them. The defaults are those of the paper's baselines. A size of one
-    baseline is nothing to the others.
-
-    Args:
-        method (`str`, *optional*, defaults to `"sara"`):
-            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"vera"`, `"adalora"`, `"prefix"`, `"series_adapter"`,
-            `"parallel_adapter"` or `"full"`.
-        lora_r (`int`, *optional*, defaults to 10):
-            LoRA and DoRA: the rank. AdaLoRA: the mean rank in the end.
-        lora_alpha (`int`, *optional*):
-            LoRA, DoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Left open: scaling 2.
-        adalora_init_r (`int`, *optional*):
-            AdaLoRA: the rank in the beginning, larger than `lora_r`. Left open: one and a half times `lora_r`.
-        adalora_warmup (`float`, *optional*, defaults to 0.1):
-            AdaLoRA: share of the steps before ranks are pruned.
-        adalora_final (`float`, *optional*, defaults to 0.5):
-            AdaLoRA: share of the steps after the pruning.
-        adalora_interval (`int`, *optional*, defaults to 10):
-            AdaLoRA: steps from one pruning to the next.
-        vera_r (`int`, *optional*, defaults to 1024):
-            VeRA: the rank of the shared frozen projections.
-        num_virtual_tokens (`int`, *optional*, defaults to 30):
-            Prefix tuning: length of the prefix.
-        bottleneck_size (`int`, *optional*, defaults to 256):
-            Series and parallel adapters: width of the bottleneck.
-
-    Raises:
-        `ValueError`: for a value outside its range, or an option of [`SaraArguments`] that the method does not have.
-    """
-
-    method: str = field(default="sara", metadata={"choices": list(METHODS), "help": "What to train."})
-    lora_r: int = _option(10, "LoRA, DoRA: rank. AdaLoRA: mean rank in the end.")
-    lora_alpha: int | None = _option(None, "LoRA, DoRA, AdaLoRA: scaling times (initial) rank. Default: scaling 2.")
-    adalora_init_r: int | None = _option(None, "AdaLoRA: rank in the beginning. Default: 1.5 times lora_r.")
-    adalora_warmup: float = _option(0.1, "AdaLoRA: share of the steps before ranks are pruned.")
-    adalora_final: float = _option(0.5, "AdaLoRA: share of the steps after the pruning.")
-    adalora_interval: int = _option(10, "AdaLoRA: steps from one pruning to the next.")
-    vera_r: int = _option(1024, "VeRA: rank of the shared frozen projections.")
-    num_virtual_tokens: int = _option(30, "Prefix tuning: length of the prefix.")
-    bottleneck_size: int = _option(256, "Series and parallel adapters: width of the bottleneck.")
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(METHODS)}.")
-        for entry in fields(self):
-            owners, value = OWNERS.get(entry.name, METHODS), getattr(self, entry.name)
-            if self.method not in owners and value != entry.default:
-                raise ValueError(
-                    f"{entry.name}={value!r} is no option of method={self.method!r}, only of {', '.join(owners)}. "
-                    "Leave it out."
-                )
-        # Checks what is shared, whatever the method is.
-        shared = self.sara_arguments()
-        self.target_modules, self.layers = shared.target_modules, shared.layers
-        recipe.check_least(self, lora_r=1, lora_alpha=1, adalora_interval=1)
-        recipe.check_least(self, vera_r=1, num_virtual_tokens=1, bottleneck_size=1)
-        if self.method == "adalora":
-            if self.initial_rank <= self.lora_r:
-                raise ValueError(f"adalora_init_r={self.initial_rank} has to be larger than lora_r={self.lora_r}.")
-            warmup, final = self.adalora_warmup, self.adalora_final
-            if not (0.0 <= warmup < 1.0 and 0.0 < final < 1.0 and warmup + final < 1.0):
-                raise ValueError(
-                    f"adalora_warmup={warmup} and adalora_final={final} are shares of the steps that have to leave "
-                    "some for the pruning between them: their sum has to be below 1, and adalora_final above 0."
-                )
-
-    @property
-    def initial_rank(self) -> int:
-        """The rank at the first step: of AdaLoRA it is the larger one that is pruned."""
-        if self.method != "adalora":
-            return self.lora_r
-        return math.ceil(1.5 * self.lora_r) if self.adalora_init_r is None else self.adalora_init_r
-
-    @property
-    def alpha(self) -> int:
-        """PEFT's `lora_alpha`: the scaling times the rank at the first step."""
-        return 2 * self.initial_rank if self.lora_alpha is None else self.lora_alpha
-
-    def sara_arguments(self) -> SaraArguments:
-        """The part that defines an adapter of this library; for a baseline, SARA at the sites that are shared."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(SaraArguments)}
-        return SaraArguments(**values if self.method in OURS else {**values, "method": "sara"})
 
 
 # ---- the models ----
@@ -228,10 +126,10 @@ def orthogonality(model: nn.Module) -> torch.Tensor:
 # ---- the trainers ----
 
 
-class BaselineTrainer(SaraTrainerMixin, Trainer):
+class BaselineTrainer(FrozenBaseMixin, Trainer):
     """
-    [`~transformers.Trainer`] for the methods that are not this library's. Resuming exactly, and all else that has
-    nothing to do with whose adapter it is, is [`SaraTrainerMixin`]'s.
+    [`~transformers.Trainer`] for the methods that are not this library's. It shares exact resuming, and all else that
+    has nothing to do with whose tensors are trained, with [`SaraTrainer`]: that is [`FrozenBaseMixin`]'s.
 
     A checkpoint holds the trained tensors by name; `save_model` writes what one would share: PEFT's adapter, the
     bottleneck adapter, or the whole model.
@@ -265,9 +163,6 @@ class BaselineTrainer(SaraTrainerMixin, Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def _attach(self, model) -> None:
-        """The constructor has done it: PEFT puts a wrapper in the model's place."""
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what one would share. (Trainer's internal call writes a checkpoint's tensors.)"""
         if not self.args.should_save:
@@ -291,7 +186,7 @@ class BaselineTrainer(SaraTrainerMixin, Trainer):
         if not path.is_file():
             raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: it has no {TRAINED_FILE}.")
         tensors, own = load_file(path), self.trained()
-        storage.check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        check_tensors(tensors, {name: tuple(parameter.shape) for name, parameter in own.items()})
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
 
@@ -422,7 +317,7 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         **costs,
         "train_seconds": trainer.training_seconds,
         **_peak_memory(),
-        "versions": {**storage.versions(), **({"peft": version("peft")} if method in PEFT_METHODS else {})},
+        "versions": {**storage.current_versions(), **({"peft": version("peft")} if method in PEFT_METHODS else {})},
         "hardware": hardware(),
     }
 

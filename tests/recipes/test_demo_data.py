@@ -2,8 +2,8 @@ import re
 
 import pytest
 
+from harness.demo_data import SIZES, make_commonsense_demo_data, make_demo_data, make_math_demo_data
 from hf_sara.tasks import commonsense, math
-from hf_sara.tasks.demo_data import SIZES, make_commonsense_demo_data, make_demo_data, make_math_demo_data
 from hf_sara.tasks.e2e import group_by_mr, load_e2e
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_model, make_tokenizer
-from test_recipes import RECIPES, load
+from recipe_scripts import FAKE, RECIPES, load
 
-from hf_sara.tasks import paper
-from hf_sara.tasks.demo_data import make_demo_data, make_math_demo_data
+from harness.demo_data import make_demo_data, make_math_demo_data
+from harness.sweep import Sweep
 
-FAKE = Path(__file__).parent / "tasks" / "fake_recipe.py"
 TABLE = {
     "title": "A table",
     "recipe": "fake_recipe",
@@ -93,14 +92,14 @@ def test_a_failed_row_is_named_and_the_exit_code_is_1(run_paper, tmp_path, caplo
 
 
 def test_an_interrupted_table_has_what_there_is(run_paper, monkeypatch):
-    start = paper.Sweep.start
+    start = Sweep.start
 
     def interrupted(self, run):
         if "0.01" in run.folder.name:
             raise KeyboardInterrupt
         start(self, run)
 
-    monkeypatch.setattr(paper.Sweep, "start", interrupted)
+    monkeypatch.setattr(Sweep, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_paper(["small"])
     assert [entry["learning_rate"] for entry in results()["A"]["tries"]] == [0.1]
@@ -162,7 +161,8 @@ def test_a_terminated_table_ends_its_run_too(run_paper, tmp_path):
     # By a script of its own, since the recipes are the test's.
     shutil.copy(RECIPES / "run_paper.py", "recipes")
     command = [sys.executable, "recipes/run_paper.py", str(tmp_path / "own.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         pid = tmp_path / "runs/paper/own/runs/a/run/pid"
         wait_for(lambda: pid.is_file() and pid.read_text())
         process.terminate()
@@ -257,8 +257,7 @@ def test_a_run_is_scored_later_and_further_without_training_again(name, base, tm
     assert len(file.read_text().splitlines()) == 3
     assert (tmp_path / "run" / "sara_adapter.safetensors").read_bytes() == tensors
     # And as far as it was, it is complete.
-    monkeypatch.setattr("hf_sara.tasks.instruct_recipe.make_trainer", None)
-    monkeypatch.setattr("hf_sara.tasks.methods.make_trainer", None)
+    monkeypatch.setattr("harness.run.make_trainer", None)
     assert main([*argv, f"--{limit}", "3"]) == more
     if name == "math":
         # Another test set is not scored yet: its data are looked for.

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from ..arguments import SaraArguments
-from ..sites import Site, all_sites, find_sites
-from ..storage import AdapterError, check_tensors, write_file
+from hf_sara.arguments import SaraArguments
+from hf_sara.errors import AdapterError
+from hf_sara.files import write_file
+from hf_sara.sites import Site, all_sites
+from hf_sara.targets import find_sites
+from hf_sara.tensor_files import check_tensors
 
 CONFIG_FILE = "bottleneck_config.json"
 TENSORS_FILE = "bottleneck_adapter.safetensors"
@@ -188,7 +191,7 @@ def load_bottleneck(model: nn.Module, folder: str | PathLike) -> None:
 
     Raises:
         `FileNotFoundError`: If a file is missing.
-        [`~hf_sara.storage.AdapterError`]: If the model lacks a site, or a tensor is missing, unexpected, misshaped or
+        [`~hf_sara.AdapterError`]: If the model lacks a site, or a tensor is missing, unexpected, misshaped or
             not finite.
     """
     config = json.loads(Path(folder, CONFIG_FILE).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from peft import PeftModelForCausalLM, PrefixTuningConfig
 from transformers import GenerationConfig, PreTrainedModel
 
-from .e2e import cache_argument
+from hf_sara.tasks.e2e import cache_argument
 
 
 class PrefixModel(PeftModelForCausalLM):

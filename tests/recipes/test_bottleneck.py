@@ -7,9 +7,9 @@ from conftest import base_state, logits, make_inputs, make_model, same_bits
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_sara.storage import AdapterError
-from hf_sara.tasks import bottleneck
-from hf_sara.tasks.bottleneck import attach_bottleneck, find_bottleneck_sites, load_bottleneck, save_bottleneck
+from harness import bottleneck
+from harness.bottleneck import attach_bottleneck, find_bottleneck_sites, load_bottleneck, save_bottleneck
+from hf_sara import AdapterError
 
 FAMILIES = ["llama", "gpt2", "gptj"]
 METHODS = ["series_adapter", "parallel_adapter"]

