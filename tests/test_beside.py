@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 
 from hf_sara import SaraAdapter, SaraTrainer, SaraTrainerMixin, from_hub
 from hf_sara.hub import TRAINING_ARGS_FILE
-from hf_sara.model_card import CARD_FILE
+from hf_sara.model_card import CARD_FILE, LOSS_FILE, RANKS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
 from hf_sara.trainer import RUNNING_LOSS_FILE
 
@@ -128,7 +128,7 @@ def test_trl_trains_the_adapter_alone_on_every_form_of_data(trl, form, method, t
 
     trainer.save_model()
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert names - {"ranks.png"} == {CONFIG_FILE, TENSORS_FILE, TRAINING_ARGS_FILE, CARD_FILE}
+    assert names - {RANKS_FILE, LOSS_FILE} == {CONFIG_FILE, TENSORS_FILE, TRAINING_ARGS_FILE, CARD_FILE}
     fresh = make_base()
     SaraAdapter.load(fresh, tmp_path)
     assert torch.equal(logits(fresh, **token_ids()), logits(model, **token_ids()))

@@ -1,1 +1,1 @@
-"""The paper's experiments: data, prompts, decoding and scoring."""
+"""The paper's experiments: their data, prompts, encoding, beam search, answers and scores."""

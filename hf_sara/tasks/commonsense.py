@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 DATA_URL = f"{instruct.REPOSITORY_URL}/main"
 TRAINING_FILE = "commonsense_170k.json"
-# What an answer looks like, by data set.
+# The pattern of an answer, by data set.
 ANSWERS = {
     "boolq": "true|false",
     "piqa": "solution[12]",
@@ -34,9 +34,9 @@ def load_commonsense(data_dir: str | PathLike | None = None, test_sets: Sequence
 
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder that holds commonsense/NAME/test.json, and for training
-            commonsense/commonsense_170k.json or, where that is not at hand, commonsense/NAME/train.json of some of the
-            eight data sets, which are then joined and shuffled, so that its first records are a mix too. The address
-            of a folder has to have the former. Left out: the data's public address.
+            commonsense/commonsense_170k.json. If the latter is missing, the folder needs a commonsense/NAME/train.json
+            of some of the eight data sets. These are joined and shuffled, so that the first records are a mix too. The
+            address of a folder has to have commonsense_170k.json. Left out, the data come from their public address.
         test_sets (`Sequence[str]`, *optional*, defaults to all eight): Names of the test sets to load.
 
     Returns:
@@ -44,7 +44,7 @@ def load_commonsense(data_dir: str | PathLike | None = None, test_sets: Sequence
 
     Raises:
         `FileNotFoundError`: If a file is missing, or cannot be reached.
-        `ValueError`: For a file of another form, and a test set that is not one of the eight.
+        `ValueError`: If a file has another form, or a test set is not one of the eight.
     """
     for name in test_sets:
         _check_name(name)
@@ -85,16 +85,16 @@ def _check_name(dataset: str) -> None:
 
 def extract_answer(dataset: str, text: str) -> str:
     """
-    The first answer in a response, case-sensitive.
+    Find the first answer in a response. Upper and lower case differ.
 
     Args:
-        dataset (`str`): Name of the data set, which decides how answers look: `"boolq"` true or false, `"piqa"`
-            solution1 or solution2, `"hellaswag"` ending1 to ending4, `"winogrande"` option1 or option2, the others
-            answer1 to answer5.
+        dataset (`str`): The name of the data set. Answers of `"boolq"` are true or false, those of `"piqa"` solution1
+            or solution2, those of `"hellaswag"` ending1 to ending4, those of `"winogrande"` option1 or option2, and
+            those of the others answer1 to answer5.
         text (`str`): The response.
 
     Returns:
-        `str`: The answer; empty if there is none.
+        `str`: The answer, or an empty text if there is none.
 
     Raises:
         `ValueError`: If there is no such data set.
@@ -105,6 +105,6 @@ def extract_answer(dataset: str, text: str) -> str:
 
 
 def judge(test_set: str, response: str, answer: str) -> tuple[str, bool]:
-    """What [`extract_answer`] finds in a response, and whether it is the right answer."""
+    """Find the answer in a response, see [`extract_answer`]; returns it, and whether it is the right one."""
     prediction = extract_answer(test_set, response)
     return prediction, prediction == answer

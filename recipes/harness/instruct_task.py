@@ -133,23 +133,24 @@ def answer(
     with_input: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    Answer questions, into a file that an interrupted call goes on with. Beam search without sampling: the original
-    sets a temperature, which has no effect there.
+    Answer questions into a file, from which an interrupted call goes on. This is beam search without sampling. The
+    original sets a temperature, which has no effect there.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model with its adapter, or a `PeftModel`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        records ([`~datasets.Dataset`]): Questions and their answers, see [`load_records`].
+        records ([`~datasets.Dataset`]): Questions and their answers, see [`~hf_sara.tasks.instruct.load_records`].
         path (`str` or `os.PathLike`): JSON lines with the question, the response, what was extracted from it, the
             right answer, and whether they agree.
         judge (`Callable`): Gets a response and the right answer; returns what it extracts, and whether that is right.
-        batch_size (`int`, *optional*, defaults to 8): Questions that are answered together.
-        num_beams (`int`, *optional*, defaults to 4): Beams of the search.
-        max_new_tokens (`int`, *optional*, defaults to 256): Longest response; the paper's commonsense runs have 32.
-        with_input (`bool`, *optional*, defaults to `False`): See [`make_prompt`].
+        batch_size (`int`, *optional*, defaults to 8): How many questions are answered together.
+        num_beams (`int`, *optional*, defaults to 4): The number of beams.
+        max_new_tokens (`int`, *optional*, defaults to 256): The length of the longest response in tokens. It is 32 in
+            the paper's commonsense runs.
+        with_input (`bool`, *optional*, defaults to `False`): See [`~hf_sara.tasks.instruct.make_prompt`].
 
     Returns:
-        `list[dict]`: What the file holds, in the order of the questions.
+        `list[dict]`: The rows of the file, in the order of the questions.
     """
     pad_left(tokenizer)
     rows = list(records)
@@ -177,7 +178,7 @@ def answer(
 def _row(
     index: int, record: dict[str, str], text: str, judge: Callable[[str, str], tuple[Any, bool]]
 ) -> dict[str, Any]:
-    # A model that does not stop may go on with another prompt.
+    # A model that does not end its response may go on with another prompt.
     response = text.split(RESPONSE)[0].strip()
     prediction, correct = judge(response, record["answer"])
     return {
@@ -204,10 +205,10 @@ def answer_test_sets(
     Args:
         model ([`~transformers.PreTrainedModel`]): See [`answer`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): See [`answer`].
-        test_sets (`Mapping[str, Dataset]`): The records of each, by name.
-        folder (`str` or `os.PathLike`): Receives NAME.jsonl for each.
-        judge (`Callable`): Gets a name, a response and the right answer; see [`answer`].
-        generation: Passed on to [`answer`].
+        test_sets (`Mapping[str, Dataset]`): The records of each test set, by its name.
+        folder (`str` or `os.PathLike`): The folder that receives NAME.jsonl for each test set.
+        judge (`Callable`): Gets the name of the test set, a response and the right answer; see [`answer`].
+        generation: Further arguments of [`answer`].
 
     Returns:
         `dict[str, float]`: The accuracy of each test set in [0, 1], by name, and their unweighted mean as `average`.

@@ -1,4 +1,4 @@
-"""The command line of the recipes, with a YAML file behind it."""
+"""The command line of the recipes. Every option can also stand in a YAML file."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 
 class RecipeError(ValueError):
-    """A recipe was asked for something that it cannot do; the message says what to change."""
+    """A recipe was asked for something that it cannot do. The message says what to change."""
 
 
 def parse_arguments(
@@ -23,13 +23,13 @@ def parse_arguments(
     description: str | None = None,
 ) -> tuple[Any, ...]:
     """
-    Parse a command line. What stands on it wins over the YAML file of `--config`, which wins over the recipe's
+    Parse a command line. Its options win over those in the YAML file of `--config`, which win over the recipe's
     defaults.
 
     Args:
-        dataclasses (`Sequence[type]`): Whose fields are the options.
+        dataclasses (`Sequence[type]`): The dataclasses whose fields are the options.
         defaults (`Callable`): Gets all options that were given outright, by the file or the command line, and returns
-            the recipe's defaults for them (the paper's learning rate depends on the method).
+            the recipe's defaults, which may depend on them: the paper's learning rate depends on the method.
         argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
         description (`str`, *optional*): Text above the list of options.
 
@@ -49,15 +49,15 @@ def parse_arguments(
 
 def given_options(dataclasses: Sequence[type], argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """
-    What stands on a command line, without any defaults.
+    Read which options a command line gives, without any defaults.
 
     Args:
-        dataclasses (`Sequence[type]`): Whose fields are the options.
+        dataclasses (`Sequence[type]`): The dataclasses whose fields are the options.
         argv (`Sequence[str]`, *optional*): The command line; defaults to the process's own.
 
     Returns:
-        `tuple[dict[str, Any], list[str]]`: The values of the options that are given, by name (`config` too), and the
-        arguments that belong to none.
+        `tuple[dict[str, Any], list[str]]`: The values of the given options by their names, `config` among them, and
+        the arguments that belong to no option.
     """
     parser = argparse.ArgumentParser(
         parents=[_make_parser(dataclasses)], add_help=False, conflict_handler="resolve", allow_abbrev=False
@@ -98,14 +98,14 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
 
 def check_least(options: Any, **least: int) -> None:
     """
-    Refuse numbers that are too small, before hours of training and not after them.
+    Refuse numbers that are too small. Without this, some of them would be refused after hours of training only.
 
     Args:
-        options: An instance of a dataclass; a field that is `None` is left open.
+        options: An instance of a dataclass. A field that is `None` is not checked.
         least (`int`): The least value of each field.
 
     Raises:
-        [`RecipeError`]: For the first that is less.
+        [`RecipeError`]: If a field has a smaller value; the message names the first one.
     """
     for name, bound in least.items():
         value = getattr(options, name)

@@ -1,4 +1,4 @@
-"""The plots that tables have beside those of [`hf_sara.analysis`]."""
+"""The plot of named lines, which the figures of tables need and [`hf_sara.analysis`] does not have."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -26,11 +26,11 @@ def plot_lines(
     Draw named series of points as lines, as in the paper's Figures 3 to 6 and 9.
 
     Args:
-        series (`Mapping[str, tuple[Sequence, Sequence[float]]]`): Per name, the values on the x axis (numbers, or text
+        series (`Mapping[str, tuple[Sequence, Sequence[float]]]`): By name, the values on the x axis (numbers, or texts
             for categories) and those on the y axis.
         xlabel (`str`): What is on the x axis, with its unit.
         ylabel (`str`): What is on the y axis, with its unit.
-        path (`str` or `PathLike`, *optional*): Image file to write; its ending gives the format.
+        path (`str` or `os.PathLike`, *optional*): The image file to write. Its ending gives the format.
         title (`str`, *optional*): Title.
         log_x (`bool`, *optional*, defaults to `False`): Logarithmic x axis, for counts of parameters.
         categories (`Sequence[str]`, *optional*): The order of text on the x axis; by default that of its appearance.
@@ -76,7 +76,9 @@ def _log_axis(axes: "Axes", span: float) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
     axes.set_xscale("log")
-    # Numbers that are enough to read values by, also where no power of ten, or none of these, lies between them.
+    # The axis needs several numbers, so that values can be read. A range of less than a factor of 10 may contain no
+    # power of ten, so more multiples of it are shown there. A range of less than a factor of 2 may contain none of
+    # these either, so its numbers are evenly spaced.
     within = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if span < 10 else (1.0, 2.0, 5.0)
     axes.xaxis.set_major_locator(LogLocator(subs=within) if span > 2 else MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

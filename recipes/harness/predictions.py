@@ -1,4 +1,4 @@
-"""Decoding a test set into a file that an interrupted call goes on with."""
+"""This decodes a test set into a file, from which an interrupted call goes on."""
 
 import json
 import logging
@@ -23,23 +23,23 @@ def decode_to_file(
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
     """
-    Decode inputs in batches, writing what is done after each batch.
+    Decode inputs in batches, and write the results into a file after each batch.
 
     Args:
-        path (`str` or `os.PathLike`): JSON lines, one a row; in the end in the order of `values`. Rows of an earlier
-            call that belong to none of these stay behind them.
+        path (`str` or `os.PathLike`): The file, with one line of JSON per row. In the end, the rows are in the order
+            of `values`. Rows of an earlier call whose inputs are not among `values` are kept behind them.
         key (`str`): The entry of a row that says which input it belongs to.
         values (`Sequence`): The distinct values of that entry, one per input.
-        lengths (`Sequence[int]`): The inputs' lengths in tokens: those of like length share a batch.
+        lengths (`Sequence[int]`): The lengths of the inputs in tokens. Inputs of similar length share a batch.
         decode (`Callable`): Gets the indices of a batch and returns their rows, in that order.
-        batch_size (`int`, *optional*, defaults to 16): Inputs that are decoded together.
+        batch_size (`int`, *optional*, defaults to 16): How many inputs are decoded together.
 
     Returns:
         `list[dict]`: The rows, in the order of `values`.
     """
     path = Path(path)
     done = _read_rows(path, key)
-    # Written anew: the last line of an interrupted call may be cut off.
+    # The file is written anew, because the last line of an interrupted call may be incomplete.
     _write_rows(path, done.values())
     # A batch is decoded as a whole or not at all, so that a resumed call pads like an uninterrupted one.
     order = sorted(range(len(values)), key=lambda index: lengths[index])

@@ -14,6 +14,7 @@ from .figures import CAPTIONS
 from .options import RecipeError
 from .results import RESULTS_FILE, render_head, render_table
 from .run_folder import write_json
+from .sweep import RECORDS
 
 BEGIN = "<!-- {}: written by recipes/run_paper.py from here -->"
 END = "<!-- {}: written by recipes/run_paper.py up to here -->"
@@ -25,8 +26,8 @@ What the recipes gave. Each part between two marks is generated from the runs; t
 
 def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
     """
-    Write all results of a folder into the project's documentation: docs/results/NAME.json and the figures beside, and
-    in docs/results.md a part for each table. What people wrote around these parts stays.
+    Write all results of a folder into the project's documentation: docs/results/NAME.json with the figures beside it,
+    and a part of docs/results.md for each table. The text that people wrote around these parts stays.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of all tables.
@@ -36,8 +37,8 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
         `Path`: The page.
 
     Raises:
-        [`~harness.options.RecipeError`]: If there are no results, or an earlier report has runs of a table that
-            these lack.
+        [`~harness.options.RecipeError`]: If there are no results, or if an earlier report has runs of a table
+            that these results lack.
     """
     files = sorted(Path(output_dir).glob(f"*/{RESULTS_FILE}"))
     if not files:
@@ -59,10 +60,10 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
 
 
 def _check_nothing_is_lost(path: Path, results: Mapping[str, Any]) -> None:
-    """Raise a [`~harness.options.RecipeError`] if a report has runs that the results do not have."""
-    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    there = [run["options"] for run in results["runs"]]
-    lost = sum(run["options"] not in there for run in before)
+    """Raise a [`~harness.options.RecipeError`] if an earlier report has runs that the results do not have."""
+    before = json.loads(path.read_text(encoding="utf-8"))[RECORDS] if path.is_file() else []
+    there = [record["options"] for record in results[RECORDS]]
+    lost = sum(record["options"] not in there for record in before)
     if lost:
         raise RecipeError(
             f"{path} has {lost} runs that {results['name']} does not have here. Run the table once more with --known "
@@ -75,7 +76,7 @@ def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
     parts = [render_head(results, "##"), render_table(results).strip()]
     for image, caption in images.items():
         parts += [f"![{caption}](results/{image})", f"*{caption}*"]
-    # Baselines name PEFT's version beside the others.
+    # Runs of baselines name the version of PEFT too. A list of versions that is part of another one is left out.
     fullest = [one for one in results["versions"] if not any(one.items() < two.items() for two in results["versions"])]
     packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in fullest]
     ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
@@ -85,20 +86,20 @@ def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
 
 
 def _images(results: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The captions of a table's images by their names, some perhaps of runs that were finished elsewhere."""
+    """The captions of a table's images by their file names. Runs of another machine may have drawn some of them."""
     captions = {}
     for figure, spec in results["figures"].items():
         caption = f"{results['title']}: {CAPTIONS[spec['kind']].format(**spec)}"
         stem = f"{results['name']}-{figure}"
         for path in [*folder.glob(f"{stem}.png"), *sorted(folder.glob(f"{stem}-*.png"))]:
-            # One of several has a name behind the figure's.
+            # If a figure has several images, each has a name of its own behind that of the figure.
             rest = path.stem.removeprefix(stem).strip("-")
             captions[path.name] = f"{caption} ({rest})." if rest else f"{caption}."
     return captions
 
 
 def _put(text: str, name: str, part: str) -> str:
-    """The text with a part between its marks, where they are, or at the end."""
+    """Put a part between its marks in the text, or at the end if the text has no such marks."""
     begin, end = BEGIN.format(name), END.format(name)
     block = f"{begin}\n\n{part}\n\n{end}"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What came out of a table's runs, as JSON and Markdown."""
+"""The results of a table's runs, as JSON and as Markdown."""
 
 import math
 import re
@@ -9,13 +9,13 @@ from typing import Any
 from hf_sara.files import write_file
 
 from .run_folder import write_json
-from .sweep import CRITERION, Sweep, without_paths
+from .sweep import CRITERION, RECORDS, Sweep, without_paths
 from .tables import Row, Table
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
 DASH = "-"
-# What every row is reported to cost, in the form of a table's columns.
+# The costs that are reported of every row, in the form of a table's columns.
 COSTS = {
     "trained_parameters": {"title": "parameters", "format": ",.0f"},
     "share": {"title": "share (%)", "scale": 100, "format": ".3g"},
@@ -31,25 +31,26 @@ COSTS = {
 
 def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What is there of a table.
+    Collect the results of a table, as far as its runs are finished.
 
     Args:
         sweep ([`~harness.sweep.Sweep`]): The table's runs.
-        given (`Mapping[str, Any]`): Options of the command line.
+        given (`Mapping[str, Any]`): The options of the command line.
 
     Returns:
-        `dict[str, Any]`: JSON values without a path of this machine: by row, the metrics of its tries and seeds beside
-        the paper's numbers; in `runs`, all options of each run and its metrics, for [`~harness.sweep.Sweep`].
+        `dict[str, Any]`: JSON values without a path of this machine. `rows` has the metrics of each row's tries and
+        seeds, and the paper's numbers. `runs` has the record of each run, with all options and metrics, from which
+        [`~harness.sweep.Sweep`] goes on.
     """
     table = sweep.table
     title = ", ".join(
         [table.title, *(f"{name} {value}" for name, value in without_paths(given).items() if name != "data_dir")]
     )
-    runs = [
+    records = [
         _finite({"recipe": table.recipe, "options": without_paths(run.options), "metrics": metrics})
         for row in table.rows
         if row.options is not None
-        for run in sweep.runs(row)
+        for run in sweep.runs_of(row)
         if (metrics := run.metrics()) is not None
     ]
     return {
@@ -57,17 +58,17 @@ def collect(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
         "title": title,
         "notes": table.notes,
         "command": _command(table, given),
-        "hardware": sorted({run["metrics"]["hardware"] for run in runs if "hardware" in run["metrics"]}),
-        "versions": _distinct(run["metrics"]["versions"] for run in runs if "versions" in run["metrics"]),
+        "hardware": sorted({record["metrics"]["hardware"] for record in records if "hardware" in record["metrics"]}),
+        "versions": _distinct(record["metrics"]["versions"] for record in records if "versions" in record["metrics"]),
         "columns": dict(table.columns),
         "figures": {name: dict(spec) for name, spec in table.figures.items()},
         "rows": [_collect_row(sweep, row) for row in table.rows],
-        "runs": _distinct(runs),
+        RECORDS: _distinct(records),
     }
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    """The values without those that were there before."""
+    """The values without repetitions, in the order in which they first appear."""
     found = []
     for value in values:
         if value not in found:
@@ -86,7 +87,7 @@ def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
         {
             **result,
             "state": state,
-            # Without the folders of this machine.
+            # The folders of this machine are cut out of the message.
             "error": error and re.sub(r"(?<![\w:/])/(?:[^\s/'\"]+/)+", "", error),
             "options": without_paths(row.options),
             "tries": tries,
@@ -97,7 +98,7 @@ def _collect_row(sweep: Sweep, row: Row) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The value without the numbers that JSON does not know."""
+    """The value with `None` instead of the numbers that JSON cannot write: NaN and the infinite ones."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -113,7 +114,7 @@ def _command(table: Table, given: Mapping[str, Any]) -> str:
 
 
 def seed_values(row: Mapping[str, Any], metric: str) -> list[float]:
-    """The values of a metric over the seeds of a collected row that have it."""
+    """The values of a metric in a collected row, one for each seed that has the metric."""
     values = [seed["metrics"].get(metric) for seed in row.get("seeds", ())]
     return [value for value in values if value is not None]
 
@@ -123,9 +124,9 @@ def seed_values(row: Mapping[str, Any], metric: str) -> list[float]:
 
 def render_table(results: Mapping[str, Any]) -> str:
     """
-    The Markdown of collected results: a line per row, and below it what the paper prints, where it is a row of the
-    paper; mean and standard deviation over seeds, where several were run; then what the rows cost, as far as that is
-    no column of the table; then the learning rates that were tried.
+    Write collected results as Markdown. The first table has a line for each row, with mean and standard deviation if
+    several seeds were run, and below it a line with the paper's numbers if the row is one of the paper's. The second
+    table has the costs of the rows that are no columns of the first. The third has the learning rates that were tried.
     """
     columns = results["columns"]
     grouped = any(row["group"] for row in results["rows"])
@@ -186,7 +187,7 @@ def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
         return DASH
     scale, spec = column.get("scale", 1), column.get("format", ".3f")
     mean = format(statistics.mean(values) * scale, spec)
-    # What does not depend on the seed, such as a count, has no spread.
+    # A value that does not depend on the seed, such as a count, has no deviation.
     spread = statistics.stdev(values) * scale if len(set(values)) > 1 else 0.0
     return f"{mean} ± {format(spread, spec)}" if spread else mean
 
@@ -197,13 +198,13 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def render_head(results: Mapping[str, Any], mark: str = "#") -> str:
-    """What stands above a table: its title, what has to be known of it, and the command."""
+    """The text above a table: the title, the notes and the command."""
     parts = [f"{mark} {results['title']}", results["notes"].strip(), f"```bash\n{results['command']}\n```"]
     return "\n\n".join(part for part in parts if part)
 
 
 def write_results(sweep: Sweep, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Write results.json and table.md into the table's folder; returns what the former holds."""
+    """Write results.json and table.md into the table's folder; returns the collected results."""
     results = collect(sweep, given)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_json(sweep.folder / RESULTS_FILE, results)

@@ -18,32 +18,33 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "run.log"
 
-# TrainingArguments that do not change what a run computes: a run may be resumed with other values of these.
+# These TrainingArguments do not change what a run computes, so a run may be resumed with other values of them.
 HARMLESS = ("logging_", "save_", "report_to", "disable_tqdm", "run_name", "project", "trackio", "hub_", "push_to_hub")
 HARMLESS += ("output_dir", "log_level", "dataloader_", "per_device_eval", "eval_accumulation", "resume", "skip_memory")
 HARMLESS += ("local_rank", "do_", "torch_empty_cache", "enable_jit_checkpoint", "debug", "restore_callback")
-# Options of the recipes that say how much is decoded and scored, and how much of it at once. They are no part of what
-# defines a run: it can be scored further later, without training again.
+# These options say how much is decoded and scored, and how much of it at once. They do not define a run, since more of
+# it can be scored later without training again.
 SCORING = ("max_test_", "test_sets", "generation_batch_size")
-# What is in a run's folder before there is work in it that could be lost: the demo's data are the same every time.
+# A folder that holds nothing else has no work in it that could be lost. The demo's data are the same every time.
 BEFORE_WORK = (SETTINGS_FILE, LOG_FILE, "data")
 
 
 def open_run(training: TrainingArguments, **others: Any) -> Path:
     """
-    Make a run's folder, or return to it: the settings are written there, and a later call has to bring the same, once
-    there is work in the folder.
+    Make the folder of a run, or return to it. The settings are written into it. Once there is work in the folder, a
+    later call has to have the same settings.
 
     Args:
         training ([`~transformers.TrainingArguments`]): Its `output_dir` is the folder.
-        others: Dataclass instances by name, whose fields also define the run, but for those that say how much is
-            scored.
+        others: Instances of dataclasses by name. Their fields also define the run, except for those that say how much
+            is scored.
 
     Returns:
-        `Path`: The folder. Its file run.log receives all that is logged from now on.
+        `Path`: The folder. From now on, its file run.log receives all that is logged.
 
     Raises:
-        [`RecipeError`]: If the folder holds a run with other settings, naming them. Nothing is touched then.
+        [`RecipeError`]: If the folder holds a run with other settings; the message names them. Nothing is changed
+            then.
     """
     folder = Path(training.output_dir)
     settings = {
@@ -77,14 +78,14 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
 
 def finished_metrics(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """
-    The metrics of a finished run, if they are of what is asked for.
+    Read the metrics of a finished run, if as much of it was scored as is asked for now.
 
     Args:
-        path (`Path`): Its metrics.json.
-        asked (`Mapping[str, Any]`): How much is to be scored; the metrics hold the same entries.
+        path (`Path`): The metrics.json of the run.
+        asked (`Mapping[str, Any]`): How much is to be scored. The metrics hold the same entries.
 
     Returns:
-        `dict[str, Any]`, *optional*: What the file holds; `None` if the run is not finished, or was scored otherwise.
+        `dict[str, Any]`, *optional*: The metrics; `None` if the run is not finished, or if more or less was scored.
     """
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if metrics is None or any(metrics.get(name) != value for name, value in asked.items()):
@@ -94,7 +95,7 @@ def finished_metrics(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _log_to(path: Path) -> None:
-    """Send what is logged to a file from now on, and no longer to that of a run before it in this process."""
+    """From now on, log to this file, and no longer to that of an earlier run in this process."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.set_name(LOG_FILE)
@@ -109,7 +110,7 @@ def _log_to(path: Path) -> None:
 
 
 class LogMetrics(TrainerCallback):
-    """Trainer shows its losses and scores on the terminal only; this logs them too."""
+    """Trainer only shows its losses and scores on the terminal; this callback logs them too."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -117,5 +118,5 @@ class LogMetrics(TrainerCallback):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that people can read, atomically."""
+    """Write JSON atomically, in a form that people can read."""
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

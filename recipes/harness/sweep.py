@@ -1,8 +1,9 @@
 """The runs of a table, each in a process of its own.
 
-A row may give a list of learning rates and of seeds. Each is a run in a folder of its own: first every learning rate
-with the first seed, for its evaluation loss alone, then the best one with every seed. What is finished is remembered
-beside the run's folder, so a sweep goes on where it stopped; on another machine, from what was reported.
+A row may give lists of learning rates and of seeds. Each combination that is run has a folder of its own. First, every
+learning rate is run with the first seed, for its evaluation loss alone. Then the best one is run with every seed. A
+file beside the folder remembers that a run is finished, so a sweep goes on where it stopped. On another machine, it
+goes on from the results of a report.
 """
 
 import importlib.util
@@ -34,18 +35,21 @@ from .tables import Row, Table
 
 logger = logging.getLogger(__name__)
 
-# Options of a row that may be lists, and the metric that decides between learning rates; less is better.
+# The options of a row that may be lists.
 TRIED = ("learning_rate", "seed")
-# Options that may be folders of this machine.
+# The options that may be folders of this machine.
 LOCAL = ("data_dir", "model_name_or_path")
+# The metric that decides between learning rates. The lowest value is the best.
 CRITERION = "eval_loss"
+# In the JSON file of a table's results, the key of the records of all its runs.
+RECORDS = "runs"
 
 
 # ---- recipes ----
 
 
 def load_recipe(path: str | PathLike) -> ModuleType:
-    """The recipe of a path, imported; its `arguments()` are what [`~harness.options.parse_arguments`] takes first."""
+    """Import a recipe. Its `arguments()` returns what [`~harness.options.parse_arguments`] takes first."""
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}.")
@@ -57,10 +61,10 @@ def load_recipe(path: str | PathLike) -> ModuleType:
 
 def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
     """
-    Options of a recipe from a command line.
+    Read options of a recipe from a command line.
 
     Raises:
-        [`RecipeError`]: If one of them is none of the recipe's.
+        [`RecipeError`]: If the recipe does not have one of them.
     """
     given, unknown = given_options(module.arguments()[0], argv)
     if unknown or "config" in given:
@@ -69,7 +73,7 @@ def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
     for name in LOCAL:
         value = given.get(name)
         if isinstance(value, str) and value != SMOLLM2 and os.path.isdir(os.path.expanduser(value)):
-            # However it is spelled, and wherever the next call is made, it is the same folder.
+            # The absolute path is the same however the folder is spelled, and wherever the next call is made.
             given[name] = os.path.abspath(os.path.expanduser(value))
     # Choices are parsed to enumerations, which YAML does not know.
     return json.loads(json.dumps(given))
@@ -77,10 +81,11 @@ def read_overrides(module: ModuleType, argv: Sequence[str]) -> dict[str, Any]:
 
 def parse_options(module: ModuleType, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """
-    What a recipe makes of options: the instances of its dataclasses. Of lists of tries, the first one.
+    Parse options as the recipe does; returns the instances of its dataclasses. Of a list of learning rates or seeds,
+    the first one is taken.
 
     Raises:
-        `ValueError`: If the recipe does not take them.
+        `ValueError`: If the recipe refuses the options.
     """
     first = {name: options[name][0] for name in TRIED if isinstance(options.get(name), list)}
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +95,7 @@ def parse_options(module: ModuleType, options: Mapping[str, Any]) -> tuple[Any, 
 
 
 def check_rows(rows: Sequence[Row], module: ModuleType) -> None:
-    """Have the recipe read the options of rows, before hours of running; a [`RecipeError`] names the wrong one."""
+    """Parse the options of rows before hours of running. A [`RecipeError`] names the row whose options are wrong."""
     for row in rows:
         try:
             parse_options(module, row.options)
@@ -102,7 +107,7 @@ def check_rows(rows: Sequence[Row], module: ModuleType) -> None:
 
 
 def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the names of local files and folders in the place of their paths."""
+    """The options, with the bare names of local files and folders instead of their paths."""
 
     def shorten(value: Any) -> Any:
         is_path = isinstance(value, str) and value.startswith(("/", ".", "~"))
@@ -113,23 +118,24 @@ def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_records(folder: str | PathLike) -> list[dict[str, Any]]:
     """
-    The runs in the results of an earlier report, perhaps of another machine.
+    Read the records of all runs in an earlier report, which another machine may have made.
 
     Args:
         folder (`str` or `os.PathLike`): The folder `results` of the report.
 
     Returns:
-        `list[dict]`: The `recipe` of each run, its `options`, as [`without_paths`] gives them, and its `metrics`.
+        `list[dict]`: Per run, the name of the `recipe`, the `options` as [`without_paths`] gives them, and the
+        `metrics`.
 
     Raises:
         [`RecipeError`]: If the folder holds no results.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
-    # The data of the figures stand beside them.
-    tables = [result["runs"] for result in results if "runs" in result]
+    # The folder also holds the data of the figures, which have no records.
+    tables = [result[RECORDS] for result in results if RECORDS in result]
     if not tables:
         raise RecipeError(f"There are no results in {folder}. Give the folder results that --report wrote.")
-    return [record for runs in tables for record in runs]
+    return [record for records in tables for record in records]
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,12 @@ class Run:
     One call of the recipe.
 
     Args:
-        folder (`Path`): The run's folder. Beside it lie its options as NAME.yaml, what it says as NAME.log, and what
-            is remembered of it as NAME.tried.json and NAME.scored.json, or in NAME.error.json.
-        options (`dict`): The recipe's options, but for the folder.
-        scored (`bool`): Whether it is scored, or only tried.
-        known (`dict`, *optional*): Its metrics, if it was finished elsewhere.
+        folder (`Path`): The folder of the run. The files beside it begin with its name: NAME.yaml has the options,
+            NAME.log what the run prints. NAME.tried.json and NAME.scored.json have the record of the finished run, and
+            NAME.error.json the error of a failed one.
+        options (`dict`): The options of the recipe, without the folder.
+        scored (`bool`): Whether the run is scored. A run that is not scored is only tried for its evaluation loss.
+        known (`dict`, *optional*): The metrics of the run, if it was finished elsewhere.
     """
 
     folder: Path
@@ -151,21 +158,21 @@ class Run:
     known: Mapping[str, Any] | None = None
 
     def beside(self, ending: str) -> Path:
-        """A file beside the folder."""
+        """The path of a file beside the folder."""
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     @property
     def record(self) -> Path:
-        """Where its options and metrics are remembered once it is finished."""
+        """The file that has the options and the metrics once the run is finished."""
         return self.beside("scored.json" if self.scored else "tried.json")
 
     def metrics(self) -> dict[str, Any] | None:
-        """Its metrics, if it was finished with these very options, here or elsewhere."""
+        """The metrics, if the run was finished with exactly these options, in this folder or elsewhere."""
         here = self.metrics_here()
         return dict(self.known) if here is None and self.known is not None else here
 
     def metrics_here(self) -> dict[str, Any] | None:
-        """Its metrics, if it was finished with these very options in this folder."""
+        """The metrics, if the run was finished with exactly these options in this folder."""
         for path in (self.record, self.beside("tried.json")):
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
@@ -174,14 +181,14 @@ class Run:
         return None
 
     def error(self) -> str | None:
-        """How it failed when it was last run, with these very options."""
+        """The error of the last call with exactly these options, if that failed."""
         path = self.beside("error.json")
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return record["error"] if record.get("options") == self.options else None
 
 
 class RunError(Exception):
-    """A run ended with an error; the message says which."""
+    """A run ended with an error. The message says which."""
 
 
 class Sweep:
@@ -192,7 +199,7 @@ class Sweep:
         table ([`Table`]): The table.
         output_dir (`str` or `os.PathLike`): The folder of all tables.
         script (`str` or `os.PathLike`): The recipe.
-        known (`Sequence[dict]`, *optional*): Runs that were finished elsewhere, from [`read_records`].
+        known (`Sequence[dict]`, *optional*): The records of runs that were finished elsewhere, from [`read_records`].
     """
 
     def __init__(
@@ -206,14 +213,14 @@ class Sweep:
         self.script = Path(script)
         self.known = known
         self.folder = Path(output_dir, table.name)
-        self.run_folder = Path(output_dir, table.runs, "runs")
+        self.run_folder = Path(output_dir, table.owner, "runs")
 
     # ---- what there is to run ----
 
-    def runs(self, row: Row) -> Iterator[Run]:
+    def runs_of(self, row: Row) -> Iterator[Run]:
         """
-        The runs of a row in their order. Which is the best learning rate follows from what is finished at the time, so
-        the iteration ends early where a try of it is missing.
+        The runs of a row in their order. The best learning rate is known once all of them are tried, so the iteration
+        ends after the tries if one of these is not finished at that time.
         """
         rates, seeds = row.values("learning_rate"), row.values("seed")
         if len(rates) > 1:
@@ -225,12 +232,12 @@ class Sweep:
             yield self._run(row, rate, seed, scored=index < (self.table.scored_seeds or len(seeds)))
 
     def count(self, row: Row) -> int:
-        """How many runs a row has in all."""
+        """The number of all runs of a row."""
         rates = row.values("learning_rate")
         return (len(rates) if len(rates) > 1 else 0) + len(row.values("seed"))
 
     def best_rate(self, row: Row) -> float | None:
-        """The learning rate with the least evaluation loss, once all of them are tried; `None` if there is no loss."""
+        """The learning rate with the lowest evaluation loss; `None` until all are tried, or if none has a loss."""
         rates = row.values("learning_rate")
         if len(rates) == 1:
             return rates[0]
@@ -238,29 +245,29 @@ class Sweep:
         if None in tries.values():
             return None
         losses = {rate: metrics.get(CRITERION) for rate, metrics in tries.items()}
-        # A training that diverged has no number for its loss, or in a report's JSON none at all.
+        # The loss of a training that diverged is not a number, and `None` in the JSON of a report.
         finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return min(finite, key=finite.get, default=None)
 
     def tries(self, row: Row) -> dict[float, dict[str, Any] | None]:
-        """The metrics of each learning rate that is tried, where it is finished."""
+        """The metrics of each learning rate that is tried; `None` for a try that is not finished."""
         rates, seed = row.values("learning_rate"), row.values("seed")[0]
         return {rate: self._run(row, rate, seed, scored=False).metrics() for rate in rates} if len(rates) > 1 else {}
 
     def seeds(self, row: Row) -> dict[int | None, dict[str, Any]]:
-        """The metrics of each seed at the best learning rate, as far as they are finished."""
-        rest = list(self.runs(row))[len(self.tries(row)) :]
+        """The metrics of each seed at the best learning rate, without the runs that are not finished."""
+        rest = list(self.runs_of(row))[len(self.tries(row)) :]
         found = {run.options.get("seed"): run.metrics() for run in rest}
         return {seed: metrics for seed, metrics in found.items() if metrics}
 
     def is_complete(self, row: Row) -> bool:
-        """Whether a row has nothing left to run."""
-        runs = list(self.runs(row))
+        """Whether all runs of a row are finished."""
+        runs = list(self.runs_of(row))
         return len(runs) == self.count(row) and all(run.metrics() is not None for run in runs)
 
     def error(self, row: Row) -> str | None:
-        """Why a row is not complete, if it is not only that something is left to run."""
-        for run in self.runs(row):
+        """Why a row is not complete; `None` if it is complete, or if the only reason is that runs are left."""
+        for run in self.runs_of(row):
             if run.metrics() is None and run.error() is not None:
                 return run.error()
         tries = self.tries(row).values()
@@ -283,18 +290,18 @@ class Sweep:
 
     def run(self, rows: Sequence[Row], deadline: float = math.inf) -> Iterator[Row]:
         """
-        Do what is left to do, row by row; a run that fails is noted, see [`error`], and the others go on.
+        Run what is not finished, row by row. After a run that fails, the next one is run; see [`error`].
 
         Args:
             rows (`Sequence[Row]`): Rows of the table.
             deadline (`float`, *optional*): No run begins after this time, in seconds of `time.monotonic()`.
 
         Yields:
-            [`Row`]: Each row, when there is nothing more to be done about it now.
+            [`Row`]: Each row, after its last run of this call.
         """
         with tqdm(total=sum(map(self.count, rows)), desc=self.table.name, unit="run") as progress:
             for row in rows:
-                for run in self.runs(row):
+                for run in self.runs_of(row):
                     if run.metrics() is None:
                         if time.monotonic() >= deadline:
                             continue
@@ -309,10 +316,10 @@ class Sweep:
 
     def start(self, run: Run) -> None:
         """
-        Call the recipe in a process of its own, and remember its metrics.
+        Call the recipe in a process of its own, and write the record of the run.
 
         Raises:
-            [`RunError`]: If it ends with an error, or is killed.
+            [`RunError`]: If the process ends with an error, or is killed.
         """
         config, log = run.beside("yaml"), run.beside("log")
         config.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +336,7 @@ class Sweep:
         metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
         tried = replace(run, options={**run.options, **self.table.tries}, scored=False).metrics_here() or {}
         for name in {"peak_memory_bytes", "peak_cuda_bytes"} & set(metrics) & set(tried):
-            # What was tried before is scored in another process than it was trained in.
+            # A run that was tried before is scored in this process, but was trained in an earlier one.
             metrics[name] = max(metrics[name], tried[name])
         write_json(run.record, {"options": run.options, "metrics": metrics})
 

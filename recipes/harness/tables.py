@@ -1,7 +1,7 @@
-"""The paper's tables and figures as configurations: a YAML file describes each.
+"""The paper's tables and figures as configurations. A YAML file describes each of them.
 
-It names the recipe, the options that all rows share, the rows with their own options and the numbers that the paper
-prints, the columns and the figures. A row may give a list of learning rates and of seeds, see
+The file names the recipe, the options that all rows share, the rows with their own options and the numbers that the
+paper prints, the columns, and the figures. A row may give lists of learning rates and of seeds, see
 [`~harness.sweep.Sweep`].
 """
 
@@ -23,14 +23,15 @@ class Row:
     A row of a table.
 
     Args:
-        name (`str`): As the paper prints it.
-        group (`str`, *optional*): What stands before it, such as the model; a line of a figure.
-        options (`dict`, *optional*): The recipe's options, those that all rows share among them. `learning_rate` and
-            `seed` may be lists. `None` for a row that the paper copied from elsewhere and that is not run.
-        paper (`dict`, *optional*): The printed numbers by column, in the printed units; empty where they are not
-            known. `None` for a row that is not of the paper.
-        x (`float`, *optional*): Place on the x axis of the table's figure, where that is no option and no metric.
-        folder (`str`, *optional*): The name of the folder with its runs; follows from group and name by default.
+        name (`str`): The name of the row, as the paper prints it.
+        group (`str`, *optional*): What stands before the name, such as the model. In a figure, the rows of a group are
+            a line.
+        options (`dict`, *optional*): The options of the recipe, including those that all rows share. `learning_rate`
+            and `seed` may be lists. `None` for a row that the paper copied from elsewhere and that is not run.
+        paper (`dict`, *optional*): The numbers that the paper prints, by column and in the printed units. It is empty
+            if they are not known, and `None` for a row that is not the paper's.
+        x (`float`, *optional*): The place on the x axis of the table's figure, if that is no option and no metric.
+        folder (`str`, *optional*): The name of the folder with the runs. By default it follows from group and name.
     """
 
     name: str
@@ -45,11 +46,11 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Name and group; no two rows of a table have the same."""
+        """The group and the name. No two rows of a table have the same label."""
         return f"{self.group} {self.name}" if self.group else self.name
 
     def values(self, option: str) -> list[Any]:
-        """The values of an option to try; `[None]` leaves it to the recipe."""
+        """The values of an option that are run. `[None]` leaves the value to the recipe."""
         value = self.options.get(option)
         return value if isinstance(value, list) else [value]
 
@@ -60,17 +61,21 @@ class Table:
     A table of the paper, or the points of a figure.
 
     Args:
-        name (`str`): The name of its file, and of the folder with its results.
-        title (`str`): What it shows.
-        recipe (`str`): The recipe that makes its rows: `"run_e2e"`.
-        columns (`dict`): By metric, the `title` of its column, what it is multiplied with (`scale`), its `format`.
+        name (`str`): The name of the file, and of the folder with the results.
+        title (`str`): What the table shows.
+        recipe (`str`): The recipe that runs the rows: `"run_e2e"`.
+        columns (`dict`): By metric, the `title` of the column, the number that its values are multiplied with
+            (`scale`) and their `format`.
         rows (`list[Row]`): The rows.
-        options (`dict`, *optional*): What all rows share.
-        tries (`dict`, *optional*): Options that change where a learning rate, or a seed that is not scored, is tried.
-        scored_seeds (`int`, *optional*): How many of the seeds are scored; all by default.
-        figures (`dict`, *optional*): By name, the figures, see [`harness.figures`].
-        notes (`str`, *optional*): Where a reading was chosen, and what else has to be known.
-        runs (`str`, *optional*): The table whose folder holds the runs, if not this one's.
+        options (`dict`, *optional*): The options that all rows share.
+        tries (`dict`, *optional*): Options of the runs that are not scored: those that only try a learning rate, and
+            those of the other seeds.
+        scored_seeds (`int`, *optional*): How many of the seeds are scored. By default all of them are.
+        figures (`dict`, *optional*): The figures by their names, see [`harness.figures`].
+        notes (`str`, *optional*): How the paper was read where it can be read in several ways, and what else a reader
+            has to know.
+        also (`list[str]`, *optional*): Other names by which the table is found: those of the figures that it draws.
+        owner (`str`, *optional*): The table whose folder holds the runs, if that is not this table.
     """
 
     name: str
@@ -83,40 +88,57 @@ class Table:
     scored_seeds: int | None = None
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: str = ""
-    runs: str = ""
+    also: Sequence[str] = ()
+    owner: str = ""
 
 
 def slug(text: str) -> str:
-    """A text as the name of a folder."""
+    """Make the name of a folder out of a text."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def find_table(name: str, folder: str | PathLike) -> Path:
     """
-    The file of a table: a path, or a name such as `"table3"` in a folder.
+    Find the file of a table.
+
+    Args:
+        name (`str`): A path, or a name in the folder: `"table3"`, or `"figure3"` for the table that draws it.
+        folder (`str` or `os.PathLike`): The folder of the tables.
 
     Raises:
-        [`RecipeError`]: If there is none; lists those that there are.
+        [`RecipeError`]: If there is no such table; the message lists those that there are.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(folder, f"{name}.yaml")
-    if not path.is_file():
-        raise RecipeError(
-            f"There is no table {name!r}. Give a YAML file, or one of: {', '.join(table_names(folder))}."
-        )
-    return path
+    if path.is_file():
+        return path
+    tables = {
+        other: Path(folder, f"{table}.yaml") for table in table_names(folder) for other in names_of(folder, table)
+    }
+    if name not in tables:
+        raise RecipeError(f"There is no table {name!r}. Give a YAML file, or one of: {', '.join(tables)}.")
+    return tables[name]
 
 
 def table_names(folder: str | PathLike) -> list[str]:
-    """The names of the tables in a folder, table2 before table10."""
+    """The names of the tables in a folder. table2 stands before table10."""
     names = [path.stem for path in Path(folder).glob("*.yaml")]
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
+def names_of(folder: str | PathLike, name: str) -> list[str]:
+    """The names by which a table is found: that of its file, then those in `also`, if the file can be read."""
+    try:
+        content = yaml.safe_load(Path(folder, f"{name}.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return [name]
+    return [name, *(content.get("also", ()) if isinstance(content, dict) else ())]
+
+
 def load_table(path: str | PathLike) -> Table:
     """
-    Read a table. With `base`, the name of another one beside it, it has what that one has except for what it gives
-    itself, and its runs are in that one's folder. An entry of its `rows` may then be the label of one of the other's
-    rows, or a mapping with `same_as`, such a label, for the same runs under another name.
+    Read a table. If the file has `base`, the name of another table in the same folder, the table has all entries of
+    that one but those that it gives itself, and its runs are in the folder of that one. An entry of `rows` may then be
+    the label of a row of the base, or a mapping whose `same_as` is such a label, for the same runs under another name.
 
     Args:
         path (`str` or `os.PathLike`): The YAML file.
@@ -125,7 +147,7 @@ def load_table(path: str | PathLike) -> Table:
         [`Table`]: The table.
 
     Raises:
-        [`RecipeError`]: For a file of another form.
+        [`RecipeError`]: If the file has another form.
     """
     path = Path(path)
     try:
@@ -135,21 +157,24 @@ def load_table(path: str | PathLike) -> Table:
     if not isinstance(content, dict):
         raise RecipeError(f"{path} has to be a mapping.")
     base = content.pop("base", None)
-    inherited = {} if base is None else vars(load_table(path.with_name(f"{base}.yaml")))
+    inherited = {} if base is None else dict(vars(load_table(path.with_name(f"{base}.yaml"))))
+    inherited.pop("also", None)
     there = {row.label: row for row in inherited.get("rows", ())}
-    # An entry that is there and empty is `None`.
+    # YAML reads an empty entry as `None`.
     own = content.pop("options", None) or {}
     if not isinstance(own, dict):
         raise RecipeError(f"{path}: options has to be a mapping of names to values.")
     shared = {**inherited.get("options", {}), **own}
     rows = content.pop("rows", list(there))
-    values = {**inherited, "runs": path.stem, **content, "options": shared, "name": path.stem}
+    values = {**inherited, "owner": path.stem, **content, "options": shared, "name": path.stem}
     unknown = sorted(set(values) - {entry.name for entry in fields(Table)})
     missing = sorted({"title", "recipe"} - set(values))
     if unknown or missing:
         raise RecipeError(f"{path} has unknown entries {unknown} and lacks {missing}.")
     if base is not None:
-        values["runs"] = inherited["runs"]
+        values["owner"] = inherited["owner"]
+    if not isinstance(values.get("also", []), list):
+        raise RecipeError(f"{path}: also has to be a list of names.")
     values["rows"] = [_make_row(row, there, own, shared, path) for row in rows]
     folders = [row.folder for row in values["rows"]]
     if len(set(folders)) < len(folders):
@@ -179,22 +204,22 @@ def _make_row(
     made = Row(**values)
     rates = made.values("learning_rate") if made.options else []
     if not all(rate is None or isinstance(rate, float) for rate in rates):
-        # YAML takes 1e-3 for a text; 1.0e-3 is a number.
+        # YAML reads 1e-3 as a text and 1.0e-3 as a number.
         raise RecipeError(f"{path}: learning_rate {rates} of {made.label} has to be numbers like 0.001 or 1.0e-3.")
     return made
 
 
 def select_rows(table: Table, names: Sequence[str] | None = None) -> list[Row]:
     """
-    Rows of a table that are to be run.
+    Choose the rows of a table that are to be run.
 
     Args:
         table ([`Table`]): The table.
-        names (`Sequence[str]`, *optional*): Labels, or names alone (then all rows of that name), in any spelling of
-            case and punctuation. Defaults to all rows.
+        names (`Sequence[str]`, *optional*): Labels, or names, which choose all rows of that name. Case and punctuation
+            do not matter. Defaults to all rows.
 
     Raises:
-        [`RecipeError`]: If a name fits none.
+        [`RecipeError`]: If no row has one of the names.
     """
     rows = [row for row in table.rows if row.options is not None]
     if names is None:
@@ -208,6 +233,6 @@ def select_rows(table: Table, names: Sequence[str] | None = None) -> list[Row]:
 
 
 def override(table: Table, given: Mapping[str, Any]) -> Table:
-    """The table with options that win over its own and those of all its rows."""
+    """The same table with these options, which win over its own and over those of all its rows."""
     rows = [row if row.options is None else replace(row, options={**row.options, **given}) for row in table.rows]
     return replace(table, rows=rows, options={**table.options, **given})

@@ -116,7 +116,7 @@ def test_a_table_says_what_is_missing(tmp_path):
     )
     assert found["rows"][0]["error"] == "ValueError: it is broken"
     # Of a file, its name alone.
-    (failed,) = sweep.runs(sweep.table.rows[0])
+    (failed,) = sweep.runs_of(sweep.table.rows[0])
     error = f"No '{tmp_path}/x.txt', see https://a/b"
     write_json(failed.beside("error.json"), {"options": failed.options, "error": error})
     assert results.collect(sweep, {})["rows"][0]["error"] == "No 'x.txt', see https://a/b"
@@ -278,7 +278,7 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
     module = sweeps.load_recipe(RECIPES / f"{recipe}.py")
     assert drawn(sweep, module) == []
     # The run, without its training.
-    (entry,) = sweep.runs(sweep.table.rows[0])
+    (entry,) = sweep.runs_of(sweep.table.rows[0])
     model, tokenizer = load_base(str(base))
     attach_trained(model, "mo_sara").save_pretrained(entry.folder)
     write_json(entry.record, {"options": entry.options, "metrics": {"score": 1.0}})

@@ -68,7 +68,7 @@ def test_rows_have_the_tables_options_and_their_own(tmp_path):
     assert b.options == {"size": 4, "layers": "0-1"}
     assert printed.options is None
     assert [row.label for row in tables.select_rows(table)] == ["A", "big B"]
-    assert (table.name, table.runs) == ("small", "small")
+    assert (table.name, table.owner) == ("small", "small")
     changed = tables.override(table, {"size": 9})
     assert [row.options and row.options["size"] for row in changed.rows] == [9, 9, None]
 
@@ -87,16 +87,16 @@ def test_a_table_on_another_one_shares_its_runs(tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": "small", "title": "Other", "rows": rows[1:]}))
     table = load_table(tmp_path / "other.yaml")
     again, new = table.rows
-    assert (table.name, table.runs, table.title, table.columns) == ("other", "small", "Other", SMALL["columns"])
+    assert (table.name, table.owner, table.title, table.columns) == ("other", "small", "Other", SMALL["columns"])
     assert (again.label, again.x, again.folder) == ("again", 3, "big-b")
     assert again.options == {"size": 4, "layers": "0-1"}
     assert (new.folder, new.options) == ("c", {"size": 2, "layers": "0-1"})
     # And one on that one.
     (tmp_path / "third.yaml").write_text("base: other\nrows: [C]\n")
     third = load_table(tmp_path / "third.yaml")
-    assert (third.runs, [row.label for row in third.rows]) == ("small", ["C"])
+    assert (third.owner, [row.label for row in third.rows]) == ("small", ["C"])
     first, second = (Sweep(table, "out", FAKE) for table in (load_table(tmp_path / "small.yaml"), table))
-    assert next(first.runs(first.table.rows[1])) == next(second.runs(again))
+    assert next(first.runs_of(first.table.rows[1])) == next(second.runs_of(again))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,22 @@ def test_tables_are_listed_by_their_numbers(tmp_path):
     assert tables.table_names(tmp_path) == ["figure3", "table1", "table2", "table10"]
 
 
+def test_a_table_is_found_by_the_names_of_its_figures(tmp_path):
+    write(tmp_path, "table8", also=["figure3", "figure4"])
+    (tmp_path / "other.yaml").write_text("base: table8\n")
+    for name in ("table8", "figure3", "figure4"):
+        assert tables.find_table(name, tmp_path) == tmp_path / "table8.yaml"
+    # The figures are not those of a table that is based on it.
+    assert (load_table(tmp_path / "table8.yaml").also, load_table(tmp_path / "other.yaml").also) == (
+        ["figure3", "figure4"],
+        (),
+    )
+    with pytest.raises(RecipeError, match=r"no table 'figure5'.*one of: other, table8, figure3, figure4"):
+        tables.find_table("figure5", tmp_path)
+    with pytest.raises(RecipeError, match="also has to be a list"):
+        load_table(write(tmp_path, also="figure3"))
+
+
 # ---- recipes ----
 
 
@@ -178,7 +194,7 @@ def test_learning_rates_are_tried_then_seeds_run_at_the_best_one(tmp_path):
     a, b, _ = sweep.table.rows
     assert (sweep.count(a), sweep.count(b)) == (6, 1)
     # Before anything is known, there are the tries only.
-    assert [run.folder.name for run in sweep.runs(a)] == [
+    assert [run.folder.name for run in sweep.runs_of(a)] == [
         f"learning_rate-{rate}_seed-3" for rate in (0.1, 0.01, 0.001)
     ]
     assert sweep.best_rate(a) is None
@@ -245,7 +261,7 @@ def test_where_no_loss_is_a_number_no_learning_rate_is_the_best(tmp_path):
     assert sweep.best_rate(sweep.table.rows[0]) is None
     assert not sweep.is_complete(sweep.table.rows[0])
     assert errors(sweep) == {"A": "The training diverged at each of its learning rates. Try smaller ones."}
-    for tried in sweep.runs(sweep.table.rows[0]):
+    for tried in sweep.runs_of(sweep.table.rows[0]):
         tried.record.write_text(json.dumps({"options": tried.options, "metrics": {}}))
     assert "no evaluation loss to choose a learning rate by" in errors(sweep)["A"]
 
@@ -284,7 +300,7 @@ def test_what_was_finished_elsewhere_is_not_run_again(tmp_path):
     options = {"learning_rate": [2.0, 0.1, 0.01], "seed": [3, 4], "data_dir": str(tmp_path / "here" / "data")}
     rows = [{"name": "A", "options": options}]
     first = make_sweep(tmp_path / "first", rows=rows)
-    first_runs = first.runs(first.table.rows[0])
+    first_runs = first.runs_of(first.table.rows[0])
     for sought in (2.0, 0.1):
         tried = next(first_runs)
         assert tried.options["learning_rate"] == sought
@@ -429,9 +445,10 @@ def test_every_option_of_a_table_is_one_of_its_recipe(name):
 
 
 def test_the_papers_tables_and_figures_are_all_there():
-    tables = {f"table{number}" for number in (1, 2, 3, 4, 8, 9, 10, 11, 12)}
+    numbered = {f"table{number}" for number in (1, 2, 3, 4, 8, 9, 10, 11, 12)}
     figures = {f"figure{number}" for number in range(2, 10)}
-    assert tables | figures | {"appendix_d", "smollm2_e2e", "smollm2_table4", "smollm2_math"} <= set(TABLES)
+    names = {other for name in TABLES for other in load_paper(name).also} | set(TABLES)
+    assert numbered | figures | {"appendix_d", "smollm2_e2e", "smollm2_table4", "smollm2_math"} <= names
 
 
 # Model, method: threshold, heads, learning rate.
@@ -505,7 +522,7 @@ def test_table_3_has_the_papers_settings_and_printed_numbers():
 
 
 def load_paper(name: str) -> Table:
-    return load_table(RECIPES / "paper" / f"{name}.yaml")
+    return load_table(tables.find_table(name, RECIPES / "paper"))
 
 
 def test_no_other_table_prints_what_is_not_known():
@@ -582,7 +599,7 @@ def test_the_small_sweep_compares_under_like_conditions():
         assert (options.max_eval_samples, options.max_test_mrs, adapter.dropout) == (512, 100, 0.0)
     # The ablations are beside these very runs, with one of the learning rates of their methods.
     ablations = load_paper("smollm2_table4")
-    assert ablations.runs == "smollm2_e2e"
+    assert ablations.owner == "smollm2_e2e"
     for row in ablations.rows:
         main = next(main for main in table.rows if main.options["method"] == row.options["method"])
         assert row.values("learning_rate") in (main.values("learning_rate"), main.values("learning_rate")[1:2])
