@@ -6,6 +6,8 @@ here has the comment `<!-- not run: reason -->` in the line before it.
 """
 
 import ast
+import base64
+import hashlib
 import importlib.util
 import json
 import re
@@ -14,7 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
 from conftest import METHODS, attach_trained, make_model, make_tokenizer
 from hub_server import HubServer, online
@@ -252,6 +256,48 @@ def test_the_page_of_the_format_has_every_field(method, tmp_path):
     assert {name for name in names(config) if f"`{name}`" not in text} == set()
     assert {path.name for path in tmp_path.iterdir() if f"`{path.name}`" not in text} == set()
     assert {name.rsplit(".", 1)[-1] for name in adapter.state_dict()} <= set(re.findall(r"`(\w+)` \(", text))
+
+
+def test_the_page_of_the_format_is_enough_to_verify_an_adapter(tmp_path):
+    """Digest, vectors and sketch of every site, computed as the page says, without hf_sara."""
+
+    def probe(rows, columns, salt):
+        x = np.arange(rows * columns, dtype=np.uint64) + np.uint64(salt << 40)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return 1.0 - 2.0 * ((x >> np.uint64(62)) & np.uint64(1)).astype(float).reshape(rows, columns)
+
+    model = make_model()
+    with torch.no_grad():
+        # Equal singular values: the vectors of the first site are one cluster.
+        model.model.layers[0].self_attn.q_proj.weight.copy_(torch.eye(24))
+    attach_trained(model, "mo_sara").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "sara_config.json").read_text())
+    assert config["tensors_sha256"] == hashlib.sha256((tmp_path / "sara_adapter.safetensors").read_bytes()).hexdigest()
+    assert config["sites"][0]["clusters"] == [[0, 24]]
+    for site in config["sites"]:
+        (d_in, d_out), k = site["shape"], site["k"]
+        stored = model.get_submodule(site["name"]).weight.detach().numpy()
+        assert stored.shape == (d_out, d_in)
+        text = f"torch.float32({d_out}, {d_in})".encode()
+        assert site["sha256"] == hashlib.sha256(text + stored.astype("<f4").tobytes()).hexdigest()
+
+        weight = stored.T.astype(np.float64)
+        tall = weight if d_in >= d_out else weight.T
+        left, _, right = np.linalg.svd(tall, full_matrices=False)
+        signs = np.where(right @ probe(len(right), 1, 0) < 0, -1, 1)
+        left, right = left.T * signs, right * signs
+        for start, stop in site.get("clusters", []):
+            L, _, R = np.linalg.svd(right[start:stop] @ probe(len(right), stop - start, 1))
+            left[start:stop], right[start:stop] = (L @ R).T @ left[start:stop], (L @ R).T @ right[start:stop]
+        left, right = left[:k].astype(np.float32), right[:k].astype(np.float32)
+        U, Vh = (left.T, right) if d_in >= d_out else (right.T, left)
+
+        R = probe(k, 4, 2)
+        first = ((probe(d_in, 4, 3).T @ U) * R.T).sum(1)
+        second = ((Vh @ probe(d_out, 4, 4)) * R).sum(0)
+        sketch = np.frombuffer(base64.b64decode(site["sketch"]), "<f4")
+        assert np.abs(np.concatenate([first, second]) - sketch).max() <= 1e-5 * max(1, k**0.5)
 
 
 def test_the_readme_and_the_site_list_every_page():
