@@ -22,7 +22,7 @@ import torch
 import typer
 from conftest import METHODS, attach_trained, make_model, make_tokenizer
 from hub_server import HubServer, online
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 
 import hf_sara
 from hf_sara.cli import app
@@ -94,7 +94,10 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         server.add_repo(BASE, files={path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+        # Its instances are kept, and with them the Hub that they were made for.
+        HfFileSystem.clear_instance_cache()
         yield server
+        HfFileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("page", with_code("python"))
