@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -114,7 +114,7 @@ class Repo:
         return self.objects[found[0]]
 
     def add(self, ref: str, files: Mapping[str, File], parent: Commit | None, title: str, message: str, author: str):
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         commit = Commit(dict(sorted(files.items())), parent, title, message, author, now)
         self.objects[commit.sha] = commit
         self.refs[ref] = commit.sha

@@ -25,10 +25,8 @@ from hub_server import HubServer, online
 from huggingface_hub import HfFileSystem, constants
 
 import hf_sara
+from harness.options import given_options
 from hf_sara.cli import app
-
-# The parser of the recipes' command lines.
-from hf_sara.tasks.recipe import given_options
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
