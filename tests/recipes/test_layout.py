@@ -1,0 +1,57 @@
+"""The harness stands on the package and not the other way round, and its modules on each other in one direction."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from recipe_scripts import RECIPES
+
+HARNESS = RECIPES / "harness"
+PACKAGE = RECIPES.parent / "hf_sara"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = "." * node.level + (node.module or "")
+            found |= {parent} if node.module else {f"{parent}{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_package_imports_nothing_of_the_recipes():
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"harness", "recipes"}, path
+
+
+def test_the_imports_of_the_harness_have_no_circle():
+    graph = {
+        path.stem: {name[1:] for name in imports(path) if name.startswith(".")} for path in HARNESS.glob("[!_]*.py")
+    }
+    # This raises an error that names the circle.
+    order = list(TopologicalSorter(graph).static_order())
+    assert set(order) == set(graph)
+
+
+@pytest.mark.parametrize("name", ["run_e2e", "run_math", "run_commonsense", "run_paper"])
+def test_help_imports_no_library_of_the_data_or_the_scores(name):
+    slow = ("datasets", "evaluate", "sacrebleu", "matplotlib", "pyarrow", "hf_sara.trainer", "harness.run")
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{name!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(RECIPES / f'{name}.py')!r}, run_name='__main__')\n"
+        "except SystemExit as stopped:\n"
+        "    assert not stopped.code\n"
+        f"sys.exit(','.join(name for name in {slow} if name in sys.modules) or 0)"
+    )
+    path = f"import sys; sys.path.insert(0, {str(RECIPES)!r})\n"
+    run = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--output_dir" in run.stdout
