@@ -5,14 +5,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
 
 from . import hub, model_card, storage
 from .arguments import SaraArguments
-from .attached import AttachedUpdates, check_name, unwrap
+from .attached import AttachedUpdates, adapters_on, check_name, unwrap
 from .base_model import BaseRecord
 from .factors import Factors
 from .planning import AdapterSpec, Plan, count_base, measure
@@ -118,7 +118,7 @@ class SaraAdapter(AttachedUpdates):
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None) -> "SaraAdapter | None":
         """The adapter of that name on a model (the first one, if no name is given), or `None`."""
-        adapters = getattr(unwrap(model), "sara_adapters", {})
+        adapters = cast(dict[str, SaraAdapter], adapters_on(model))
         return next(iter(adapters.values()), None) if name is None else adapters.get(name)
 
     # ---- what it is ----
@@ -217,7 +217,7 @@ def adapter_of(model_or_adapter: nn.Module | SaraAdapter) -> SaraAdapter:
     """The adapter itself, or the only one that a model carries; a `ValueError` if it carries none or several."""
     if isinstance(model_or_adapter, SaraAdapter):
         return model_or_adapter
-    adapters = getattr(unwrap(model_or_adapter), "sara_adapters", {})
+    adapters = cast(dict[str, SaraAdapter], adapters_on(model_or_adapter))
     if not adapters:
         raise ValueError(f"This {type(model_or_adapter).__name__} carries no SARA adapter. Attach or load one first.")
     if len(adapters) > 1:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapter import SaraAdapter
 from .arguments import SaraArguments, parse_layers
 from .attached import unwrap
 from .base_model import BaseWeights
 from .parallel import for_each
-from .sites import Site, sites_by_kind
+from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum
 from .targets import find_sites
 
@@ -34,12 +35,17 @@ MAX_LAYER_LABELS = 16
 STEPS = (1, 2, 5, 10)
 
 
-def _rows(sites: Sequence[Site]) -> dict[str, list[Site]]:
+def _rows(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
     """`sites_by_kind` for what is compared by layers."""
     outside = [site.name for site in sites if site.layer is None]
     if outside:
         raise ValueError(f"{outside[0]} is in no numbered layer. Leave it out of target_modules to compare layers.")
     return sites_by_kind(sites)
+
+
+def _layers(row: Sequence[Site]) -> list[int]:
+    """The layers of sites that `_rows` has seen."""
+    return [site.layer for site in row if site.layer is not None]
 
 
 @dataclass
@@ -119,13 +125,14 @@ def rank_curves(
     kinds = _rows(sites)
 
     def ranks(site: Site) -> list[int]:
+        # The spectrum decides the ranks for these thresholds beyond doubt.
         spectrum = find_spectrum(weight_of(site), site.name, thresholds=thresholds)
-        return [spectrum.rank(threshold) for threshold in thresholds]
+        return [spectrum.count(threshold) for threshold in thresholds]
 
     found = dict(zip(sites, for_each(ranks, sites, "Singular values"), strict=True))
     return RankCurves(
         thresholds,
-        {kind: [site.layer for site in row] for kind, row in kinds.items()},
+        {kind: _layers(row) for kind, row in kinds.items()},
         {kind: np.array([found[site] for site in row]).T for kind, row in kinds.items()},
     )
 
@@ -180,15 +187,15 @@ def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None
     kinds = _rows(adapter.sites)
     mask = batch.get("attention_mask")
     kept = None if mask is None else mask.flatten().bool()
-    totals: dict[Site, torch.Tensor] = {}
-    counts: dict[Site, int] = defaultdict(int)
+    totals: dict[PlannedSite, torch.Tensor] = {}
+    counts: dict[PlannedSite, int] = defaultdict(int)
 
-    def watch(site: Site):
-        delta = adapter.delta(site)
+    def watch(site: PlannedSite) -> RemovableHandle:
+        delta: Any = adapter.delta(site)
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             gates = delta.gates(inputs[0]).flatten(0, -2)
-            if kept is not None:
+            if mask is not None and kept is not None:
                 if len(kept) != len(gates):
                     raise ValueError(
                         f"attention_mask of shape {tuple(mask.shape)} does not fit the {len(gates)} positions that "
@@ -213,12 +220,12 @@ def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None
     if unused:
         raise ValueError(f"{unused[0]} saw no token of this batch, so its router has no mean.")
     return Routing(
-        {kind: [site.layer for site in row] for kind, row in kinds.items()},
+        {kind: _layers(row) for kind, row in kinds.items()},
         {kind: np.stack([(totals[site] / counts[site]).numpy() for site in row]) for kind, row in kinds.items()},
     )
 
 
-def _routed_adapter(model: nn.Module, name: str | None) -> SaraAdapter:
+def _routed_adapter(model: Any, name: str | None) -> SaraAdapter:
     adapter = SaraAdapter.of(model, name)
     if adapter is None:
         wanted = "adapter" if name is None else f"adapter {name!r}"
@@ -287,7 +294,7 @@ def rank_correlation(
         raise ValueError(f"There are {len(scores)} scores, but fewer than three say nothing about a correlation.")
     means = []
     for group in scores:
-        layers = parse_layers(group)
+        layers = parse_layers(str(group))
         missing = sorted(layers - set(ranks))
         if missing:
             raise ValueError(f"scores has {group!r}, but there is no rank for the layers {missing}.")
@@ -330,7 +337,7 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
         _rank_axes(axes)
     # From the top down, as the lines lie.
     labels = [f"{curves.thresholds[row]:g}" for row in order]
-    figure.legend(lines[::-1], labels[::-1], title="threshold", loc="outside center right")
+    figure.legend(lines[::-1], labels[::-1], title="threshold", loc="outside center right")  # type: ignore[call-overload]  # matplotlib lacks "outside"
     return _finish(figure, path, title)
 
 
@@ -364,7 +371,7 @@ def plot_routing(
         layers, gates = routing.layers[kind], routing.gates[kind]
         image = axes.imshow(gates, vmin=0.0, vmax=highest, cmap="viridis", aspect="auto", interpolation="nearest")
         labelled = range(0, len(layers), math.ceil(len(layers) / MAX_LAYER_LABELS))
-        axes.set_yticks(labelled, [layers[row] for row in labelled])
+        axes.set_yticks(labelled, [str(layers[row]) for row in labelled])
         axes.set_xticks(range(gates.shape[1]))
         axes.set(title=kind, xlabel="head", ylabel="layer")
     figure.colorbar(image, ax=list(panels.values()), label="gate, mean over tokens")

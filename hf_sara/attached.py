@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .factors import Factors
 from .merging import MergedWeights
@@ -20,7 +21,7 @@ from .sites import PlannedSite
 from .tensor_files import check_tensors
 
 
-def add_deltas(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """The one forward hook: adds the enabled updates of a linear to its output. It captures no state."""
     # Whether this is the output of the frozen linear itself, which no other hook has seen or changed.
     own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
@@ -32,7 +33,7 @@ def add_deltas(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -
     return output
 
 
-def insert_delta(module: nn.Module, key: str, delta: Delta) -> None:
+def insert_delta(module: Any, key: str, delta: Delta) -> None:
     """Put an update on a linear, beside those that are there."""
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
@@ -40,7 +41,7 @@ def insert_delta(module: nn.Module, key: str, delta: Delta) -> None:
     module.sara[key] = delta.train(module.training)
 
 
-def remove_delta(module: nn.Module, key: str) -> None:
+def remove_delta(module: Any, key: str) -> None:
     """Take an update off a linear; with the last one, the hook goes too."""
     del module.sara[key]
     if not len(module.sara):
@@ -49,7 +50,7 @@ def remove_delta(module: nn.Module, key: str) -> None:
             del module._forward_hooks[handle]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The model inside of `torch.compile`'s wrapper."""
     return getattr(model, "_orig_mod", model)
 
@@ -82,13 +83,12 @@ class AttachedUpdates:
                 parameter.requires_grad_(False)
         method = self.spec.method
         for site in self.sites:
-            module = self.model.get_submodule(site.module)
+            module = site.linear(self.model)
             delta = method.make_delta(site, self.model, factors.get(site.name))
             if site.name in factors:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
-        self.model.sara_adapters = {**getattr(self.model, "sara_adapters", {}), self.name: self}
-        self.model.sara_adapter = self
+        _set_adapters(self.model, {**adapters_on(self.model), self.name: self})
 
     @property
     def sites(self) -> list[PlannedSite]:
@@ -102,7 +102,8 @@ class AttachedUpdates:
 
     def delta(self, site: PlannedSite) -> Delta:
         """The update's module at one site."""
-        return self.model.get_submodule(site.module).sara[self._key(site)]
+        module: Any = self.model.get_submodule(site.module)
+        return module.sara[self._key(site)]
 
     def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
         """All sites with their updates' modules."""
@@ -134,10 +135,8 @@ class AttachedUpdates:
         check_tensors(tensors, self.spec.trained_shapes())
         for name, tensor in self.trained().items():
             value = tensors[name].to(tensor.device)
-            if hasattr(tensor, "full_tensor"):
+            if isinstance(tensor, DTensor):
                 # A shard, see `state_dict`.
-                from torch.distributed.tensor import distribute_tensor
-
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)
 
@@ -204,7 +203,7 @@ class AttachedUpdates:
         if self._merged is None:
             raise ValueError(f"The adapter {self.name!r} is not merged.")
         order = self._merged.order
-        later = [a.name for a in self.model.sara_adapters.values() if a._merged and a._merged.order > order]
+        later = [a.name for a in adapters_on(self.model).values() if a._merged and a._merged.order > order]
         if later:
             raise ValueError(f"Unmerge {later} first: they were merged after {self.name!r}, on top of it.")
         self._merged.restore()
@@ -224,25 +223,37 @@ class AttachedUpdates:
             self.unmerge()
         for site in self.sites:
             remove_delta(self.model.get_submodule(site.module), self._key(site))
-        others = {name: other for name, other in self.model.sara_adapters.items() if other is not self}
+        others = {name: other for name, other in adapters_on(self.model).items() if other is not self}
+        _set_adapters(self.model, others)
         if others:
-            self.model.sara_adapters = others
-            self.model.sara_adapter = heir = next(reversed(others.values()))
-            heir._unfrozen += self._unfrozen
+            next(reversed(others.values()))._unfrozen += self._unfrozen
         else:
-            del self.model.sara_adapters, self.model.sara_adapter
             for name in self._unfrozen:
                 self.model.get_parameter(name).requires_grad_(True)
 
 
 def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().clone().contiguous()
+
+
+def adapters_on(model: nn.Module) -> dict[str, AttachedUpdates]:
+    """The adapters that a model carries, by name, in the order in which they were attached."""
+    return getattr(unwrap(model), "sara_adapters", {})
+
+
+def _set_adapters(model: Any, adapters: dict[str, AttachedUpdates]) -> None:
+    """Note on the model what it carries. `model.sara_adapter` is the adapter that was attached last."""
+    if adapters:
+        model.sara_adapters = adapters
+        model.sara_adapter = next(reversed(adapters.values()))
+    else:
+        del model.sara_adapters, model.sara_adapter
 
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise a `ValueError` unless a new adapter of the model can have the name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"The adapter name {name!r} may have letters, digits, '_' and '-' only.")
-    if name in getattr(model, "sara_adapters", {}):
+    if name in adapters_on(model):
         raise ValueError(f"The model already carries an adapter {name!r}. Detach it, or choose another name.")

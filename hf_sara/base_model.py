@@ -150,7 +150,7 @@ def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
         return kind(config)
 
 
-def names_in_model(model: nn.Module, keys: list[str]) -> dict[str, str]:
+def names_in_model(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     """
     The model's names of a checkpoint's tensors: transformers renames them as it loads them, and adds or removes the
     prefix of the base model. Tensors that it also changes are left out.
@@ -227,8 +227,8 @@ class BaseWeights:
         self.folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else None
         if self.folder is None and hub_id(name_or_folder) is None:
             raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
-        self._remote = "" if self.folder else f"{name_or_folder}@{revision or 'main'}"
-        self._files = None if self.folder else HfFileSystem(token=token)
+        self._remote = f"{name_or_folder}@{revision or 'main'}"
+        self._files = HfFileSystem(token=token)
         try:
             config = AutoConfig.from_pretrained(name_or_folder, revision=revision or "main", token=token)
             self.model = empty_model(_architecture(config), config)
@@ -244,7 +244,7 @@ class BaseWeights:
 
     def weight(self, site: Site) -> torch.Tensor:
         """The weight W of a site, of shape (d_in, d_out)."""
-        module = self.model.get_submodule(site.module)
+        module = site.linear(self.model)
         entry = self._by_name.get(f"{site.module}.weight")
         if entry is None:
             raise ValueError(f"{site.name}: the checkpoint has no tensor for it. Load the model, and plan on that.")

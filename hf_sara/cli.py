@@ -8,12 +8,9 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer(
     help="SARA and Mo-SARA adapters for Hugging Face models.",
@@ -234,7 +231,7 @@ def generate(
     _print_json({"prompt": prompt, "text": text}) if as_json else typer.echo(text)
 
 
-def _load(adapter: str, base: str | None, revision: str | None) -> "PreTrainedModel":
+def _load(adapter: str, base: str | None, revision: str | None) -> Any:
     from .sharing import from_hub
 
     return from_hub(adapter, base_model=base, revision=revision)

@@ -99,8 +99,8 @@ def export_lora(
     errors = dict.fromkeys(pairs, 0.0)
     for name, (A, B) in pairs.items():
         if max_rank is not None and A.shape[0] > max_rank:
-            *pair, errors[name] = truncate(A, B, max_rank)
-            pairs[name] = tuple(pair)
+            A, B, errors[name] = truncate(A, B, max_rank)
+            pairs[name] = A, B
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
     payload = to_bytes(_lora_tensors(pairs))
     config = json.dumps(_lora_config(adapter, ranks, base_model_name_or_path), indent=2).encode() + b"\n"

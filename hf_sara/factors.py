@@ -84,21 +84,23 @@ def find_factors(
     check_weight(weight, site)
     digest = digest or weight_digest(weight)
     if k is None:
+        if threshold is None:
+            raise ValueError(f"{site}: give a threshold or k, which say how many singular vectors are wanted.")
         check_threshold(threshold, site)
         spectrum = load_spectrum(digest)
         k = None if spectrum is None else spectrum.rank(threshold)
     factors = None if k is None else load_factors(digest, k)
     if factors is not None and (clusters is None or list(clusters) == factors.clusters):
         return factors
-    factors = _factorise(weight, threshold, k, clusters, digest)
+    factors = _factorise(weight, k, threshold, clusters, digest)
     save_factors(digest, factors)
     return factors
 
 
 def _factorise(
     weight: torch.Tensor,
-    threshold: float | None,
     k: int | None,
+    threshold: float | None,
     clusters: Sequence[tuple[int, int]] | None,
     digest: str,
 ) -> Factors:
@@ -106,25 +108,29 @@ def _factorise(
     wide = widened(weight)
     transposed = wide.shape[0] < wide.shape[1]
     tall = wide.t() if transposed else wide
+    # What `choose` finds where it is not given.
+    count, fixed_together = k or 0, list(clusters or ())
 
     def choose(squares: np.ndarray) -> int:
         """How many vectors to compute: k, and on to the end of the cluster that k stands in."""
-        nonlocal k, clusters
+        nonlocal count, fixed_together
         eigenvalues = torch.from_numpy(squares).clamp_min(0.0)
-        spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, wide.shape, float(eigenvalues[0])))
-        if k is None:
-            k = spectrum.rank(threshold)
-            if k is None:
+        if k is None and threshold is not None:
+            spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, wide.shape, float(eigenvalues[0])))
+            decided = spectrum.rank(threshold)
+            if decided is None:
                 spectrum = exact_spectrum(tall)
-                k = spectrum.count(threshold)
+                decided = spectrum.count(threshold)
             save_spectrum(digest, spectrum)
+            count = decided
         if clusters is None:
-            clusters = _find_clusters(eigenvalues, k)
-        return max([k, *(stop for _, stop in clusters)])
+            fixed_together = _find_clusters(eigenvalues, count)
+        return max([count, *(stop for _, stop in fixed_together)])
 
-    left, right = (side[:k].to(dtype) for side in _canonical(*top_vectors(tall.double(), choose), clusters))
+    vectors = top_vectors(tall.double(), choose)
+    left, right = (side[:count].to(dtype) for side in _canonical(*vectors, fixed_together))
     U, Vh = (right.t(), left) if transposed else (left.t(), right)
-    return Factors(U.contiguous(), Vh.contiguous(), [tuple(cluster) for cluster in clusters])
+    return Factors(U.contiguous(), Vh.contiguous(), fixed_together)
 
 
 def top_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,7 +87,7 @@ def fetch_adapter(
             name,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=list(storage.ADAPTER_FILES),
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .methods import Delta
+from .methods import Delta, deltas_of
 from .sites import PlannedSite
 
 _counter = itertools.count(1)
@@ -33,10 +33,10 @@ class MergedWeights:
         self.model = model
         self._sites = [site for site, _ in deltas]
         refuse_tied(model, self._sites)
-        merged = {site.name: merged_weight(site, model.get_submodule(site.module), delta) for site, delta in deltas}
+        merged = {site.name: merged_weight(site, site.linear(model), delta) for site, delta in deltas}
         self._originals: dict[str, torch.Tensor] = {}
         for site in self._sites:
-            self._originals[site.name] = site.read(model.get_submodule(site.module)).clone()
+            self._originals[site.name] = site.read(site.linear(model)).clone()
             self._write(site, merged.pop(site.name))
         self.order = next(_counter)
 
@@ -44,17 +44,17 @@ class MergedWeights:
     def restore(self) -> None:
         """Restore the very bits that the weights had before."""
         for site in self._sites:
-            device = self.model.get_submodule(site.module).weight.device
+            device = site.linear(self.model).weight.device
             self._write(site, self._originals.pop(site.name).to(device))
 
     def _write(self, site: PlannedSite, weight: torch.Tensor) -> None:
-        module = self.model.get_submodule(site.module)
+        module = site.linear(self.model)
         site.write(module, weight)
-        for delta in module.sara.values():
+        for delta in deltas_of(module):
             delta.follow_weight(module)
 
 
-def merged_weight(site: PlannedSite, module: nn.Module, delta: Delta) -> torch.Tensor:
+def merged_weight(site: PlannedSite, module: nn.Linear, delta: Delta) -> torch.Tensor:
     """
     A site's weight plus its update, of shape (d_in, d_out): computed in at least float32, rounded once.
 
@@ -78,7 +78,7 @@ def refuse_tied(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for site in sites:
-        others = [n for n in owners[id(model.get_submodule(site.module).weight)] if n != site.module]
+        others = [n for n in owners[id(site.linear(model).weight)] if n != site.module]
         if others:
             raise ValueError(
                 f"{site.name}: its weight is tied to {', '.join(others)}, which merging would change as well. "

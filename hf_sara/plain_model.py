@@ -10,17 +10,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
 from . import storage
 from .adapter import SaraAdapter, adapter_of
+from .attached import adapters_on
 from .base_model import empty_model, model_class, names_in_model, shard_names
 from .errors import AdapterError
 from .merging import merged_weight, refuse_tied
@@ -59,9 +60,9 @@ def merge(
     """
     adapter = adapter_of(model_or_adapter)
     model = adapter.model
-    if len(model.sara_adapters) > 1:
+    if len(adapters_on(model)) > 1:
         raise ValueError(
-            f"The model carries the adapters {list(model.sara_adapters)}, and a plain model carries none. Detach "
+            f"The model carries the adapters {list(adapters_on(model))}, and a plain model carries none. Detach "
             "those that are not to be merged: adapter.detach()."
         )
     if folder is None:
@@ -72,7 +73,7 @@ def merge(
         adapter.merge()
         try:
             plain = {name: tensor for name, tensor in model.state_dict().items() if ".sara." not in name}
-            model.save_pretrained(new, state_dict=plain, max_shard_size=max_shard_size)
+            cast(PreTrainedModel, model).save_pretrained(new, state_dict=plain, max_shard_size=max_shard_size)
         finally:
             adapter.unmerge()
     return model
@@ -114,7 +115,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     logger.info("Merged %d weight matrices in %d files into %s", len(sites), len(shards), folder)
 
 
-def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> nn.Module:
+def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> PreTrainedModel:
     """The base without values: what its modules are called, of what kind and shape they are, and what is tied."""
     if not base_folder.is_dir():
         raise FileNotFoundError(f"There is no base folder {str(base_folder)!r}. Download the base first.")
@@ -133,7 +134,9 @@ def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> nn.Module:
     return empty_model(kind, config)
 
 
-def _weights_by_file(base_folder: Path, model: nn.Module, sites: Sequence[PlannedSite]) -> dict[str, dict[str, str]]:
+def _weights_by_file(
+    base_folder: Path, model: PreTrainedModel, sites: Sequence[PlannedSite]
+) -> dict[str, dict[str, str]]:
     """The base's weights files, each with the names that the adapted modules' weights have in it, by module."""
     wanted = {f"{site.module}.weight": site.module for site in sites}
     shards: dict[str, dict[str, str]] = {}
@@ -181,7 +184,7 @@ def _merge_shard(
 ) -> None:
     """Copy a weights file, and write the merged matrices over the base's: all else stays as it is, byte by byte."""
     shutil.copyfile(source, target)
-    modules = {key: model.get_submodule(name) for name, key in weights.items()}
+    modules = {key: cast(nn.Linear, model.get_submodule(name)) for name, key in weights.items()}
     with _open_shard(source) as file:
         for key, module in modules.items():
             module.weight = nn.Parameter(_read_weight(file, key, module), requires_grad=False)
@@ -198,7 +201,7 @@ def _merge_shard(
         module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
 
 
-def _read_weight(file: Any, key: str, module: nn.Module) -> torch.Tensor:
+def _read_weight(file: Any, key: str, module: nn.Linear) -> torch.Tensor:
     part = file.get_slice(key)
     if part.get_dtype() not in SAFETENSORS_DTYPES.values():
         raise ValueError(f"{key}: a weight stored as {part.get_dtype()} is quantized, and cannot be merged into.")
@@ -219,7 +222,7 @@ def _overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         header = json.loads(file.read(length))
         for key, tensor in tensors.items():
             file.seek(8 + length + header[key]["data_offsets"][0])
-            file.write(tensor.contiguous().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

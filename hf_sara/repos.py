@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -10,7 +11,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 # OSError, and the errors of the HTTP library below huggingface_hub, which differs between its versions.
-NETWORK_ERRORS = HfHubHTTPError.__bases__
+NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 
 def hub_id(name: str | None) -> str | None:

@@ -106,7 +106,9 @@ def from_hub(
             if getattr(base, key) is not None and hasattr(model.config, key):
                 setattr(model.config, key, getattr(base, key))
     adapter = SaraAdapter.from_saved(model, saved)
-    return (merge_into_base(adapter) if merge else model).eval()
+    if merge:
+        merge_into_base(adapter)
+    return model.eval()
 
 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
@@ -135,7 +137,7 @@ def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:
     return name, base.revision
 
 
-def base_class(name: str, trust_remote_code: bool) -> type:
+def base_class(name: str, trust_remote_code: bool) -> Any:
     """The class of the base: one of transformers' own, or an Auto class where remote code may run."""
     found = model_class(name)
     if found is not None:

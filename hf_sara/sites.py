@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -71,11 +71,15 @@ class Site:
         """Index of the layer: the first number in the module's name."""
         return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
 
+    def linear(self, model: nn.Module) -> nn.Linear:
+        """The site's module: an `nn.Linear`, or what has a weight as one."""
+        return cast(nn.Linear, model.get_submodule(self.module))
+
     def weight(self, model: nn.Module) -> torch.Tensor:
         """The weight W in the orientation (d_in, d_out), without gradient; a view where the storage allows it."""
-        return self.read(model.get_submodule(self.module))
+        return self.read(self.linear(model))
 
-    def read(self, module: nn.Module) -> torch.Tensor:
+    def read(self, module: nn.Linear) -> torch.Tensor:
         """The weight W of the site in its module."""
         return self.orient(plain_weight(module, self.name), module)
 
@@ -87,7 +91,7 @@ class Site:
         return self.slice.view(weight, dim=1).flatten(1)
 
     @torch.no_grad()
-    def write(self, module: nn.Module, value: torch.Tensor) -> None:
+    def write(self, module: nn.Linear, value: torch.Tensor) -> None:
         """Write W, of shape (d_in, d_out), into the module's stored weight. Only merging does this."""
         weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.t()
         if self.slice is None:
@@ -117,7 +121,7 @@ class PlannedSite(Site):
 AnySite = TypeVar("AnySite", bound=Site)
 
 
-def plain_weight(module: nn.Module, name: str) -> torch.Tensor:
+def plain_weight(module: Any, name: str) -> torch.Tensor:
     """The stored weight of a linear as a floating-point tensor: quantized ones are dequantized."""
     weight = module.weight.detach()
     if hasattr(module.weight, "ds_id") and not weight.numel():
@@ -149,12 +153,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear, also of a quantized one, whose stored weight has another shape."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return module.in_features, module.out_features
+    linear = cast(nn.Linear, module)
+    return linear.in_features, linear.out_features
 
 
 def fused_slices(model: nn.Module, leaf: str, d_out: int) -> dict[str, OutputSlice]:
     """The projections of a fused module by label (`"q"`, `"k"`, `"v"`), or nothing for a plain module."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     kind = (getattr(config, "model_type", None), leaf)

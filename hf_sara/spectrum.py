@@ -117,7 +117,7 @@ def weight_digest(weight: torch.Tensor) -> str:
     stored = weight.detach().t().cpu()
     wide = stored.to(torch.promote_types(stored.dtype, torch.float32)).contiguous()
     digest = hashlib.sha256(f"{wide.dtype}{tuple(wide.shape)}".encode())
-    digest.update(memoryview(wide.numpy()).cast("B"))
+    digest.update(wide.numpy().data.cast("B"))
     return digest.hexdigest()
 
 
@@ -200,7 +200,7 @@ def _gram(matrix: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def error_bound(dtype: torch.dtype, shape: tuple[int, int], largest: float) -> float:
+def error_bound(dtype: torch.dtype, shape: Sequence[int], largest: float) -> float:
     """
     Bound on the error of an eigenvalue of the Gram matrix. Rounding errors of a product of length m add up like
     sqrt(m) (Higham and Mary, 2019) and those of the reduction to tridiagonal form, the larger part, alike; the factor

@@ -1,6 +1,7 @@
 """Which of the sites that a model offers an adapter's arguments choose."""
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
 
 
 def _model_type(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", "") or type(model).__name__
     if model_type not in DEFAULT_TARGETS and hasattr(config, "get_text_config"):
         text_type = getattr(config.get_text_config(), "model_type", model_type)

@@ -6,12 +6,13 @@ registry `METHODS`. The rest of the package asks the method and never compares i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..factors import Factors, find_factors
 from ..seeds import Seed
@@ -139,9 +140,9 @@ class Method:
             model ([`~transformers.PreTrainedModel`]): The base model; the update is not attached to it.
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
-        weight = model.get_submodule(site.module).weight
+        weight = site.linear(model).weight
         # The stored weight of a quantized linear has no dtype to compute in.
-        dtype = weight.dtype if weight.is_floating_point() else model.dtype
+        dtype = weight.dtype if weight.is_floating_point() else cast(PreTrainedModel, model).dtype
         delta = self.delta_class(self, site, dtype, weight.device)
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
@@ -251,6 +252,11 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_in={self.shape[0]}, d_out={self.shape[1]}, k={self.k}"
+
+
+def deltas_of(module: Any) -> Iterable[Delta]:
+    """The updates that a linear carries, of all adapters."""
+    return module.sara.values()
 
 
 def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

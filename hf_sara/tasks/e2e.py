@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -119,13 +119,18 @@ def encode_dataset(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: i
         )
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        prompts = encode_prompts(tokenizer, batch["mr"])
-        texts = tokenizer([f" {text}" for text in batch["text"]], add_special_tokens=False)["input_ids"]
+        prompts: list[list[int]] = encode_prompts(tokenizer, batch["mr"])
+        outputs: list[list[int]] = tokenizer([f" {text}" for text in batch["text"]], add_special_tokens=False)[
+            "input_ids"
+        ]
         rows: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
-        for mr, prompt, text in zip(batch["mr"], prompts, texts, strict=True):
+        mr: str
+        prompt: list[int]
+        output: list[int]
+        for mr, prompt, output in zip(batch["mr"], prompts, outputs, strict=True):
             if len(prompt) >= max_length:
                 raise ValueError(f"max_length={max_length} leaves no room for a text after {mr[:80]!r}. Raise it.")
-            answer = [*text, tokenizer.eos_token_id]
+            answer: list[int] = [*output, tokenizer.eos_token_id]
             rows["input_ids"].append([*prompt, *answer][:max_length])
             rows["labels"].append(([IGNORED] * len(prompt) + answer)[:max_length])
             rows["length"].append(len(rows["input_ids"][-1]))
@@ -250,7 +255,7 @@ def beam_search(
     return best
 
 
-def _start(model: torch.nn.Module, rows: int) -> tuple[PreTrainedModel, DynamicCache, int]:
+def _start(model: Any, rows: int) -> tuple[PreTrainedModel, DynamicCache, int]:
     """
     Find the model to call; returns it, its cache for so many rows, and the number of positions that are in the cache
     already. PEFT adapts the model inside of its wrapper, so that model is called. With prefix tuning, the wrapper
@@ -320,7 +325,7 @@ def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """The text of generated tokens: it ends at EOS or at a blank line, and is stripped."""
-    text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
     return text.split(tokenizer.eos_token)[0].split("\n\n")[0].strip()
 
 

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import evaluate
@@ -70,7 +71,8 @@ class E2EMetrics(evaluate.Metric):
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU in [0, 1]. Inputs may have different numbers of references."""
-    streams = [
+    # sacrebleu takes `None` for a reference that is missing, which its annotations do not say.
+    streams: Any = [
         [group[i] if i < len(group) else None for group in references] for i in range(max(map(len, references)))
     ]
     metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers.trainer as transformers_trainer
@@ -45,6 +45,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
     """
 
+    hp_space: Any
+
     def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
         self.sara_args = sara_args
         self._trial_overrides: dict[str, Any] = {}
@@ -75,7 +77,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         """The trained tensors by name."""
         return self.sara_adapter.trained()
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self, model: Any) -> None:
         adapter = SaraAdapter.of(model)
         wanted = self.sara_args
         if wanted is not None and self._trial_overrides:
@@ -108,7 +110,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         return {field.name: values[field.name] for field in fields(SaraArguments) if field.name in values}
 
     def _hp_search_setup(self, trial):
-        space = self.hp_space if self.hp_search_backend is not None else None
+        space: Any = self.hp_space if self.hp_search_backend is not None else None
         ours = {field.name for field in fields(SaraArguments)}
         if space is not None and trial is not None and self.hp_search_backend == HPSearchBackend.OPTUNA:
             # The adapter's own fields were used when the model was made; Trainer would warn that it has none of them.
@@ -150,7 +152,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _write(self, output_dir: str | None, contents: Contents) -> None:
         if not self.args.should_save:
             return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        output_dir = self._output_dir if output_dir is None else output_dir
         storage.write(output_dir, self.sara_adapter.manifest(), *contents)
         if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
             self.processing_class.save_pretrained(output_dir)
@@ -164,7 +166,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             # Comes with DeepSpeed alone.
             from accelerate.utils import DeepSpeedSchedulerWrapper
 
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
                 self._save_scheduler(output_dir)
         elif self.is_fsdp_enabled:
@@ -178,7 +181,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     # ---- loading ----
@@ -220,7 +223,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             raise ValueError("FSDP1 is not supported. Leave 'version' out of fsdp_config, or set it to 2.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # They take contiguous parameters only, and U lies in memory by columns.
-            for parameter in self.model.parameters():
+            for parameter in cast(nn.Module, self.model).parameters():
                 parameter.data = parameter.data.contiguous()
         # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks
         # for that with PEFT's class only.
@@ -240,7 +243,7 @@ def _pose_as_peft(model: Any):
     Trainer refuses a quantized base unless PEFT has put an adapter on it. Ours is one too, so for the length of the
     constructor the model says that it has one.
     """
-    inner = unwrap(model) if isinstance(model, nn.Module) else None
+    inner: Any = unwrap(model) if isinstance(model, nn.Module) else None
     if not getattr(inner, "is_quantized", False) or getattr(inner, "_hf_peft_config_loaded", False):
         yield
         return

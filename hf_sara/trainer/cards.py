@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from .. import hub
+from ..card_text import listed
 from ..model_card import Sample, Training, pipeline_of
 from .adapter_trainer import AdapterTrainerMixin
 from .resuming import RUNNING_LOSS_FILE
@@ -66,6 +67,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
     """
 
+    hub_model_id: Any
+    push_in_progress: Any
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         # Trainer calls this in its constructor. A training must not wait for, or fail with, a network: each push makes
         # the repository if it has to.
@@ -93,9 +97,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         self._finish_current_push()
         push = functools.partial(
             hub.push_folder,
-            self.args.output_dir,
+            self._output_dir,
             self._hub_repo_id(),
-            commit_message=commit_message,
+            commit_message=commit_message or "End of training",
             private=self.args.hub_private_repo if private is None else private,
             revision=revision if revision is not None else self.args.hub_revision,
             token=token if token is not None else self.args.hub_token,
@@ -103,12 +107,13 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         return push() if blocking else HfApi().run_as_future(push)
 
     def _hub_repo_id(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        return self.hub_model_id or self.args.hub_model_id or Path(self._output_dir).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pending = self.push_in_progress
+        busy = pending is not None and not pending.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -130,10 +135,12 @@ class SaraTrainerMixin(AdapterTrainerMixin):
             state_files=CHECKPOINT_FILES,
         )
         job.add_done_callback(_warn_of_failure)
-        if busy:
-            self.push_in_progress.jobs.append(job)
+        if pending is not None and busy:
+            pending.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            # The class takes a list of jobs, which its annotation does not say.
+            jobs: Any = [job]
+            self.push_in_progress = PushInProgress(jobs)
 
     def create_model_card(
         self,
@@ -163,11 +170,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if not self.is_world_process_zero():
             return
         dataset = dataset or dataset_name
-        names = [dataset] if isinstance(dataset, str) else list(dataset or [])
-        ids = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
+        names, ids = listed(dataset), listed(dataset_tags)
         repo_id = self._hub_repo_id()
         self.sara_adapter.write_card(
-            self.args.output_dir,
+            self._output_dir,
             repo_id=repo_id,
             title=model_name or repo_id.rsplit("/", 1)[-1],
             base_model=finetuned_from,
@@ -186,17 +192,18 @@ class SaraTrainerMixin(AdapterTrainerMixin):
 
     def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
         """The metrics of the last evaluation, where somebody said on what they were measured."""
-        entry = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        entry: dict[str, float] = next(
+            (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
+        )
         values = {
             key.removeprefix("eval_"): value
             for key, value in entry.items()
             if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
         }
-        task = tasks[0] if isinstance(tasks, list) and tasks else tasks
-        task = task or pipeline_of(type(self.sara_adapter.model).__name__) or "other"
-        dataset = (ids or names or [None])[0]
-        if dataset is None:
+        if not ids and not names:
             return []
+        dataset = (ids or names)[0]
+        task = next(iter(listed(tasks)), None) or pipeline_of(type(self.sara_adapter.model).__name__) or "other"
         return [
             EvalResult(
                 task_type=task,

@@ -5,8 +5,10 @@ them.
 """
 
 import logging
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .resuming import ExactResumeMixin
 
@@ -21,7 +23,7 @@ class FrozenBaseMixin(ExactResumeMixin):
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
         self._checked_gradients = False
-        self._input_gradients: nn.Module | None = None
+        self._input_gradients: PreTrainedModel | None = None
         self._note_cache(model)
         if positional:
             super().__init__(model, args, *positional, **kwargs)
@@ -55,7 +57,7 @@ class FrozenBaseMixin(ExactResumeMixin):
             if self._input_gradients is not None:
                 self._input_gradients.disable_input_require_grads()
                 self._input_gradients = None
-            config = getattr(self.model, "config", None)
+            config: Any = getattr(self.model, "config", None)
             if hasattr(config, "use_cache"):
                 config.use_cache = self._use_cache
 
@@ -99,4 +101,4 @@ class FrozenBaseMixin(ExactResumeMixin):
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best adapter from %s", self.state.best_model_checkpoint)
-        self._load_tensors(self.state.best_model_checkpoint, "best checkpoint")
+        self._load_tensors(str(self.state.best_model_checkpoint), "best checkpoint")

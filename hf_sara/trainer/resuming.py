@@ -22,8 +22,11 @@ logger = logging.getLogger(__name__)
 
 RUNNING_LOSS_FILE = "running_loss.json"
 
-# Mixins stand before a subclass of Trainer. A type checker has to know what `super()` offers.
-TrainerBase = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    # The mixins stand before a subclass of Trainer, and a type checker has to know what `super()` offers them.
+    TrainerBase = Trainer
+else:
+    TrainerBase = object
 
 
 class EpochSeededSampler(LengthGroupedSampler):
@@ -42,6 +45,8 @@ class EpochSeededSampler(LengthGroupedSampler):
 class ExactResumeMixin(TrainerBase):
     """Makes a subclass of [`~transformers.Trainer`] resume exactly: `class MyTrainer(ExactResumeMixin, Trainer)`."""
 
+    _tr_loss: torch.Tensor
+
     def __init__(self, *args, **kwargs):
         self._resumed_loss: dict[str, Any] | None = None
         self._started: float | None = None
@@ -55,7 +60,7 @@ class ExactResumeMixin(TrainerBase):
         while it was written is passed over, with a warning.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self._output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
         self._resumed_loss = None
@@ -67,6 +72,11 @@ class ExactResumeMixin(TrainerBase):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._seconds, self._started = self.training_seconds, None
+
+    @property
+    def _output_dir(self) -> str:
+        # TrainingArguments puts a folder where none is given.
+        return str(self.args.output_dir)
 
     @property
     def training_seconds(self) -> float:
