@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from hf_sara.files import write_file
-from hf_sara.model_card import CARD_FILE
+from hf_sara.model_card import CARD_FILE, Sample
 from hf_sara.trainer import SaraTrainer
 
 from .base_models import SMOLLM2
@@ -30,7 +30,13 @@ model = from_hub("path/to/this/adapter", base_model=base)
 
 
 def write_card(
-    trainer: SaraTrainer, base: str, scores: Mapping[str, float], dataset: str, dataset_id: str | None, split: str
+    trainer: SaraTrainer,
+    base: str,
+    scores: Mapping[str, float],
+    dataset: str,
+    dataset_id: str | None,
+    split: str,
+    sample: Sample | None = None,
 ) -> None:
     """
     Write the model card of a run.
@@ -42,6 +48,7 @@ def write_card(
         dataset (`str`): The name of the data.
         dataset_id (`str`, *optional*): The id of the data on the Hub.
         split (`str`): Which part of the data was scored.
+        sample ([`~hf_sara.model_card.Sample`], *optional*): An input of the task, and what was decoded for it.
     """
     results = [
         EvalResult(
@@ -55,7 +62,7 @@ def write_card(
         for name, value in scores.items()
     ]
     ids = {"dataset_tags": dataset_id} if dataset_id else {"dataset": dataset}
-    trainer.create_model_card(language="en", results=results, **ids)
+    trainer.create_model_card(language="en", results=results, sample=sample, **ids)
     path = Path(trainer.args.output_dir, CARD_FILE)
     if base == SMOLLM2 and SMOLLM2_TEXT not in (card := path.read_text(encoding="utf-8")):
         # It stands below the generated part of the card, so that it stays when the card is generated again.

@@ -10,14 +10,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hf_sara.model_card import Sample
 from hf_sara.tasks import e2e, e2e_metrics
 from hf_sara.tasks.e2e import beam_search, decode_text, encode_prompts, eos_tokens
 
 from .arguments import RunArguments
 from .demo_data import make_demo_data
-from .predictions import decode_to_file
+from .predictions import decode_to_file, first_row
 from .run_folder import write_json
 from .task import Splits, Task
+
+PREDICTIONS_FILE = "predictions.jsonl"
 
 
 class E2ETrainerMixin:
@@ -77,7 +80,7 @@ class E2ETask(Task):
             model,
             tokenizer,
             list(test),
-            folder / "predictions.jsonl",
+            folder / PREDICTIONS_FILE,
             batch_size=options.generation_batch_size,
             num_beams=options.num_beams,
             length_penalty=options.length_penalty,
@@ -87,6 +90,11 @@ class E2ETask(Task):
         references = list(test.values())
         write_json(folder / "references.json", references)
         return e2e_metrics.E2EMetrics().compute(predictions=predictions, references=references)
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, options: RunArguments, folder: Path) -> Sample:
+        first = first_row(folder / PREDICTIONS_FILE)
+        # As in `encode_prompts`, the end token stands between an input and its text.
+        return Sample(first["mr"] + str(tokenizer.eos_token), first["prediction"])
 
     def sizes(self, splits: Splits) -> dict[str, Any]:
         return {"test_mrs": len(splits.test)}

@@ -11,15 +11,18 @@ from datasets import Dataset, DatasetDict
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hf_sara.model_card import Sample
 from hf_sara.tasks import instruct
 from hf_sara.tasks.e2e import evaluating
 from hf_sara.tasks.instruct import PAD_ID, RESPONSE, make_prompt, pad_left
 
 from .instruct_settings import InstructArguments
-from .predictions import decode_to_file
+from .predictions import decode_to_file, first_row
 from .task import Splits, Task
 
 logger = logging.getLogger(__name__)
+
+PREDICTIONS_FOLDER = "predictions"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class InstructTask(Task):
             model,
             tokenizer,
             test,
-            folder / "predictions",
+            folder / PREDICTIONS_FOLDER,
             self.judge,
             batch_size=options.generation_batch_size,
             num_beams=options.num_beams,
@@ -97,6 +100,10 @@ class InstructTask(Task):
             with_input=options.with_input,
         )
         return {f"accuracy_{name}": value for name, value in accuracies.items()}
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, options: InstructArguments, folder: Path) -> Sample:
+        first = first_row(folder / PREDICTIONS_FOLDER / f"{(options.test_sets or self.test_sets)[0]}.jsonl")
+        return Sample(make_prompt(first["instruction"], with_input=options.with_input), first["response"])
 
     def sizes(self, splits: Splits) -> dict[str, Any]:
         tests = {name: len(part) for name, part in splits.test.items()}

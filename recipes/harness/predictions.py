@@ -1,4 +1,4 @@
-"""This decodes a test set into a file, from which an interrupted call goes on."""
+"""Decoding a test set into a file, from which an interrupted call goes on."""
 
 import json
 import logging
@@ -55,6 +55,12 @@ def decode_to_file(
     rows = [done.pop(value) for value in values]
     _write_rows(path, [*rows, *done.values()])
     return rows
+
+
+def first_row(path: str | PathLike) -> dict[str, Any]:
+    """The row of the first input, in a file that [`decode_to_file`] has finished."""
+    with open(path, encoding="utf-8") as file:
+        return json.loads(next(file))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def run(task: Task, options: RunArguments, method: MethodArguments, training: Tr
             dataset=task.demo_title if options.demo else task.title,
             dataset_id=None if options.demo else task.dataset_id,
             split=task.describe_test(splits.test),
+            sample=task.sample(tokenizer, options, folder) if splits.test else None,
         )
     write_json(folder / METRICS_FILE, metrics)
     logger.info("Metrics: %s", json.dumps(metrics))

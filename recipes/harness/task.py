@@ -11,6 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hf_sara.model_card import Sample
+
 from .arguments import RunArguments
 
 
@@ -100,6 +102,10 @@ class Task(ABC):
             options ([`~harness.arguments.RunArguments`]): The task's own options.
             folder (`Path`): The run's folder.
         """
+
+    @abstractmethod
+    def sample(self, tokenizer: PreTrainedTokenizerBase, options: RunArguments, folder: Path) -> Sample:
+        """The first test input, as the model gets it, and what was decoded for it: for the model card."""
 
     @abstractmethod
     def sizes(self, splits: Splits) -> dict[str, Any]:

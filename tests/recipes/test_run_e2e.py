@@ -23,6 +23,7 @@ from harness.bottleneck import load_bottleneck
 from harness.demo_data import make_demo_data
 from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraAdapter
+from hf_sara.card_text import fenced
 from hf_sara.tasks import e2e
 
 
@@ -80,6 +81,10 @@ def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp
     references = json.loads((output / "references.json").read_text())
     assert [row["mr"] for row in predictions] == list(e2e.group_by_mr(e2e.load_e2e(data)["test"]))
     assert [len(group) for group in references] == [3, 3, 3]
+    # The card's snippet has the first input, and the card what was decoded for it.
+    card = (output / "README.md").read_text()
+    assert json.dumps(predictions[0]["mr"] + "<|endoftext|>") in card
+    assert fenced(predictions[0]["prediction"]) in card
     log = (output / "run.log").read_text()
     assert '"loss"' in log
     assert '"bleu"' in log

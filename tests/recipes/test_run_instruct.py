@@ -22,6 +22,7 @@ from harness.demo_data import make_commonsense_demo_data, make_math_demo_data
 from harness.instruct_settings import InstructArguments
 from harness.options import RecipeError, parse_arguments
 from hf_sara import SaraAdapter
+from hf_sara.card_text import fenced
 from hf_sara.tasks import instruct
 
 SETS = {"math": ["AddSub", "AQuA"], "commonsense": ["boolq", "piqa", "openbookqa"]}
@@ -91,7 +92,10 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
     log = (output / "run.log").read_text()
     assert '"loss"' in log
     assert "missing are those of social_i_qa" in log or task == "math"
-    assert f"accuracy_{SETS[task][0]}" in (output / "README.md").read_text()
+    card, first = (output / "README.md").read_text(), rows[SETS[task][0]][0]
+    assert f"accuracy_{SETS[task][0]}" in card
+    assert json.dumps(instruct.make_prompt(first["instruction"]), ensure_ascii=False) in card
+    assert fenced(first["response"]) in card
     # What lies in the folder does on a fresh base what answered.
     model, tokenizer = load_base(str(base))
     SaraAdapter.load(model, output)
