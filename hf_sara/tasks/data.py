@@ -7,5 +7,5 @@ IGNORED = -100
 
 
 def data_pattern(file: str) -> str:
-    """A file as `load_dataset` takes it. That reads brackets and stars in a path as a pattern, so they are escaped."""
+    """The path of a file for `load_dataset`, which reads brackets and stars as a pattern unless they are escaped."""
     return file if "://" in file else glob.escape(file)
