@@ -143,7 +143,7 @@ class SaraAdapter(AttachedUpdates):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
-        Write the adapter's files, atomically and without pickle: a crash leaves the old adapter or the new one.
+        Write the adapter's files, without pickle. A crash leaves either the old adapter or the new one, never a mix.
 
         Args:
             folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.

@@ -27,7 +27,7 @@ class AdapterSpec:
 
     Args:
         args ([`SaraArguments`]): The adapter's arguments.
-        threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
+        threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
     """
 
@@ -70,7 +70,7 @@ class Plan(AdapterSpec):
 
     Args:
         args ([`SaraArguments`]): The arguments that the plan is made for.
-        threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
+        threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
         base_parameters (`int`): Parameters of the base model.
     """
@@ -138,7 +138,7 @@ def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Meas
 
 
 def resolve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
-    """The threshold in force: given, the method's default, or solved for a budget of parameters."""
+    """The threshold in force: the given one, the method's default, or the one that a budget of parameters gives."""
     if args.parameter_budget is None:
         return args.resolved_threshold()
     return solve_threshold(sites, args, args.parameter_budget, base, weight_of)

@@ -25,7 +25,7 @@ from .products import add_product, has_own_gradients, is_plain, uniform_
 class MoSaraDelta(Delta):
     """
     The update `((z * (g S)) Vh) * v` of Mo-SARA, with `z = dropout(x) U` and `g = softmax(z gate_down gate_up)`.
-    Trained: S (m, k), gate_down (k, 1), gate_up (1, m), v (d_out). Frozen: U (d_in, k), Vh (k, d_out).
+    S (m, k), gate_down (k, 1), gate_up (1, m) and v (d_out) are trained. U (d_in, k) and Vh (k, d_out) are frozen.
     """
 
     U: nn.Parameter

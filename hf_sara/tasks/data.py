@@ -1,4 +1,4 @@
-"""What all tasks need to load and encode their data."""
+"""Helpers of all tasks for loading and encoding their data."""
 
 import glob
 
