@@ -14,9 +14,9 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 
 def keep_memory() -> None:
     """
-    Tell glibc to keep freed memory. By default large tensors are mapped anew, or the heap is trimmed behind them, and
-    their pages are cleared at first touch, which costs more than an adapter and falls on whoever comes after a larger
-    model.
+    Tell glibc to keep freed memory. By default, it returns the memory of large tensors to the system, and the system
+    clears the pages of new ones when they are first used. This costs more time than an adapter does, and the contender
+    that runs after a larger model would have to bear it.
     """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
@@ -31,7 +31,7 @@ def interleave(
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Run every contender once per round, in random order; seconds of the clock per contender and round."""
+    """Run every contender once per round, in random order; returns the seconds of each contender in each round."""
     seconds = {name: [] for name in contenders}
     for round_index in range(warmup + rounds):
         for name in random.sample(list(contenders), len(contenders)):

@@ -1,9 +1,9 @@
 """Peak memory and time of `hf-sara plan` on a checkpoint with the shapes of LLaMA-7B, beside `torch.linalg.svd`.
 
 The checkpoint is made for the occasion: an index and four files of bf16 tensors, in which the query and value
-projections of the chosen layers have values, and all else is a hole, since a plan does not read it. The command runs
-in a process of its own with an empty cache, whose memory is measured. Then, in this process, for the first of these
-layers, the plan of a layer and the SVD of its two matrices take turns.
+projections of the chosen layers have values. The rest is a hole in the file, since a plan does not read it. The
+command runs in a process of its own with an empty cache, and the memory of this process is measured. Then, in this
+process, for the first of these layers, the plan of a layer and the SVD of its two matrices take turns.
 
     python benchmarks/plan.py [--layers 0-31] [--rounds 4] [--method sara] [--threshold 0.012]
 """
@@ -34,7 +34,7 @@ LIMIT = 1.5e9
 
 
 def make_checkpoint(folder: Path, layers: list[int]) -> None:
-    """Write the checkpoint: 13.5 GB to look at, and 67 MB on disk for each layer with values."""
+    """Write the checkpoint. Its files are 13.5 GB long, but take only 67 MB on disk for each layer with values."""
     # The defaults are LLaMA-7B's.
     config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
@@ -74,7 +74,7 @@ def run_command(folder: Path, cache: str, options: argparse.Namespace) -> tuple[
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    # Kilobytes on Linux, bytes on macOS.
+    # Linux counts in kilobytes, macOS in bytes.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return [site["k"] for site in json.loads(output)["sites"]], peak, time.perf_counter() - start
 
@@ -110,7 +110,7 @@ def main() -> None:
     print("\nSeconds for the two matrices of a layer, read from the files:\n")
     print(table(seconds, "torch.linalg.svd"))
     print(f"\nranks: {ranks}, the first by the SVD: {by_svd}")
-    # The SVD is in float32: at a boundary its rank may be one off.
+    # The SVD is in float32, so its rank may be one off if a sum of singular values is close to the threshold.
     assert all(abs(one - other) <= 1 for one, other in zip(ranks[: len(by_svd)], by_svd, strict=True))
     assert peak < LIMIT
 

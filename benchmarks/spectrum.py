@@ -1,7 +1,7 @@
 """Time of ranks and of frozen factors for four 4096 x 4096 matrices, beside `torch.linalg.svd` on the same matrices.
 
 All contenders run in one process and take turns, in random order; the table has medians. Ranks and factors are checked
-against the SVD: the same k, factors within 1e-6 up to sign.
+against the SVD: k has to be the same, and the factors have to agree within 1e-6 up to sign.
 
     python benchmarks/spectrum.py [--size 4096] [--matrices 4] [--rounds 3]
 """
@@ -82,7 +82,7 @@ def main() -> None:
     expected = [rank_for_threshold(values, SARA) for _, values, _ in results["svd"]]
     print(f"ranks: {results['ranks']}, by the SVD: {expected}")
     assert results["ranks"] == expected
-    # The float32 SVD is not the measure of accuracy: float64's is.
+    # The factors are compared with a float64 SVD, because that in float32 is less accurate than they are.
     exact = torch.linalg.svd(matrices[0].double(), full_matrices=False)
     found, k = results["factors"][0], results["factors"][0].k
     assert k == rank_for_threshold(exact[1], MO_SARA)

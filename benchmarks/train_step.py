@@ -38,7 +38,7 @@ def main() -> None:
     keep_memory()
     clock = time.perf_counter
     if options.processor_time:
-        # Threads that wait for each other would count their waiting.
+        # With several threads, their waiting for each other would count too.
         torch.set_num_threads(1)
         clock = time.process_time
     torch.manual_seed(0)
@@ -47,7 +47,8 @@ def main() -> None:
     data = e2e.load_e2e(options.data_dir or make_demo_data(tempfile.mkdtemp()))
     encoded = e2e.encode_dataset(data, tokenizer)["train"].shuffle(seed=0)
     collate = e2e.make_collator(tokenizer)
-    # Batches of like lengths, as training groups them: few, from short to long, so that each comes often.
+    # The examples of a batch have similar lengths, as training groups them. There are few batches, from short to long
+    # ones, so that each of them comes often.
     sample = sorted(encoded.select(range(320)).remove_columns("length"), key=lambda row: len(row["input_ids"]))
     batches = [collate(sample[start : start + 8]) for start in range(16, 320, 64)]
 
@@ -74,14 +75,14 @@ def main() -> None:
         adapter.detach()
         model.enable_input_require_grads()
         rows = max(batch["input_ids"].numel() for batch in batches)
-        # Of each site its own, so that none is in a cache that it would not be in.
+        # Every site has tensors of its own, so that they are not in the processor's cache more often than in training.
         sites = [(Vh, torch.randn(rows, Vh.shape[1]), torch.randn(rows, len(Vh))) for Vh in factors]
 
         def multiply(module, args, kwargs, output):
             count = kwargs["input_ids"].numel()
             with torch.no_grad():
                 for Vh, outputs, scaled in sites:
-                    # The update, and its gradient.
+                    # The first pass stands for the update, and the second one for its gradient.
                     for _ in range(2):
                         F.linear(outputs[:count], Vh)
                         torch.mm(scaled[:count], Vh)
@@ -98,7 +99,7 @@ def main() -> None:
     }
 
     def sharing():
-        """The base again, with the same frozen weights: copies elsewhere in memory differ by percents in speed."""
+        """A copy of the base that shares its weights, since copies of weights differ in speed by a few percent."""
         return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
     base.requires_grad_(False)
@@ -121,7 +122,7 @@ def main() -> None:
 
     # Every contender walks through the same batches, so that each round compares like with like.
     steps = {name: step_of(model.train(), itertools.cycle(batches)) for name, model in models.items()}
-    # The warm-up, too, is a whole walk.
+    # The warm-up goes once through all batches too.
     seconds = interleave(steps, options.rounds, warmup=len(batches), clock=clock)
     print(table(seconds, "base", {name: f"{count:,} trained" for name, count in trained.items()}))
 

@@ -46,7 +46,8 @@ __all__ = [
     "routing",
 ]
 
-# Every name loads on first use: torch and transformers take seconds, and a command's --help needs neither.
+# Every name is loaded at its first use, because torch and transformers take seconds to import, and the `--help` of a
+# command needs neither.
 _HOMES = {
     "adapter": ("SaraAdapter",),
     "analysis": (

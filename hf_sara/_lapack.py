@@ -1,8 +1,8 @@
 """Leading eigenpairs of a symmetric matrix, by LAPACK's own steps, with the interpreter lock released.
 
-`scipy.linalg.eigh(subset_by_index=...)` does the same, but it needs to be told how many eigenvectors before the
-eigenvalues are known, and it holds the interpreter lock, so that two matrices never run side by side. SciPy publishes
-its LAPACK as function pointers (`scipy.linalg.cython_lapack`), which ctypes calls without the lock.
+`scipy.linalg.eigh(subset_by_index=...)` does the same, but it has to be told the number of eigenvectors before
+the eigenvalues are known, and it holds the interpreter lock, so that two matrices never run side by side. SciPy
+publishes its LAPACK as function pointers (`scipy.linalg.cython_lapack`), which ctypes calls without the lock.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ def _routine(name: str) -> Callable[..., None]:
     capsule = cython_lapack.__pyx_capi__[name]
     signature = _capsule_name(capsule)
     address = _capsule_pointer(capsule, signature)
-    # The capsule's name is the routine's C signature: as many pointers as it has arguments.
+    # The capsule's name is the routine's C signature, which lists one pointer for each argument.
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (signature.count(b",") + 1))(address)
 
     def call(*args: np.ndarray | int | float | bytes) -> None:
@@ -47,7 +47,7 @@ _sytrd, _sterf, _stemr, _ormtr = (_routine(name) for name in ("dsytrd", "dsterf"
 
 def leading_eigenpairs(matrix: np.ndarray, choose: Callable[[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
     """
-    All eigenvalues of a symmetric matrix, and as many leading eigenvectors as the eigenvalues call for.
+    All eigenvalues of a symmetric matrix, and as many leading eigenvectors as `choose` asks for.
 
     Args:
         matrix (`np.ndarray` of shape `(n, n)`): Symmetric, float64, C-contiguous. It is overwritten.
@@ -61,7 +61,7 @@ def leading_eigenpairs(matrix: np.ndarray, choose: Callable[[np.ndarray], int]) 
     if n == 1:
         choose(matrix[0].copy())
         return matrix[0].copy(), np.ones((1, 1))
-    # A symmetric matrix is the same read by rows or by columns, so C order needs no transposed copy.
+    # A symmetric matrix is the same whether it is read by rows or by columns, so C order needs no transposed copy.
     diagonal, off_diagonal, tau = np.empty(n), np.empty(n), np.empty(n)
     work = np.empty(64 * n)
     _sytrd(b"L", n, matrix, n, diagonal, off_diagonal, tau, work, work.size)

@@ -32,10 +32,10 @@ class SaraAdapter(AttachedUpdates):
     Attributes:
         model ([`~transformers.PreTrainedModel`]): The adapted model.
         args ([`SaraArguments`]): The adapter's arguments.
-        name (`str`): Its name on this model.
+        name (`str`): The adapter's name on this model.
         threshold (`float`): The threshold in force.
-        sites (`list[PlannedSite]`): What is adapted; each with `.name`, `.shape` (d_in, d_out) and `.k`.
-        seeds (`dict[str, Seed]`): Mo-SARA: what identifies each site's frozen factors.
+        sites (`list[PlannedSite]`): The adapted weights, each with `.name`, `.shape` (d_in, d_out) and `.k`.
+        seeds (`dict[str, Seed]`): For Mo-SARA, the seeds that identify the frozen factors of each site.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SaraAdapter(AttachedUpdates):
         self.seeds = seeds or {}
         logger.info("Attached %s", self.plan())
 
-    # ---- making one ----
+    # ---- making an adapter ----
 
     @classmethod
     def attach(cls, model: nn.Module, args: SaraArguments | None = None, name: str = "default") -> "SaraAdapter":
@@ -62,14 +62,14 @@ class SaraAdapter(AttachedUpdates):
         Args:
             model ([`~transformers.PreTrainedModel`]): The base model, with its weights loaded.
             args ([`SaraArguments`], *optional*): The adapter's arguments; defaults to SARA at threshold 0.01.
-            name (`str`, *optional*, defaults to `"default"`): Name on this model, where it carries several.
+            name (`str`, *optional*, defaults to `"default"`): The adapter's name on this model.
 
         Returns:
             [`SaraAdapter`]: The handle; the model itself is changed in place and keeps its class.
 
         Raises:
-            `ValueError`: If the name is taken, a module does not exist, or a weight has no rank. The model is then as
-                it was.
+            `ValueError`: If the name is taken, a module does not exist, or a weight has no rank. The model is then
+                left as it was.
         """
         args = SaraArguments() if args is None else args
         model = unwrap(model)
@@ -84,12 +84,12 @@ class SaraAdapter(AttachedUpdates):
         cls, model: nn.Module, folder_or_repo_id: str | PathLike, name: str = "default", **access: Any
     ) -> "SaraAdapter":
         """
-        Attach a saved adapter to a base that is already in memory. Everything is checked before the model is touched.
+        Attach a saved adapter to a base that is already in memory. Everything is checked before the model is changed.
 
         Args:
             model ([`~transformers.PreTrainedModel`]): The base model that the adapter was trained on.
             folder_or_repo_id (`str` or `os.PathLike`): Folder that [`SaraAdapter.save_pretrained`] wrote, or a Hub id.
-            name (`str`, *optional*, defaults to `"default"`): Name on this model.
+            name (`str`, *optional*, defaults to `"default"`): The adapter's name on this model.
             access: `revision`, `token`, `cache_dir` and `local_files_only`, as in [`~hf_sara.hub.fetch_adapter`].
 
         Returns:
@@ -99,13 +99,13 @@ class SaraAdapter(AttachedUpdates):
             `FileNotFoundError`: If the folder, the repository or one of its files is missing.
             `OSError`: If the download failed.
             [`AdapterError`]: If a file is damaged, a tensor is missing, unexpected, misshaped, empty or not finite, or
-                the base is not the one of the training.
+                the base is not the one that the adapter was trained on.
         """
         return cls.from_saved(model, storage.read(hub.fetch_adapter(folder_or_repo_id, **access)), name)
 
     @classmethod
     def from_saved(cls, model: nn.Module, saved: storage.SavedAdapter, name: str = "default") -> "SaraAdapter":
-        """Attach an adapter whose config has been read: [`SaraAdapter.load`] without the first step."""
+        """Attach an adapter whose config has been read. This is [`SaraAdapter.load`] without its first step."""
         model = unwrap(model)
         check_name(model, name)
         sites = saved.sites_on(model)
@@ -121,7 +121,7 @@ class SaraAdapter(AttachedUpdates):
         adapters = cast(dict[str, SaraAdapter], adapters_on(model))
         return next(iter(adapters.values()), None) if name is None else adapters.get(name)
 
-    # ---- what it is ----
+    # ---- description ----
 
     def plan(self) -> Plan:
         """Sites, ranks and counts of this adapter."""
@@ -137,16 +137,16 @@ class SaraAdapter(AttachedUpdates):
     # ---- files ----
 
     def manifest(self) -> Manifest:
-        """What its files say of it, besides its tensors."""
+        """The description of the adapter that its files hold besides its tensors."""
         base, versions = BaseRecord.of(self.model), storage.current_versions()
         return Manifest(self.args, self.threshold, self.sites, self.seeds, base, versions)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
-        Write the adapter's files, atomically and without pickle: a crash leaves the old adapter or the new one.
+        Write the adapter's files, without pickle. A crash leaves either the old adapter or the new one, never a mix.
 
         Args:
-            folder (`str` or `os.PathLike`): Made if it does not exist.
+            folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
 
         Raises:
             [`AdapterError`]: If a trained tensor is empty or not finite. Nothing is written then.
@@ -180,10 +180,11 @@ class SaraAdapter(AttachedUpdates):
         Push the adapter and its model card to the Hub, in one commit. The repository is made if it does not exist.
 
         Args:
-            repo_id (`str`): Where to: `"user/name"`.
+            repo_id (`str`): The repository to push to: `"user/name"`.
             commit_message (`str`, *optional*, defaults to `"Upload adapter"`): Message of the commit.
             private (`bool`, *optional*): Whether a new repository is private.
-            revision (`str`, *optional*): Branch to push to; made if it does not exist. Defaults to the main branch.
+            revision (`str`, *optional*): Branch to push to. It is made if it does not exist. Defaults to the main
+                branch.
             create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of pushing to the branch.
             token (`str`, *optional*): Token with write access; defaults to the one of `hf auth login`.
             card: Passed on to [`~hf_sara.model_card.make_card`]: `language`, `license`, `tags`, `datasets`, ...
@@ -214,7 +215,7 @@ class SaraAdapter(AttachedUpdates):
 
 
 def adapter_of(model_or_adapter: nn.Module | SaraAdapter) -> SaraAdapter:
-    """The adapter itself, or the only one that a model carries; a `ValueError` if it carries none or several."""
+    """The adapter itself, or the only one that a model carries. A model with none or several is a `ValueError`."""
     if isinstance(model_or_adapter, SaraAdapter):
         return model_or_adapter
     adapters = cast(dict[str, SaraAdapter], adapters_on(model_or_adapter))

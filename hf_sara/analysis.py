@@ -1,6 +1,7 @@
-"""What ranks and routers look like over the layers: the data, and the figures that the paper draws of them.
+"""Ranks and routers over the layers of a model: the data, and the figures that the paper draws of them.
 
-Figures are matplotlib's `Figure` objects, made without pyplot: no window system and no global state is touched.
+Figures are matplotlib's `Figure` objects. They are made without pyplot, so that no window system and no global state
+is touched.
 """
 
 import math
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# At most so many layers have their number at the side of a heat map.
+# The largest number of layers whose numbers stand at the side of a heat map. More of them would overlap.
 MAX_LAYER_LABELS = 16
-# Between two numbers on an axis: these times a power of ten.
+# The distance between two numbers on an axis is one of these factors times a power of ten.
 STEPS = (1, 2, 5, 10)
 
 
 def _rows(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
-    """`sites_by_kind` for what is compared by layers."""
+    """`sites_by_kind` for sites that are compared by layers, so that each of them has to be in a layer."""
     outside = [site.name for site in sites if site.layer is None]
     if outside:
         raise ValueError(f"{outside[0]} is in no numbered layer. Leave it out of target_modules to compare layers.")
@@ -44,14 +45,14 @@ def _rows(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
 
 
 def _layers(row: Sequence[Site]) -> list[int]:
-    """The layers of sites that `_rows` has seen."""
+    """The layers of sites that `_rows` has checked."""
     return [site.layer for site in row if site.layer is not None]
 
 
 @dataclass
 class RankCurves:
     """
-    Ranks over the layers, by threshold, per kind of site. `RankCurves(**curves.to_dict())` is the same again.
+    Ranks over the layers, by threshold, per kind of site. `RankCurves(**curves.to_dict())` makes an equal object.
 
     Args:
         thresholds (`list[float]`): The thresholds.
@@ -90,17 +91,17 @@ def rank_curves(
     token: str | None = None,
 ) -> RankCurves:
     """
-    The rank k of every site for each of some thresholds: the data of the paper's Figures 2 and 8.
+    Find the rank k of every site at each of several thresholds. These are the data of the paper's Figures 2 and 8.
 
     Args:
         model ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`): A model with its weights loaded, or the
-            folder or Hub id of one in safetensors files, of which one matrix at a time is read.
-        thresholds (`Sequence[float]`): Each with 0 < threshold <= 1. A matrix is factorised once for all of them, and
-            its singular values are kept in the cache.
-        args ([`SaraArguments`], *optional*): `target_modules` and `layers` are read; defaults to the query and value
-            projections of all layers.
+            folder or Hub id of a model in safetensors files, from which one matrix at a time is read.
+        thresholds (`Sequence[float]`): Thresholds with 0 < threshold <= 1. Each matrix is factorised once for all of
+            them, and its singular values are kept in the cache.
+        args ([`SaraArguments`], *optional*): Only `target_modules` and `layers` are read. Defaults to the query and
+            value projections of all layers.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        token (`str`, *optional*): For private repositories.
+        token (`str`, *optional*): Access token for private repositories.
 
     Returns:
         [`RankCurves`]: One curve per threshold and kind of site.
@@ -125,7 +126,7 @@ def rank_curves(
     kinds = _rows(sites)
 
     def ranks(site: Site) -> list[int]:
-        # The spectrum decides the ranks for these thresholds beyond doubt.
+        # This spectrum is accurate enough to decide the ranks at these thresholds beyond doubt.
         spectrum = find_spectrum(weight_of(site), site.name, thresholds=thresholds)
         return [spectrum.count(threshold) for threshold in thresholds]
 
@@ -140,7 +141,7 @@ def rank_curves(
 @dataclass
 class Routing:
     """
-    A router's gates over the layers, per kind of site. `Routing(**routing.to_dict())` is the same again.
+    A router's gates over the layers, per kind of site. `Routing(**routing.to_dict())` makes an equal object.
 
     Args:
         layers (`dict[str, list[int]]`): Per kind, the layers that have such a site, counted from 0 as in the model.
@@ -166,15 +167,15 @@ class Routing:
 @torch.no_grad()
 def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None = None) -> Routing:
     """
-    How the router of a Mo-SARA adapter mixes its heads: one forward pass in evaluation mode, and the gates averaged
-    over batch and length, without padding. The data of the paper's Figure 7 and appendix D. The model is left as it
-    was.
+    Measure how the router of a Mo-SARA adapter mixes its heads. One forward pass in evaluation mode gives the gates,
+    which are averaged over batch and length, without padding. These are the data of the paper's Figure 7 and appendix
+    D. The model is left as it was.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A model that carries a Mo-SARA adapter with several heads.
-        batch (`Mapping[str, Any]`): The model's inputs, on its device. Padding is where `attention_mask`, of shape
-            (batch, length), is 0; without one, all positions count.
-        adapter_name (`str`, *optional*): Which adapter, if the model carries several; defaults to the first.
+        batch (`Mapping[str, Any]`): The model's inputs, on its device. Positions where `attention_mask`, of shape
+            (batch, length), is 0 are padding. Without a mask, all positions count.
+        adapter_name (`str`, *optional*): Name of the adapter, if the model carries several. Defaults to the first.
 
     Returns:
         [`Routing`]: Per kind of site, a row per layer and a column per head.
@@ -238,7 +239,7 @@ def _routed_adapter(model: Any, name: str | None) -> SaraAdapter:
     if method.router_heads == 1:
         raise ValueError(f"The adapter {adapter.name!r} has one head, so it has no router: its only gate is 1.")
     if model.config.is_encoder_decoder:
-        # One attention_mask cannot tell the padding of both sides.
+        # One attention_mask cannot describe the padding of both the encoder and the decoder.
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; routing reads models with one sequence.")
     return adapter
 
@@ -246,14 +247,15 @@ def _routed_adapter(model: Any, name: str | None) -> SaraAdapter:
 @dataclass
 class Correlation:
     """
-    How ranks and scores of groups of layers go together.
+    The correlation of ranks with scores of groups of layers.
 
     Args:
-        groups (`list[str]`): The groups of layers: `"0-7"`.
+        groups (`list[str]`): The groups of layers, such as `"0-7"`.
         ranks (`list[float]`): Mean k of each group.
         scores (`list[float]`): Score of each group.
         pearson (`float`, *optional*): Pearson's r; `None` where ranks or scores are all the same.
-        spearman (`float`, *optional*): Spearman's rho, which is Pearson's r of the positions in order; likewise.
+        spearman (`float`, *optional*): Spearman's rho, which is Pearson's r of the positions in order; `None` where
+            `pearson` is.
     """
 
     groups: list[str]
@@ -271,20 +273,19 @@ def rank_correlation(
     ranks: RankCurves | Mapping[int, float], scores: Mapping[str | int, float], threshold: float | None = None
 ) -> Correlation:
     """
-    Correlation of the ranks with scores of layers, such as the accuracies of the paper's Figure 3, where the layers
-    0-7, 8-15, 16-23 and 24-31 are trained alone.
+    Correlate the ranks with scores of layers, such as the accuracies of the paper's Figure 3, for which each of the
+    groups 0-7, 8-15, 16-23 and 24-31 is trained alone.
 
     Args:
-        ranks ([`RankCurves`] or `Mapping[int, float]`): k per layer; of curves, the mean over a layer's
-            sites.
+        ranks ([`RankCurves`] or `Mapping[int, float]`): k per layer. Curves are averaged over the sites of a layer.
         scores (`Mapping[str | int, float]`): Score per layer or group of layers: `{"0-7": 0.42, "8-15": 0.45, ...}`.
-        threshold (`float`, *optional*): Which of the curves; may be left out where there is one only.
+        threshold (`float`, *optional*): The threshold of the curves to take, if they have several.
 
     Returns:
         [`Correlation`]: The mean k and the score of each group, and how they correlate.
 
     Raises:
-        `ValueError`: For layers without a rank, fewer than three groups, and a threshold that the curves have not.
+        `ValueError`: For layers without a rank, fewer than three groups, and a threshold that the curves lack.
     """
     if isinstance(ranks, RankCurves):
         if threshold is None and len(ranks.thresholds) > 1:
@@ -312,7 +313,7 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
     Draw k over the layers, a panel per kind of site and a line per threshold, as in the paper's Figures 2 and 8.
 
     Args:
-        curves ([`RankCurves`]): What to draw.
+        curves ([`RankCurves`]): The curves to draw.
         path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
         title (`str`, *optional*): Title above the panels.
 
@@ -325,7 +326,8 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
     figure, panels = _panels(list(curves.ranks), width=4.6, height=4.2)
     from matplotlib import colormaps
 
-    # Thresholds have an order, so their colours have one too; the map's lightest end is hard to see on white.
+    # Thresholds have an order, so their colours have one too. The map's lightest colours are left out, because they
+    # are hard to see on white.
     order = np.argsort(curves.thresholds)
     colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(order)))
     for kind, axes in panels.items():
@@ -335,7 +337,7 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
         ]
         axes.set(title=kind, xlabel="layer", ylabel="rank k")
         _rank_axes(axes)
-    # From the top down, as the lines lie.
+    # The legend lists the lines from the top down, as they lie in the panels.
     labels = [f"{curves.thresholds[row]:g}" for row in order]
     figure.legend(lines[::-1], labels[::-1], title="threshold", loc="outside center right")  # type: ignore[call-overload]  # matplotlib lacks "outside"
     return _finish(figure, path, title)
@@ -352,10 +354,10 @@ def plot_routing(
     per head, as in the paper's Figure 7 and appendix D.
 
     Args:
-        routing ([`Routing`]): What to draw.
+        routing ([`Routing`]): The gates to draw.
         path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
         title (`str`, *optional*): Title above the panels.
-        highest (`float`, *optional*): The end of the colour scale, where several figures share it. Defaults to the
+        highest (`float`, *optional*): The upper end of the colour scale, for figures that share one. Defaults to the
             largest gate.
 
     Returns:
@@ -385,8 +387,8 @@ def plot_correlation(
     Draw the score of each group of layers over its mean k, with the correlations above.
 
     Args:
-        correlation ([`Correlation`]): What to draw.
-        ylabel (`str`): What the score is, with its unit: `"accuracy (%)"`.
+        correlation ([`Correlation`]): The correlation to draw.
+        ylabel (`str`): Name of the score, with its unit: `"accuracy (%)"`.
         path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
         title (`str`, *optional*): Title.
 
@@ -401,7 +403,7 @@ def plot_correlation(
     axes.plot(correlation.ranks, correlation.scores, "o")
     points = sorted(zip(correlation.ranks, correlation.scores, correlation.groups, strict=True))
     for index, (k, score, group) in enumerate(points):
-        # In turns above and below, so that the names of neighbours stay apart.
+        # The names stand above and below the points in turn, so that those of neighbours do not overlap.
         axes.annotate(group, (k, score), xytext=(0, -16 if index % 2 else 6), textcoords="offset points", ha="center")
     axes.margins(0.12)
     pearson, spearman = (
@@ -415,7 +417,7 @@ def plot_correlation(
 
 
 def _rank_axes(axes: "Axes") -> None:
-    """Whole layers to the right, and whole ranks upwards. The baseline of 0 has no number: k is at least 1."""
+    """Number the axes by whole layers and whole ranks. The 0 at the bottom has no number, because k is at least 1."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=STEPS))
@@ -425,7 +427,7 @@ def _rank_axes(axes: "Axes") -> None:
 
 
 def _panels(kinds: list[str], width: float, height: float) -> "tuple[Figure, dict[str, Axes]]":
-    """A figure with a panel per kind, two side by side, each of so many inches."""
+    """A figure with a panel per kind, two of them side by side. Width and height of a panel are in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

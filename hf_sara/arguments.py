@@ -14,8 +14,9 @@ FACTORS = ("recompute", "save")
 @dataclass
 class SaraArguments:
     """
-    The choices that define a SARA or a Mo-SARA adapter. A plain dataclass, made for [`~transformers.HfArgumentParser`]
-    beside [`~transformers.TrainingArguments`]. The defaults are those of the paper's appendix A.
+    The choices that define a SARA or a Mo-SARA adapter. This is a plain dataclass, which
+    [`~transformers.HfArgumentParser`] can parse together with [`~transformers.TrainingArguments`]. The defaults are
+    those of the paper's appendix A.
 
     Args:
         method (`str`, *optional*, defaults to `"sara"`):
@@ -23,30 +24,32 @@ class SaraArguments:
             only vectors between the weight's own frozen singular vectors.
         threshold (`float`, *optional*):
             Share of the sum of a weight's singular values that its leading `k` must reach (Algorithm 1 of the paper),
-            in (0, 1]. Left open it is 0.01 for SARA and 0.5 for Mo-SARA.
+            in (0, 1]. If it is left out, it is 0.01 for SARA and 0.5 for Mo-SARA.
         parameter_budget (`str` or `int`, *optional*):
-            Solve the threshold for a number of trained parameters instead: a count (`200000`), or a share of base plus
+            Number of trained parameters that decides the threshold: a count (`200000`), or a share of base plus
             trained parameters (`"0.1%"`). The largest threshold that stays within the budget is taken.
         num_heads (`int`, *optional*, defaults to 5):
-            Mo-SARA: number of parallel vectors of singular values that the router mixes. One has no router.
+            Mo-SARA: number of parallel vectors of singular values that the router mixes. With one vector there is no
+            router.
         target_modules (`list[str]`, *optional*):
             Names of the linear modules to adapt (`["q_proj", "v_proj"]`; one projection of a fused module is
-            `"c_attn.q"`), or one regular expression that the whole name of a site must match. Left open: the query and
-            value projections of the model families that `hf_sara` knows.
+            `"c_attn.q"`), or one regular expression that the whole name of a site must match. If it is left out, the
+            query and value projections of the model families that `hf_sara` knows are adapted.
         layers (`str`, *optional*):
-            Layers to adapt, counted from 0: `"0-7,12"`. Left open: all.
+            Layers to adapt, counted from 0: `"0-7,12"`. If it is left out, all layers are adapted.
         dropout (`float`, *optional*, defaults to 0.05):
             Dropout on the input of the update, in [0, 1).
         singular_values (`bool`, *optional*, defaults to `True`):
             SARA: whether the update has the trained vector `S` in its middle. `False` is an ablation of Table 4.
         zero_init_vh (`bool`, *optional*, defaults to `False`):
-            SARA: start `Vh` at zero, so that the update starts at zero. An ablation of Table 4.
+            SARA: whether `Vh` starts at zero, so that the update starts at zero. `True` is an ablation of Table 4.
         v_position (`str`, *optional*, defaults to `"back"`):
             Mo-SARA: the trained scale `v` multiplies the update's output (`"back"`), its input (`"front"`), or is left
             out (`"none"`). The latter two are ablations of Table 4.
         factors (`str`, *optional*, defaults to `"recompute"`):
-            Mo-SARA: frozen factors are computed again from the base weights when an adapter is loaded, and verified
-            (`"recompute"`, an adapter of kilobytes), or are saved with it (`"save"`, any base dtype can load it).
+            Mo-SARA: where frozen factors come from when an adapter is loaded. With `"recompute"`, they are computed
+            again from the base weights and verified, so that an adapter takes kilobytes. With `"save"`, they are saved
+            with the adapter, so that the base may have any dtype.
 
     Raises:
         `ValueError`: for a value outside its range, or an option of the other method.
@@ -115,7 +118,7 @@ class SaraArguments:
         self.resolved_method().check()
 
     def resolved_method(self) -> Method:
-        """The method's facts, with these arguments for its options."""
+        """The method, with these arguments as its options."""
         return METHODS[self.method](self)
 
     def resolved_threshold(self) -> float:
@@ -147,7 +150,7 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
 
 
 def allowed_parameters(budget: str, base: int) -> int:
-    """The most trained parameters that a budget allows beside so many of the base."""
+    """The largest number of trained parameters that a budget allows beside `base` parameters of the base model."""
     share, count = parse_budget(budget)
     if share is None:
         assert count is not None

@@ -22,8 +22,11 @@ from .tensor_files import check_tensors
 
 
 def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    """The one forward hook: adds the enabled updates of a linear to its output. It captures no state."""
-    # Whether this is the output of the frozen linear itself, which no other hook has seen or changed.
+    """
+    The forward hook of a linear, which adds the enabled updates to its output. It captures no state, so that a copy of
+    the model uses its own updates.
+    """
+    # This is true if the output is that of the frozen linear itself, which no other hook can have seen or changed.
     own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
     linear = module if own else None
     for delta in module.sara.values():
@@ -34,7 +37,7 @@ def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torc
 
 
 def insert_delta(module: Any, key: str, delta: Delta) -> None:
-    """Put an update on a linear, beside those that are there."""
+    """Put an update on a linear, beside the updates that it already has."""
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
         module.register_forward_hook(add_deltas)
@@ -42,7 +45,7 @@ def insert_delta(module: Any, key: str, delta: Delta) -> None:
 
 
 def remove_delta(module: Any, key: str) -> None:
-    """Take an update off a linear; with the last one, the hook goes too."""
+    """Take an update off a linear. The hook is removed together with the last update."""
     del module.sara[key]
     if not len(module.sara):
         del module.sara
@@ -57,17 +60,17 @@ def unwrap(model: Any) -> Any:
 
 class AttachedUpdates:
     """
-    The updates of one adapter on a model, under one name: to look at, switch, merge and take off again.
+    The updates of one adapter on a model, under one name. They can be read, switched off, merged and removed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. Its parameters are frozen.
-        spec ([`AdapterSpec`]): What is attached.
-        factors (`Mapping[str, Factors]`): By site, the frozen factors of a method that has some.
-        name (`str`): Name on this model, where it carries several adapters.
+        spec ([`AdapterSpec`]): The arguments and the sites of the adapter.
+        factors (`Mapping[str, Factors]`): The frozen factors by site, for a method that has some.
+        name (`str`): The adapter's name on this model, which can carry several adapters.
 
     Raises:
-        `ValueError`: If the model carries an adapter of that name, or no adapter can have it. The model is then as it
-            was.
+        `ValueError`: If the model already carries an adapter of that name, or the name has other characters than
+            allowed. The model is then left as it was.
     """
 
     def __init__(self, model: nn.Module, spec: AdapterSpec, factors: Mapping[str, Factors], name: str = "default"):
@@ -92,13 +95,13 @@ class AttachedUpdates:
 
     @property
     def sites(self) -> list[PlannedSite]:
-        """What is adapted: each with `.name`, `.shape` (d_in, d_out) and `.k`."""
+        """The adapted weights, each with `.name`, `.shape` (d_in, d_out) and `.k`."""
         return self.spec.sites
 
     def _key(self, site: PlannedSite) -> str:
         return f"{self.name}:{site.label}" if site.label else self.name
 
-    # ---- what it holds ----
+    # ---- contents ----
 
     def delta(self, site: PlannedSite) -> Delta:
         """The update's module at one site."""
@@ -115,15 +118,15 @@ class AttachedUpdates:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
-        Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]. Of a model that FSDP shards they
-        are whole, and every process has to call this.
+        Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]. If FSDP shards the
+        model, the copies are whole tensors all the same, and every process has to call this.
         """
         return {name: _whole_copy(tensor) for name, tensor in self.trained().items()}
 
     def saved_factors(self) -> dict[str, torch.Tensor]:
         """
-        Copies of the frozen factors that are saved with the adapter, named `"<site>.U"` and `"<site>.Vh"`; empty
-        where seeds stand for them. Of a sharded model they are whole, as in [`SaraAdapter.state_dict`].
+        Copies of the frozen factors that are saved with the adapter, named `"<site>.U"` and `"<site>.Vh"`. There
+        are none if the adapter is saved with seeds instead. For a sharded model, see [`SaraAdapter.state_dict`].
         """
         deltas = {site.name: delta for site, delta in self.deltas()}
         names = (name.rpartition(".") for name in self.spec.saved_factor_shapes())
@@ -131,12 +134,12 @@ class AttachedUpdates:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put trained tensors in place. The names and shapes have to be exactly the adapter's own."""
+        """Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter."""
         check_tensors(tensors, self.spec.trained_shapes())
         for name, tensor in self.trained().items():
             value = tensors[name].to(tensor.device)
             if isinstance(tensor, DTensor):
-                # A shard, see `state_dict`.
+                # This process holds a shard of the tensor, see `state_dict`.
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)
 
@@ -147,18 +150,18 @@ class AttachedUpdates:
     # ---- switching ----
 
     def enable(self) -> None:
-        """Let the updates count."""
+        """Switch the updates on."""
         self._refuse_merged("enable")
         self._set_enabled(True)
 
     def disable(self) -> None:
-        """Let the updates not count: the model computes exactly what the base computes."""
+        """Switch the updates off. The model then computes exactly what the base computes."""
         self._refuse_merged("disable")
         self._set_enabled(False)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the context the model is the base."""
+        """Switch the updates off within a `with` block."""
         before = {site.name: delta.enabled for site, delta in self.deltas()}
         self.disable()
         try:
@@ -186,20 +189,20 @@ class AttachedUpdates:
 
     def merge(self) -> None:
         """
-        Add the updates to the base weights, computed in float32, rounded once to the weights' dtype. The weights' own
-        bits are kept, so that [`SaraAdapter.unmerge`] restores them.
+        Add the updates to the base weights. The sums are computed in float32 and rounded once to the weights' dtype.
+        The weights' own bits are kept, so that [`SaraAdapter.unmerge`] can restore them.
 
         Raises:
             `ValueError`: For Mo-SARA with more than one head (its update depends on the token), weights that are
-                quantized or tied to another module's, or a sum that the dtype cannot hold. The weights are then as
-                they were.
+                quantized or tied to another module's, or a sum that the dtype cannot hold. The weights are then
+                left as they were.
         """
         self._refuse_merged("merge")
         self._merged = MergedWeights(self.model, list(self.deltas()))
         self._set_enabled(False)
 
     def unmerge(self) -> None:
-        """Restore the very bits that the base weights had before [`SaraAdapter.merge`]."""
+        """Restore the exact bits that the base weights had before [`SaraAdapter.merge`]."""
         if self._merged is None:
             raise ValueError(f"The adapter {self.name!r} is not merged.")
         order = self._merged.order
@@ -212,12 +215,13 @@ class AttachedUpdates:
 
     def detach(self, keep_merged: bool = False) -> None:
         """
-        Take the adapter off the model: its modules, its hooks and its attributes. With the last adapter the parameters
-        that could be trained before can be trained again.
+        Remove the adapter from the model, with its modules, its hooks and its attributes. After the last adapter is
+        removed, the parameters that were trainable before are trainable again.
 
         Args:
             keep_merged (`bool`, *optional*, defaults to `False`):
-                Leave the updates of a merged adapter in the weights for good. By default it is unmerged first.
+                Whether the updates of a merged adapter stay in the weights for good. By default, a merged adapter is
+                unmerged first.
         """
         if self.merged and not keep_merged:
             self.unmerge()
@@ -243,7 +247,7 @@ def adapters_on(model: nn.Module) -> dict[str, AttachedUpdates]:
 
 
 def _set_adapters(model: Any, adapters: dict[str, AttachedUpdates]) -> None:
-    """Note on the model what it carries. `model.sara_adapter` is the adapter that was attached last."""
+    """Record on the model which adapters it carries. `model.sara_adapter` is the one that was attached last."""
     if adapters:
         model.sara_adapters = adapters
         model.sara_adapter = next(reversed(adapters.values()))

@@ -1,5 +1,8 @@
-"""A base model: what an adapter records of it, its class, its modules without values, and its weights one matrix at a
-time from safetensors files in a folder or on the Hub, without loading the model."""
+"""A base model: its record in an adapter's config, its class, its modules without values, and its weights.
+
+The weights are read one matrix at a time from safetensors files, in a folder or on the Hub, so that the model does not
+have to be loaded.
+"""
 
 import json
 import math
@@ -27,7 +30,7 @@ from .sites import Site
 from .targets import find_sites
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Room for a quarter of a million tensors, in the header of a file or in the index of all files.
+# This is enough for a quarter of a million tensors, in the header of a file or in the index of all files.
 MAX_HEADER_BYTES = 32 * 2**20
 ENTRY_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
 # The fields of a base in an adapter's config, and the types of their values.
@@ -43,23 +46,23 @@ BASE_FIELDS = {
 }
 
 
-# ---- what is recorded ----
+# ---- the record ----
 
 
 @dataclass(frozen=True)
 class BaseRecord:
     """
-    What loading an adapter needs to know of the base model. It never names a path of the local machine.
+    The facts about the base model that loading an adapter needs. They never contain a path of the local machine.
 
     Args:
         model_id (`str`, *optional*): Hub id.
         revision (`str`, *optional*): Commit.
         class_name (`str`): Name of the model's class in transformers.
         model_type (`str`, *optional*): The `model_type` of its configuration.
-        dtype (`str`): Its dtype.
-        pad_token_id (`int`, *optional*): Training aligns this and the next with the tokenizer, and an adapter has no
-            config.json to carry them.
-        eos_token_id (`int` or `list[int]`, *optional*): See `pad_token_id`.
+        dtype (`str`): The dtype of its weights.
+        pad_token_id (`int`, *optional*): The `pad_token_id` of its configuration. Training changes it to that of the
+            tokenizer, and an adapter has no config.json that could keep it.
+        eos_token_id (`int` or `list[int]`, *optional*): The same for `eos_token_id`.
         id2label (`dict[str, str]`, *optional*): The names of a classifier's labels.
     """
 
@@ -102,7 +105,8 @@ class BaseRecord:
         Read a record.
 
         Raises:
-            `ValueError`: Unless what it says is harmless to look for: it never is a path, and never a URL.
+            `ValueError`: If a field is wrong. In particular, the base has to be a Hub id and never a path or a URL, so
+                that it is harmless to look for it.
         """
         check_fields("its base", record, BASE_FIELDS)
         model_id, revision, class_name = record["model_id"], record["revision"], record["class"]
@@ -123,7 +127,7 @@ class BaseRecord:
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's class as its author wrote it: while FSDP2 shards a model, it has a subclass of its own making."""
+    """The model's class as its author wrote it. A model that FSDP2 shards has a subclass that FSDP2 makes."""
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
 
 
@@ -131,7 +135,7 @@ def class_of(model: nn.Module) -> type[nn.Module]:
 
 
 def model_class(name: Any) -> type[PreTrainedModel] | None:
-    """The model class of transformers of that name, or `None`. No code of a repository is run to find it."""
+    """The model class of that name in transformers, or `None`. No code from a repository is run to find it."""
     found = getattr(transformers, str(name), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel
     return found if is_model else None
@@ -145,15 +149,15 @@ def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model's modules on the meta device: names, kinds and shapes, no values."""
+    """A model's modules on the meta device, where they have names, kinds and shapes, but no values."""
     with torch.device("meta"):
         return kind(config)
 
 
 def names_in_model(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     """
-    The model's names of a checkpoint's tensors: transformers renames them as it loads them, and adds or removes the
-    prefix of the base model. Tensors that it also changes are left out.
+    The names in the model of a checkpoint's tensors. transformers renames tensors when it loads them, and adds or
+    removes the prefix of the base model. Tensors that it changes in another way too are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -171,12 +175,12 @@ def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> 
     The weights files of a model that `from_pretrained` would read.
 
     Args:
-        exists (`Callable`): Whether the model has a file of that name.
-        read (`Callable`): The content of a file, at most `MAX_HEADER_BYTES` of it.
+        exists (`Callable`): Tells whether the model has a file of a given name.
+        read (`Callable`): Returns the content of a file, or its first `MAX_HEADER_BYTES` bytes if it is longer.
 
     Raises:
-        `FileNotFoundError`: If it has no safetensors files.
-        `ValueError`: If the index of the files is damaged, or names a file elsewhere.
+        `FileNotFoundError`: If the model has no safetensors files.
+        `ValueError`: If the index of the files is damaged, or names a file in another folder.
     """
     if exists(SAFE_WEIGHTS_NAME):
         return [SAFE_WEIGHTS_NAME]
@@ -199,7 +203,7 @@ def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: its file, and the dtype, shape and byte range that the file's header gives."""
+    """The place of a tensor: its file, and the dtype, shape and byte range that the file's header gives."""
 
     file: str
     dtype: str
@@ -216,7 +220,7 @@ class BaseWeights:
         name_or_folder (`str`): Folder or Hub id of a model in safetensors files. From the Hub, only the headers of the
             files and the matrices that are asked for are transferred.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        token (`str`, *optional*): For private repositories.
+        token (`str`, *optional*): Access token for private repositories.
 
     Raises:
         `FileNotFoundError`: If there is no such model, or it has no safetensors files.
@@ -239,7 +243,7 @@ class BaseWeights:
         self._by_name = {names[key]: entry for key, entry in entries if key in names}
 
     def plan(self, args: SaraArguments) -> Plan:
-        """What [`~hf_sara.plan`] gives for the loaded model."""
+        """Plan an adapter as [`~hf_sara.plan`] does for the loaded model."""
         return plan_sites(find_sites(self.model, args), args, count_base(self.model), self.weight)
 
     def weight(self, site: Site) -> torch.Tensor:
@@ -261,7 +265,7 @@ class BaseWeights:
         return site.orient(torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape), module)
 
     def _entries(self, name: str) -> Iterator[tuple[str, Entry]]:
-        """The tensors of one file: eight bytes with the header's length, the header as JSON, then the bytes."""
+        """The tensors of one file. It has the header's length in eight bytes, the header as JSON, then the tensors."""
         with self._open(name) as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
             if not 2 <= length <= MAX_HEADER_BYTES:
@@ -293,7 +297,7 @@ class BaseWeights:
             with open(self.folder / name, "rb") as file:
                 yield file
         else:
-            # Reads what is asked for by range requests, with no read-ahead.
+            # Only the bytes that are asked for are transferred, by range requests without read-ahead.
             with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
                 yield file
 

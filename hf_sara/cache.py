@@ -1,6 +1,6 @@
 """
 The cache of spectra and factors: one small file per spectrum and one per set of factors, named by the digest of the
-weight that they belong to. The cache saves time only: what cannot be read or written is computed again.
+weight that they belong to. The cache only saves time: an entry that cannot be read or written is computed again.
 """
 
 import logging
@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 logger = logging.getLogger(__name__)
 
-# This number grows when cached values would no longer be what the package computes.
+# This number is raised when the package begins to compute other values than those in the cache.
 CACHE_VERSION = 2
 
 
 def cache_folder() -> Path:
-    """Where spectra and factors are kept: `$HF_SARA_CACHE`, else `hf_sara` in Hugging Face's own cache folder."""
+    """The folder of the cache: `$HF_SARA_CACHE`, or else `hf_sara` in Hugging Face's own cache folder."""
     return Path(os.environ.get("HF_SARA_CACHE") or Path(HF_HOME) / "hf_sara").expanduser()
 
 
@@ -38,7 +38,7 @@ def read_entry(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | No
 
 
 def write_entry(name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Keep an entry. A folder that cannot be written to is a warning, since nothing is lost by it."""
+    """Write an entry. If the folder cannot be written to, only a warning is logged, since nothing is lost."""
     path = _path(name)
     temporary = None
     try:

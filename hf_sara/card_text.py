@@ -1,7 +1,7 @@
-"""The text of a model card: what cannot leave its table cell, and what people wrote around the generated part.
+"""The text of a model card: values that fit into a table cell, and the text of people around the generated part.
 
-A card is YAML metadata and Markdown. The generated Markdown stands between two marks; what is outside of them belongs
-to the people who write there, and so do metadata that hf_sara does not set.
+A card has YAML metadata and Markdown. The generated Markdown stands between two marks. The text outside of them
+belongs to the people who wrote it, and so do metadata that hf_sara does not set.
 """
 
 import re
@@ -15,7 +15,7 @@ END = "<!-- hf_sara: generated up to here -->"
 
 
 def join_card(metadata: dict[str, Any], body: str, existing: str | None) -> str:
-    """Metadata and generated text, around which the text and the metadata of an existing card are kept."""
+    """A card with metadata and generated text. The text and the metadata of people on an existing card are kept."""
     before, after, theirs = "", "", {}
     if existing:
         card = ModelCard(existing, ignore_metadata_errors=True)
@@ -29,7 +29,7 @@ def join_card(metadata: dict[str, Any], body: str, existing: str | None) -> str:
 
 
 def take_over(card: str, other: str) -> str:
-    """A card with what people wrote on another version of it, where nobody wrote on this one."""
+    """Add the text that people wrote on another version of a card, unless people wrote on this version too."""
     mine = ModelCard(card, ignore_metadata_errors=True)
     if any(own_text(mine.text)):
         return card
@@ -39,7 +39,7 @@ def take_over(card: str, other: str) -> str:
 
 
 def own_text(text: str) -> tuple[str, str]:
-    """What people wrote before and after the generated part of a card's Markdown."""
+    """The text that people wrote before and after the generated part of a card's Markdown."""
     if BEGIN in text and END in text[text.index(BEGIN) :]:
         before, rest = text.split(BEGIN, 1)
         return before.strip(), rest.split(END, 1)[1].strip()
@@ -54,14 +54,14 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 
 
 def inline(value: Any) -> str:
-    """Text that cannot leave its table cell or line, whatever characters it has."""
+    """Escape a text, so that no character of it can end its table cell or its line."""
     text = " ".join(str(value).split())
     text = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([|`*_\[\]])", r"\\\1", text)
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code that it cannot leave, whatever characters it has."""
+    """A text as a block of code. The fence is longer than any in the text, so that the text cannot end the block."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

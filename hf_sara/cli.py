@@ -1,6 +1,6 @@
 """The command `hf-sara`: plan, look at, share, merge, export and try adapters without writing code.
 
-What takes long to import is imported inside of the commands, so that `--help` does not wait for it.
+Modules that take long to import are imported inside of the commands, so that `--help` does not wait for them.
 """
 
 import json
@@ -27,7 +27,7 @@ Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit.")]
 
 @contextmanager
 def _errors():
-    """What a user can mend is one line on stderr and exit code 1; anything else is a bug and shows its trace."""
+    """Print an error that a user can fix as one line on stderr, with exit code 1. Any other is a bug with a trace."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -36,7 +36,7 @@ def _errors():
 
 
 def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...], title: str | None = None) -> None:
-    """A table on the terminal."""
+    """Print a table on the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -64,7 +64,7 @@ def plan(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ranks and parameters per site, for a threshold or a budget. Reads one matrix at a time."""
+    """Print the ranks and parameters per site, for a threshold or a budget. This reads one matrix at a time."""
     with _errors():
         from .arguments import SaraArguments
         from .base_model import BaseWeights
@@ -97,7 +97,7 @@ def plan(
 
 @app.command()
 def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -> None:
-    """What an adapter is: method, threshold, sites, base, versions, bytes."""
+    """Print what an adapter is: method, threshold, sites, base, versions, bytes."""
     with _errors():
         from . import hub, storage
 
@@ -219,7 +219,7 @@ def generate(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a causal language model with its adapter go on from a prompt, greedily."""
+    """Let a causal language model with its adapter continue a prompt, by greedy decoding."""
     with _errors():
         from transformers import AutoTokenizer
 
@@ -241,7 +241,7 @@ def _load(adapter: str, base: str | None, revision: str | None) -> Any:
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False, as_json: AsJson = False
 ) -> None:
-    """Size and place of the cache of singular values and vectors."""
+    """Print the size and the place of the cache of singular values and vectors."""
     with _errors():
         from .cache import cache_folder
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's LoRA format, which needs no hf_sara to be loaded.
+"""Adapters in PEFT's LoRA format, which can be loaded without hf_sara.
 
 A SARA update and a Mo-SARA update of one head are low-rank products, so the export is exact. A Mo-SARA update of
 several heads depends on the token and has no such form.
@@ -35,12 +35,12 @@ LORA_TENSORS_FILE = "adapter_model.safetensors"
 @dataclass(frozen=True)
 class ExportReport:
     """
-    What [`export_lora`] wrote.
+    A report of what [`export_lora`] wrote.
 
     Args:
         ranks (`dict[str, int]`): The LoRA rank of each module.
-        errors (`dict[str, float]`): What `max_rank` cut off each module's update, as the Frobenius norm of the
-            difference divided by that of the update. Zero where nothing was cut.
+        errors (`dict[str, float]`): The error that `max_rank` caused in each module's update: the Frobenius norm of
+            the difference divided by that of the update. It is zero where nothing was cut.
         size (`int`): Bytes of the two files.
     """
 
@@ -71,29 +71,30 @@ def export_lora(
     base_model_name_or_path: str | None = None,
 ) -> ExportReport:
     """
-    Write an adapter as a plain LoRA folder, that `PeftModel.from_pretrained`, `model.load_adapter`, vLLM and others
-    read. PEFT itself is not needed for it.
+    Write an adapter as a plain LoRA folder, which `PeftModel.from_pretrained`, `model.load_adapter`, vLLM and others
+    can read. Writing it does not need PEFT.
 
     Args:
         model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]): The adapted model, or its adapter.
-        folder (`str` or `os.PathLike`): Made if it does not exist.
-        max_rank (`int`, *optional*): Cut each module's update to this rank, with the least possible error. Left out,
-            the export is exact. The rank of a fused module is the sum of those of its projections.
-        base_model_name_or_path (`str`, *optional*): What the LoRA names as its base. Left out: the base's Hub id,
-            or nothing where it has none.
+        folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
+        max_rank (`int`, *optional*): The rank to which a larger one is cut, with the least possible error. If it is
+            left out, the export is exact. The rank of a fused module is the sum of those of its projections.
+        base_model_name_or_path (`str`, *optional*): The base that the LoRA names. Defaults to the base's Hub id, if it
+            has one.
 
     Returns:
         [`ExportReport`]: Ranks, errors and size.
 
     Raises:
         `ValueError`: For Mo-SARA with more than one head (its update depends on the token), for a tensor that is not
-            finite, and where it is open which adapter is meant. Nothing is written then.
+            finite, and for a model that carries several adapters or none. Nothing is written then.
     """
     adapter = adapter_of(model_or_adapter)
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
     pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
-    # Before anything is cut: a decomposition of what is not finite fails without a name.
+    # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
+    # naming the tensor.
     exact = _lora_tensors(pairs)
     check_tensors(exact, {key: tuple(tensor.shape) for key, tensor in exact.items()})
     errors = dict.fromkeys(pairs, 0.0)
@@ -114,16 +115,17 @@ def export_lora(
 
 
 def _lora_pair(adapter: SaraAdapter, module_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A (k, d_in) and lora_B (d_out, k) of a module; the projections of a fused one stand one after another."""
+    """lora_A (k, d_in) and lora_B (d_out, k) of a module. The projections of a fused one follow one another."""
     d_in, d_out = linear_shape(adapter.model.get_submodule(module_name))
     sites = [site for site in adapter.sites if site.module == module_name]
-    # A fused module has its input once: A is stacked, and in B each projection fills its own rows and columns.
+    # The projections of a fused module share its input, so A is stacked. In B, each projection fills its own rows and
+    # columns.
     A = torch.zeros(sum(site.k for site in sites), d_in)
     B = torch.zeros(d_out, len(A))
     start = 0
     for site in sites:
         U, S, Vh = (factor.detach().cpu() for factor in adapter.delta(site).low_rank())
-        # Half of S on either side; the sign can only be on one.
+        # Each side gets the square root of |S|, and one side gets the sign too.
         root = S.abs().sqrt()
         A[start : start + site.k] = (U * root).t()
         rows = B[:, start : start + site.k]
@@ -140,7 +142,7 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     Args:
         A (`torch.Tensor` of shape `(k, d_in)`): Right factor.
         B (`torch.Tensor` of shape `(d_out, k)`): Left factor.
-        rank (`int`): At most this rank is kept.
+        rank (`int`): The largest rank that is kept.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, float]`: The new A and B, and the relative error in the Frobenius norm.
@@ -167,13 +169,13 @@ def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | N
     model = adapter.model
     base = BaseRecord.of(model)
     task = _task_type(base.class_name)
-    # PEFT takes the first pattern that ends like the module's name: a longer name must come before its own end.
+    # PEFT takes the first pattern with which the module's name ends, so a longer name has to come before its own end.
     patterns = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
     largest = max(ranks.values())
     return {
         "peft_type": "LORA",
         "task_type": task,
-        # Without a task this is what lets PEFT find the class of the base.
+        # If there is no task, PEFT needs this entry to find the class of the base.
         "auto_mapping": None
         if task
         else {"base_model_class": base.class_name, "parent_library": class_of(model).__module__},
@@ -194,14 +196,18 @@ def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | N
 
 
 def _task_type(class_name: str) -> str | None:
-    # Not PEFT's classification tasks: for them PEFT looks for the model's head in the adapter, and fails without.
+    # PEFT's classification tasks are left out, because PEFT looks for the model's head in their adapters, and fails if
+    # there is none.
     if class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "CAUSAL_LM"
     return "SEQ_2_SEQ_LM" if class_name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
 def _target_modules(model: nn.Module, names: Mapping[str, int]) -> list[str] | str:
-    """The modules' full names. PEFT also adapts what ends like one of them; where that would be more, a pattern."""
+    """
+    The modules' full names. PEFT also adapts modules whose names end with one of them. If the model has others of this
+    kind, a pattern that matches the full names only is returned.
+    """
     ends = tuple(f".{name}" for name in names)
     others = (name for name, _ in model.named_modules() if name not in names and ".sara" not in name)
     if any(name.endswith(ends) for name in others):

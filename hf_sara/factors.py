@@ -2,7 +2,7 @@
 
 Singular vectors are unique only up to a sign, and inside a cluster of equal singular values only up to a rotation.
 `canonical_rotation` fixes both by a convention that depends on the spanned subspace alone, so that another LAPACK,
-thread count or machine arrives at the same factors. `sketch` sums factors up in eight numbers, so that a later
+thread count or machine arrives at the same factors. `sketch` summarises factors in eight numbers, so that a later
 computation can be compared with an earlier one.
 """
 
@@ -27,9 +27,10 @@ from .spectrum import (
     widened,
 )
 
-# Eigenvalues closer than this share of the largest one belong to one cluster: their vectors are not determined.
+# Eigenvalues that differ by less than this share of the largest one belong to one cluster, because their vectors are
+# determined only up to a rotation.
 CLUSTER_GAP = 1e-9
-# Below this ratio of squared singular values a vector from the Gram matrix is no longer accurate.
+# If the ratio of squared singular values is smaller than this, a vector from the Gram matrix is no longer accurate.
 GRAM_FLOOR = 1e-8
 SKETCH_SIZE = 4
 
@@ -42,8 +43,8 @@ class Factors:
     Args:
         U (`torch.Tensor` of shape `(d_in, k)`): Left singular vectors.
         Vh (`torch.Tensor` of shape `(k, d_out)`): Right singular vectors.
-        clusters (`list[tuple[int, int]]`): Ranges [start, stop) of vectors that share one singular value and are
-            fixed together; the last may reach beyond k. Vectors outside of them are fixed by their sign.
+        clusters (`list[tuple[int, int]]`): Ranges [start, stop) of vectors that share one singular value, so that a
+            rotation fixes them together. The last may reach beyond k. Of other vectors, only the sign is fixed.
     """
 
     U: torch.Tensor
@@ -68,15 +69,15 @@ def find_factors(
 
     Args:
         weight (`torch.Tensor` of shape `(d_in, d_out)`): Any floating-point dtype, on any device.
-        threshold (`float`, *optional*): Gives the number of vectors by the rank rule.
-        k (`int`, *optional*): Gives it outright.
-        clusters (`Sequence[tuple[int, int]]`, *optional*): Clusters found when the adapter was made. Left out, they
-            are found here.
+        threshold (`float`, *optional*): The threshold from which the number of vectors follows by the rank rule.
+        k (`int`, *optional*): The number of vectors, if it is known. Then no threshold is needed.
+        clusters (`Sequence[tuple[int, int]]`, *optional*): The clusters that were found when the adapter was made. If
+            they are left out, they are found here.
         site (`str`, *optional*): Name for error messages.
-        digest (`str`, *optional*): The weight's digest where the caller has it, for the cache.
+        digest (`str`, *optional*): The weight's digest for the cache, if the caller has it already.
 
     Returns:
-        [`Factors`]: In float32, or in float64 for a float64 weight.
+        [`Factors`]: The vectors, in float32, or in float64 for a float64 weight.
 
     Raises:
         `ValueError`: For a weight that is empty, zero or not finite, or a threshold out of range.
@@ -108,11 +109,11 @@ def _factorise(
     wide = widened(weight)
     transposed = wide.shape[0] < wide.shape[1]
     tall = wide.t() if transposed else wide
-    # What `choose` finds where it is not given.
+    # `choose` sets those of these two that are not given.
     count, fixed_together = k or 0, list(clusters or ())
 
     def choose(squares: np.ndarray) -> int:
-        """How many vectors to compute: k, and on to the end of the cluster that k stands in."""
+        """The number of vectors to compute: k, or more if the last cluster reaches beyond k."""
         nonlocal count, fixed_together
         eigenvalues = torch.from_numpy(squares).clamp_min(0.0)
         if k is None and threshold is not None:
@@ -139,25 +140,25 @@ def top_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tupl
 
     Args:
         tall (`torch.Tensor` of shape `(m, n)`): float64, m >= n.
-        choose (`Callable`): Gets the n squared singular values in descending order, returns how many vectors.
+        choose (`Callable`): Gets the n squared singular values in descending order and returns the number of vectors.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: left vectors (count, m) and right vectors (count, n), as rows.
     """
     matrix = tall.numpy()
-    # numpy computes a matrix times its own transpose in half the work.
+    # numpy computes the product of a matrix with its own transpose with half the work.
     squares, vectors = leading_eigenpairs(np.ascontiguousarray(matrix.T @ matrix), choose)
     count = vectors.shape[0]
     if squares[count - 1] < GRAM_FLOOR * squares[0]:
         left, _, right = torch.linalg.svd(tall, full_matrices=False)
         return left[:, :count].t(), right[:count]
-    # In float64, since dividing by a small singular value multiplies the product's error.
+    # The product is computed in float64, because dividing by a small singular value multiplies its error.
     right = torch.from_numpy(vectors)
     return (right @ tall.t()) / torch.from_numpy(np.sqrt(squares[:count]))[:, None], right
 
 
 def _find_clusters(eigenvalues: torch.Tensor, k: int) -> list[tuple[int, int]]:
-    """Ranges of at least two leading eigenvalues with gaps below CLUSTER_GAP, as far as they touch the first k."""
+    """Ranges of at least two leading eigenvalues with gaps below CLUSTER_GAP, which begin in the first k."""
     close = ((eigenvalues[:-1] - eigenvalues[1:]) <= CLUSTER_GAP * eigenvalues[0]).tolist()
     clusters, start = [], 0
     while start < k:
@@ -171,7 +172,7 @@ def _find_clusters(eigenvalues: torch.Tensor, k: int) -> list[tuple[int, int]]:
 
 
 def probe(rows: int, columns: int, salt: int = 0) -> torch.Tensor:
-    """A fixed matrix of +-1, float64 of shape (rows, columns): bits of an integer hash, the same on every machine."""
+    """A float64 matrix (rows, columns) of +-1 from the bits of an integer hash. It is the same on every machine."""
     index = torch.arange(rows * columns, dtype=torch.int64) + (salt << 40)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         # splitmix64's finalizer in wrapping int64 arithmetic; the mask makes the right shift a logical one.
@@ -182,8 +183,9 @@ def probe(rows: int, columns: int, salt: int = 0) -> torch.Tensor:
 
 def canonical_rotation(block: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """
-    The rotation that brings a basis of a subspace to its canonical form: block^T columns becomes symmetric and
-    positive. For one vector that is its sign. It depends on the subspace alone, not on the basis it came with.
+    The rotation that brings a basis of a subspace to its canonical form, in which block^T columns is symmetric and
+    positive. For a single vector, the rotation is a sign. The canonical form depends on the subspace alone, and not on
+    the basis that is given.
 
     Args:
         block (`torch.Tensor` of shape `(d, c)`): Orthonormal basis of the subspace.
@@ -199,7 +201,7 @@ def canonical_rotation(block: torch.Tensor, columns: torch.Tensor) -> torch.Tens
 def _canonical(
     left: torch.Tensor, right: torch.Tensor, clusters: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of singular vectors, as rows, in canonical form: by sign, and per cluster by one rotation of both."""
+    """Bring pairs of singular vectors, as rows, to canonical form: by a sign each, and by one rotation per cluster."""
     signs = torch.where(right @ probe(right.shape[1], 1) < 0, -1.0, 1.0)
     left, right = left * signs, right * signs
     for start, stop in clusters:
@@ -214,7 +216,7 @@ def sketch(factors: Factors) -> torch.Tensor:
     projection of the whole matrix by fixed vectors of +-1 on both sides.
 
     Returns:
-        `torch.Tensor` of shape `(8,)`, float32: Of the order sqrt(k).
+        `torch.Tensor` of shape `(8,)`, float32: Numbers of the order of sqrt(k).
     """
     U, Vh = factors.U.double(), factors.Vh.double()
     rows = probe(factors.k, SKETCH_SIZE, salt=2)
@@ -224,7 +226,7 @@ def sketch(factors: Factors) -> torch.Tensor:
 
 
 def sketches_agree(one: torch.Tensor, other: torch.Tensor, k: int) -> bool:
-    """Whether two sketches belong to the same factors. One vector off by an angle of 1e-3 is told apart."""
+    """Whether two sketches belong to the same factors. They do not if a single vector differs by an angle of 1e-3."""
     return bool(((one - other).abs() <= 1e-5 * max(1.0, math.sqrt(k))).all())
 
 
@@ -238,6 +240,6 @@ def load_factors(digest: str, k: int) -> Factors | None:
 
 
 def save_factors(digest: str, factors: Factors) -> None:
-    """Keep factors in the cache."""
+    """Write factors to the cache."""
     ends = " ".join(str(end) for cluster in factors.clusters for end in cluster)
     write_entry(f"{digest}.k{factors.k}", {"U": factors.U, "Vh": factors.Vh}, {"clusters": ends})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename: a crash leaves the old file or the new one."""
+    """Write under a temporary name in the same folder, then rename, so that a crash leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

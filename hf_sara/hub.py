@@ -1,7 +1,7 @@
-"""Adapter folders to the Hub and back.
+"""Pushing adapter folders to the Hub, and downloading them.
 
-One push is one commit of the files of an allow-list, so nothing that lies in a folder by chance leaves the machine.
-The files are complete on disk before anything is sent, so a push that fails can be tried again from there.
+One push is one commit. It has only files whose names are on a list, so nothing that lies in a folder by chance leaves
+the machine. The files are complete on disk before anything is sent, so a failed push can be tried again from there.
 """
 
 import os
@@ -32,13 +32,13 @@ from .card_text import take_over
 from .files import write_file
 from .repos import NETWORK_ERRORS, hub_id
 
-# A masked, readable stand-in for training_args.bin, which is a pickle that holds the Hub token in clear.
+# This readable file with masked tokens replaces training_args.bin, which is a pickle with the Hub token in clear text.
 TRAINING_ARGS_FILE = "training_args.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
-# What may leave the machine.
+# Only files of these names may leave the machine.
 UPLOAD_FILES = (
     *storage.ADAPTER_FILES,
     TRAINING_ARGS_FILE,
@@ -60,22 +60,23 @@ def fetch_adapter(
     local_files_only: bool = False,
 ) -> Path:
     """
-    The folder of an adapter: the one that is given, or the cached files of a Hub repository, downloaded where needed.
-    Only an adapter's own files are downloaded.
+    Find the folder of an adapter: the given one, or that of a Hub repository in the cache. Files that the cache lacks
+    are downloaded, but only an adapter's own ones.
 
     Args:
         folder_or_repo_id (`str` or `os.PathLike`): A folder, or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        token (`str` or `bool`, *optional*): For private repositories; defaults to the one of `hf auth login`.
+        token (`str` or `bool`, *optional*): Access token for private repositories; defaults to the one of
+            `hf auth login`.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads; defaults to huggingface_hub's.
-        local_files_only (`bool`, *optional*, defaults to `False`): Take what the cache has, without a network.
+        local_files_only (`bool`, *optional*, defaults to `False`): Whether to use the cache only, and no network.
 
     Returns:
         `Path`: A folder for [`~hf_sara.storage.read`].
 
     Raises:
         `FileNotFoundError`: If there is no such folder, repository or revision, or the cache does not have it.
-        `OSError`: If the download failed; calling again goes on with it.
+        `OSError`: If the download failed. Another call continues it.
     """
     if os.path.isdir(folder_or_repo_id):
         return Path(folder_or_repo_id)
@@ -116,13 +117,13 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Push the adapter that lies in a folder: its own files, its card, and a tokenizer that training changed; nothing
-    else. What people wrote on the card that is on the Hub is kept. The other arguments are those of
+    Push the adapter in a folder: its own files, its card, a tokenizer that training changed, and nothing else. The
+    text that people wrote on the card on the Hub is kept. The other arguments are those of
     [`SaraAdapter.push_to_hub`].
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`SaraAdapter.save_pretrained`] or a trainer made.
-        repo_id (`str`): Where to: `"user/name"`.
+        repo_id (`str`): The repository to push to: `"user/name"`.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit.
@@ -149,14 +150,14 @@ def push_training(
     **kwargs: Any,
 ) -> CommitInfo:
     """
-    Push a training's checkpoint: its adapter to the top of the repository, and, in the same commit, what resuming
-    needs to a folder there. The other arguments are those of [`push_folder`].
+    Push a training's checkpoint in one commit. Its adapter goes to the top of the repository, and the files that
+    resuming needs go to a folder in it. The other arguments are those of [`push_folder`].
 
     Args:
         state_in_repo (`str`, *optional*):
-            Folder in the repository for the whole checkpoint. Left out: the adapter only.
+            Folder in the repository for the whole checkpoint. If it is left out, only the adapter is pushed.
         state_files (`Sequence[str]`, *optional*):
-            Names, or patterns of names, of the files besides the adapter's.
+            Names, or patterns of names, of the files that go to this folder besides the adapter's.
     """
     folder = Path(folder)
     state = {}
@@ -179,8 +180,8 @@ def _commit(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Make the repository and the branch if they do not exist, and one commit: of the folder's adapter, and of the files
-    of `state` under their names in the repository.
+    Make the repository and the branch if they do not exist, and commit the folder's adapter together with the files of
+    `state`, which maps names in the repository to files.
     """
     check_repo_id(repo_id)
     refuse_secrets(folder, token)
@@ -195,7 +196,7 @@ def _commit(
             CommitOperationAdd(name, path) for name, path in {**present, **state}.items()
         ]
         if storage.FACTORS_FILE not in present and api.file_exists(repo_id, storage.FACTORS_FILE, revision=revision):
-            # Frozen factors of an earlier version are not this adapter's.
+            # The frozen factors of an earlier version do not belong to this adapter.
             operations.append(CommitOperationDelete(storage.FACTORS_FILE))
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
@@ -205,7 +206,7 @@ def _commit(
 
 
 def failure_text(folder: str | PathLike, repo_id: str, error: BaseException) -> str:
-    """What to tell somebody whose push failed."""
+    """The message of the error for a push that failed."""
     return (
         f"The push to {repo_id} failed: {error}. Nothing is lost: the adapter is in {folder}. "
         f"Push it later with: hf-sara push {folder} {repo_id}"
@@ -214,8 +215,8 @@ def failure_text(folder: str | PathLike, repo_id: str, error: BaseException) -> 
 
 def keep_remote_text(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
     """
-    Download the card that is on the Hub, and take what people wrote on it over into the folder's card, where that has
-    nothing of its own: the folder's file is rewritten.
+    Download the card on the Hub, and add the text that people wrote on it to the folder's card, unless people wrote on
+    that card too. The folder's file is rewritten.
     """
     path = folder / model_card.CARD_FILE
     if not path.is_file():
@@ -237,7 +238,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def refuse_secrets(folder: Path, token: str | None) -> None:
-    """Raise a `ValueError` if a file of the folder contains the token in use: it might be uploaded."""
+    """Raise a `ValueError` if a file of the folder contains the token in use, since the file might be uploaded."""
     secrets = {secret.encode() for secret in (token, get_token()) if isinstance(secret, str) and len(secret) > 7}
     for path in (path for path in folder.iterdir() if path.is_file()):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Updates in the base weights, and back out of them to the very bits."""
+"""Merging updates into the base weights, and restoring the exact bits of the weights."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ _counter = itertools.count(1)
 
 class MergedWeights:
     """
-    Weights that hold an adapter's updates now. The weights' own bits are kept, so that they can be restored.
+    Weights into which an adapter's updates are merged. The weights' own bits are kept, so that they can be restored.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model; its weights are changed.
         deltas (`Sequence[tuple[PlannedSite, Delta]]`): The updates and where they belong.
 
     Attributes:
-        order (`int`): A number that grows from merge to merge: what was merged later has to be restored earlier.
+        order (`int`): A number that grows from merge to merge. The merge with the largest one is restored first.
 
     Raises:
         `ValueError`: If a weight cannot be merged into, see [`merged_weight`] and [`refuse_tied`]. The weights are
-            then as they were.
+            then left as they were.
     """
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class MergedWeights:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the very bits that the weights had before."""
+        """Restore the exact bits that the weights had before."""
         for site in self._sites:
             device = site.linear(self.model).weight.device
             self._write(site, self._originals.pop(site.name).to(device))
@@ -56,7 +56,7 @@ class MergedWeights:
 
 def merged_weight(site: PlannedSite, module: nn.Linear, delta: Delta) -> torch.Tensor:
     """
-    A site's weight plus its update, of shape (d_in, d_out): computed in at least float32, rounded once.
+    A site's weight plus its update, of shape (d_in, d_out). The sum is computed in at least float32 and rounded once.
 
     Raises:
         `ValueError`: If no single matrix equals the update, the weight is quantized, or its dtype cannot hold the sum.
@@ -72,7 +72,7 @@ def merged_weight(site: PlannedSite, module: nn.Linear, delta: Delta) -> torch.T
 
 
 def refuse_tied(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
-    """Raise a `ValueError` if a site's weight is another module's too, as an output layer's often is the embedding."""
+    """Raise a `ValueError` if another module shares a site's weight, as embedding and output layer often do."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -38,14 +38,14 @@ PIPELINES = {
     "MaskedLM": "fill-mask",
     "ImageClassification": "image-classification",
 }
-# The packages whose versions a reader may have to have, as far as they are installed.
+# A card names the versions of these packages, as far as they are installed, because results may depend on them.
 FRAMEWORKS = ("hf_sara", "transformers", "torch", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "trl")
 
 
 @dataclass
 class Training:
     """
-    What a training leaves for its card.
+    The facts about a training that its card shows.
 
     Args:
         hyperparameters (`dict[str, Any]`): Settings that differ from their defaults.
@@ -67,7 +67,7 @@ class Training:
 @dataclass(frozen=True)
 class Sample:
     """
-    One input of the task, and what the trained model makes of it.
+    One input of the task, and the output of the trained model for it.
 
     Args:
         prompt (`str`): The input.
@@ -87,14 +87,14 @@ def write_card(
     **card: Any,
 ) -> None:
     """
-    Draw the figures of an adapter's card into its folder, and write the card beside them. What people wrote on a card
-    that is there is kept.
+    Draw the figures of an adapter's card into its folder, and write the card beside them. The text that people wrote
+    on a card in the folder is kept.
 
     Args:
         folder (`str` or `os.PathLike`): The folder of the adapter's files.
         manifest ([`~hf_sara.storage.Manifest`]): The adapter.
         base_parameters (`int`): Parameters of the base model.
-        training ([`Training`], *optional*): How it was trained.
+        training ([`Training`], *optional*): The facts about the training.
         card: Passed on to [`make_card`].
     """
     folder = Path(folder)
@@ -140,19 +140,19 @@ def make_card(
     Args:
         manifest ([`~hf_sara.storage.Manifest`]): The adapter.
         base_parameters (`int`): Parameters of the base model, for the share that is trained.
-        size (`int`, *optional*): Bytes of the adapter's files; 0 where it is not saved.
+        size (`int`, *optional*): Bytes of the adapter's files; 0 if it is not saved.
         figures (`Sequence[str]`, *optional*): Which of `RANKS_FILE` and `LOSS_FILE` lie beside the card.
-        repo_id (`str`, *optional*): Where it will be, for the snippet.
+        repo_id (`str`, *optional*): The repository from which the snippet loads the adapter.
         title (`str`, *optional*): Heading; defaults to the name of the repository.
-        base_model (`str`, *optional*): Hub id of the base; defaults to the recorded one, where that is a Hub id.
+        base_model (`str`, *optional*): Hub id of the base; defaults to the recorded one, if that has a Hub id.
         language (`str` or `Sequence[str]`, *optional*): Language codes.
         license (`str`, *optional*): License identifier.
         tags (`str` or `Sequence[str]`, *optional*): Tags besides hf_sara's own.
         datasets (`str` or `Sequence[str]`, *optional*): Names of the data; Hub ids go to the metadata too.
         results (`Sequence[EvalResult]`, *optional*): Evaluation results for the metadata and the table.
-        training ([`Training`], *optional*): How it was trained.
+        training ([`Training`], *optional*): The facts about the training.
         sample ([`Sample`], *optional*): An input of the task for the snippet, and its output.
-        existing (`str`, *optional*): An earlier card, whose text and metadata by people are kept.
+        existing (`str`, *optional*): An earlier card. The text and the metadata that people wrote on it are kept.
 
     Returns:
         `str`: The card.
@@ -225,7 +225,7 @@ def pipeline_of(class_name: str) -> str | None:
 
 
 def snippet(repo_id: str, base: str | None, pipeline: str | None, prompt: str | None = None) -> str:
-    """Code that loads an adapter and uses it on a prompt; a test runs it."""
+    """Code that loads an adapter and uses it on a prompt. A test runs this code."""
     own = "" if base else ', base_model="path/to/the/base"'
     source = base or "path/to/the/base"
     lines = ["from hf_sara import from_hub", "", f'model = from_hub("{repo_id}"{own})']
@@ -247,7 +247,7 @@ def _quoted(text: str) -> str:
 
 
 def hardware() -> str:
-    """What this machine computes with."""
+    """The GPUs or the processor cores of this machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
@@ -255,7 +255,7 @@ def hardware() -> str:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it, or its architecture."""
+    """The processor's name if the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -288,7 +288,7 @@ def plot_ranks(manifest: Manifest, path: Path) -> bool:
 
 
 def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
-    """Draw the training loss over the steps into a PNG file; `False` for fewer than two points, which are no curve."""
+    """Draw the training loss over the steps into a PNG file; `False` if fewer than two points make no curve."""
     if len(losses) < 2:
         return False
     figure, axes = _figure()
@@ -301,7 +301,7 @@ def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
 
 
 def _figure() -> tuple[Any, Any]:
-    # Without pyplot, so that no window system and no global state is touched.
+    # The figure is made without pyplot, so that no window system and no global state is touched.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
@@ -309,7 +309,7 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _rank_table(manifest: Manifest) -> tuple[list[str], list[list[Any]]]:
-    """A row per layer and a column per kind of site. Several sites in one cell stand side by side."""
+    """The ranks, with a row per layer and a column per kind of site. Several sites may share a cell."""
     kinds = sites_by_kind(manifest.sites)
     layers = sorted({site.layer for site in manifest.sites}, key=lambda layer: (layer is None, layer))
     rows = [
@@ -321,7 +321,7 @@ def _rank_table(manifest: Manifest) -> tuple[list[str], list[list[Any]]]:
 
 
 def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Losses and evaluation metrics by step, thinned to MAX_LOG_ROWS rows; rows of one step become one."""
+    """Losses and evaluation metrics by step, thinned to MAX_LOG_ROWS rows. Entries of one step share a row."""
     skip = re.compile("epoch|step|.*(runtime|per_second|flos)$|grad_norm|learning_rate|train_loss|num_input")
     steps: dict[int, dict[str, float]] = {}
     for row in log:
@@ -342,14 +342,14 @@ def _shown_arguments(args: SaraArguments) -> dict[str, Any]:
     """The arguments that differ from their defaults, and those that a method always shows."""
     default, values = SaraArguments(method=args.method).to_dict(), args.to_dict()
     always = args.resolved_method().shown_options
-    # These two stand in the table by themselves.
+    # The card has rows of its own for these two.
     own_rows = ("method", "threshold")
     differing = {key: value for key, value in values.items() if key not in own_rows and default[key] != value}
     return {**{name: values[name] for name in always}, **differing}
 
 
 def _render(**values: Any) -> str:
-    # Here, since only cards need it.
+    # This is imported here, because only cards need it.
     import jinja2
 
     template = resources.files("hf_sara").joinpath("templates/model_card.md").read_text(encoding="utf-8")

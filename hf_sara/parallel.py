@@ -14,13 +14,13 @@ Result = TypeVar("Result")
 
 def for_each(work: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
     """
-    Run independent factorisations side by side, one thread each, with a progress bar. A factorisation gains little
-    from a second thread, and two factorisations at once gain nearly twice.
+    Run independent factorisations side by side, one thread each, with a progress bar. A second thread makes a single
+    factorisation hardly faster, but two factorisations side by side take little longer than one.
 
     Args:
-        work (`Callable`): Called with each item; an error ends the run.
+        work (`Callable`): The function to call with each item. An error in it ends the run.
         items (`Sequence`): The items.
-        title (`str`): What the progress bar says.
+        title (`str`): Text of the progress bar.
 
     Returns:
         `list`: The results, in the order of the items.

@@ -1,4 +1,4 @@
-"""Adapters in the weights of a plain model, which needs no hf_sara to be loaded: in memory, or file by file."""
+"""Merging adapters into a plain model, which can be loaded without hf_sara: in memory, or file by file."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ from .tensor_files import SAFETENSORS_DTYPES
 
 logger = logging.getLogger(__name__)
 
-# What a base folder has beside its weights that a merged model needs too.
+# A merged model needs these files of the base folder too, besides the weights.
 COMPANION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 
@@ -41,8 +41,9 @@ def merge(
     max_shard_size: int | str = "50GB",
 ) -> nn.Module:
     """
-    Merge an adapter into a plain model: without a folder in memory and for good, with a folder into files, after which
-    the model in memory is what it was. See [`merge_shards`] for models that do not fit into memory.
+    Merge an adapter into a plain model. Without a folder, the model in memory is changed for good. With a folder, the
+    merged model is saved there, and the model in memory is left as it was. For models that do not fit into memory, see
+    [`merge_shards`].
 
     Args:
         model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]): The adapted model, or its adapter.
@@ -55,7 +56,7 @@ def merge(
         with a folder, the model as it was.
 
     Raises:
-        `ValueError`: Where [`SaraAdapter.merge`] has one, and for a model that carries several adapters.
+        `ValueError`: In the cases of [`SaraAdapter.merge`], and for a model that carries several adapters.
         `FileExistsError`: If the folder holds weights already.
     """
     adapter = adapter_of(model_or_adapter)
@@ -81,13 +82,13 @@ def merge(
 
 def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, folder: str | PathLike) -> None:
     """
-    Merge a saved adapter into a saved model file by file, without ever loading the model: in memory are only the
-    matrices that one weights file of the base and the adapter have in common. The bits are those of [`merge`].
+    Merge a saved adapter into a saved model file by file, without loading the model. At any time, memory holds only
+    the matrices of one weights file that the adapter adapts. The bits are the same as those of [`merge`].
 
     Args:
         base_folder (`str` or `os.PathLike`): A model in safetensors files, as `save_pretrained` or a download from
             the Hub leaves it.
-        adapter_folder (`str` or `os.PathLike`): What [`SaraAdapter.save_pretrained`] wrote.
+        adapter_folder (`str` or `os.PathLike`): The folder that [`SaraAdapter.save_pretrained`] wrote.
         folder (`str` or `os.PathLike`): Where to save the merged model, with the base's configuration and tokenizer.
             It must not hold weights yet.
 
@@ -107,7 +108,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     shards = _weights_by_file(base_folder, model, sites)
     with _new_folder(folder) as new:
         for path in sorted(path for pattern in COMPANION_FILES for path in base_folder.glob(pattern)):
-            # An index of files in another format would point at nothing.
+            # An index of files in another format is left out, because the merged model does not have these files.
             if path.name == SAFE_WEIGHTS_INDEX_NAME or not path.name.endswith(".index.json"):
                 shutil.copyfile(path, new / path.name)
         for shard, weights in tqdm(shards.items(), desc="Merging", unit="file", delay=1.0):
@@ -116,7 +117,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
 
 
 def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> PreTrainedModel:
-    """The base without values: what its modules are called, of what kind and shape they are, and what is tied."""
+    """The base without values, from which names, kinds and shapes of modules and tied weights can be read."""
     if not base_folder.is_dir():
         raise FileNotFoundError(f"There is no base folder {str(base_folder)!r}. Download the base first.")
     kind = model_class(saved.base.class_name)
@@ -182,7 +183,7 @@ def _merge_shard(
     trained: Mapping[str, torch.Tensor],
     weights: Mapping[str, str],
 ) -> None:
-    """Copy a weights file, and write the merged matrices over the base's: all else stays as it is, byte by byte."""
+    """Copy a weights file, and write the merged matrices over the base's. All other bytes stay as they are."""
     shutil.copyfile(source, target)
     modules = {key: cast(nn.Linear, model.get_submodule(name)) for name, key in weights.items()}
     with _open_shard(source) as file:
@@ -210,14 +211,14 @@ def _read_weight(file: Any, key: str, module: nn.Linear) -> torch.Tensor:
             f"{key}: the file has the shape {tuple(part.get_shape())}, and the base's configuration asks for "
             f"{tuple(module.weight.shape)}."
         )
-    # A copy, because the tensor may be a view of the base's own file.
+    # The tensor is copied, because it may be a view of the base's own file.
     return file.get_tensor(key).clone()
 
 
 def _overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors over those of the same name, shape and dtype in a safetensors file."""
     with open(path, "r+b") as file:
-        # The format: the header's length in eight bytes, the header as JSON, then the tensors' bytes.
+        # The file has the header's length in eight bytes, the header as JSON, then the tensors' bytes.
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         for key, tensor in tensors.items():
@@ -227,7 +228,7 @@ def _overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: str | PathLike) -> Iterator[Path]:
-    """A folder to write to, whose files move to `folder` when all of them are there. After an error they vanish."""
+    """A temporary folder. Its files are moved to `folder` when all are written, and deleted after an error."""
     folder = Path(folder)
     taken = sorted(path.name for path in folder.glob("*.safetensors"))
     if taken:
@@ -236,6 +237,6 @@ def _new_folder(folder: str | PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         yield Path(temporary)
         folder.mkdir(exist_ok=True)
-        # The configuration comes last: without it, nothing takes the folder for a model.
+        # The configuration is moved last, because without it no program takes the folder for a model.
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             os.replace(path, folder / path.name)

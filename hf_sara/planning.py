@@ -16,18 +16,18 @@ from .targets import find_sites
 
 WeightOf = Callable[[Site], torch.Tensor]
 
-# A threshold that is solved for a budget is a multiple of 1 / STEPS.
+# A threshold that is found for a budget is a multiple of 1 / STEPS, so that the search is one over whole numbers.
 STEPS = 10**9
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """
-    What an adapter is, before and beside its tensors.
+    The definition of an adapter, without its tensors.
 
     Args:
         args ([`SaraArguments`]): The adapter's arguments.
-        threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
+        threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
     """
 
@@ -37,7 +37,7 @@ class AdapterSpec:
 
     @property
     def method(self) -> Method:
-        """The method's facts."""
+        """The method, with the adapter's options."""
         return self.args.resolved_method()
 
     @property
@@ -54,7 +54,7 @@ class AdapterSpec:
         return self._shapes(self.method.trained_shapes)
 
     def saved_factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the frozen factors that are saved too; empty where seeds stand for them."""
+        """Names and shapes of the frozen factors that are saved too. There are none if seeds are saved instead."""
         return self._shapes(self.method.frozen_shapes) if self.method.saves_factors else {}
 
     def _shapes(self, of_site: Callable[[tuple[int, int], int], Shapes]) -> Shapes:
@@ -66,11 +66,11 @@ class AdapterSpec:
 @dataclass(frozen=True)
 class Plan(AdapterSpec):
     """
-    What an adapter would be: its sites with their ranks, and what they cost.
+    The plan of an adapter: its sites with their ranks, and their numbers of parameters.
 
     Args:
-        args ([`SaraArguments`]): The arguments it is for.
-        threshold (`float`): The threshold in force: given, the method's default, or solved for a budget.
+        args ([`SaraArguments`]): The arguments that the plan is made for.
+        threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
         base_parameters (`int`): Parameters of the base model.
     """
@@ -106,19 +106,19 @@ def plan(model: nn.Module, args: SaraArguments) -> Plan:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model, with its weights loaded.
-        args ([`SaraArguments`]): What to plan for. With a `parameter_budget` the threshold is solved.
+        args ([`SaraArguments`]): The arguments to plan for. A `parameter_budget` decides the threshold.
 
     Returns:
         [`Plan`]: Sites with ranks, the threshold in force, and counts.
 
     Raises:
-        `ValueError`: For sites that do not exist, weights without a rank, and budgets that not even k = 1 meets.
+        `ValueError`: For sites that do not exist, weights without a rank, and budgets too small even for k = 1.
     """
     return plan_sites(find_sites(model, args), args, count_base(model), lambda site: site.weight(model))
 
 
 def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> Plan:
-    """A plan for sites whose weights come from anywhere: `weight_of` gives one, of shape (d_in, d_out), at a time."""
+    """A plan for sites whose weights may come from anywhere: `weight_of` returns that of a site, (d_in, d_out)."""
     threshold = resolve_threshold(sites, args, base, weight_of)
     ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
     return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), base)
@@ -126,8 +126,8 @@ def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of:
 
 def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Measured]]:
     """
-    What attaching needs: the plan of [`plan`], and by site what the method takes from its weight, frozen factors
-    included. One decomposition gives a site's rank and its factors.
+    Make the plan of [`plan`], and find for each site all that the method takes from its weight, frozen factors
+    included. Attaching needs both, and one decomposition gives the rank and the factors of a site.
     """
     sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
     threshold = resolve_threshold(sites, args, base, lambda site: site.weight(model))
@@ -138,7 +138,7 @@ def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Meas
 
 
 def resolve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
-    """The threshold in force: given, the method's default, or solved for a budget of parameters."""
+    """The threshold in force: the given one, the method's default, or the one that a budget of parameters gives."""
     if args.parameter_budget is None:
         return args.resolved_threshold()
     return solve_threshold(sites, args, args.parameter_budget, base, weight_of)
@@ -147,7 +147,7 @@ def resolve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, wei
 def count_base(model: nn.Module) -> int:
     """Parameters of the base model, without any attached update."""
     ours = {id(p) for module in model.modules() if isinstance(module, Delta) for p in module.parameters()}
-    # ZeRO stage 3 keeps the size of what it has spread over the processes.
+    # ZeRO stage 3 spreads a parameter over the processes and keeps its whole size as `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in ours)
 
 
@@ -170,12 +170,12 @@ def solve_threshold(
         return sum(method.count(site.shape, k) for site, k in zip(sites, counts, strict=True))
 
     while True:
-        # Bisection over multiples of 1e-9: the cost is a rising staircase of the threshold.
+        # This is a bisection over the multiples of 1 / STEPS, since the cost never falls when the threshold rises.
         low, high = 1, STEPS + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if cost(middle / STEPS) <= budget else (low, middle)
-        # Spectra carry errors. Where one leaves a rank in doubt on either side of the step, take a better one.
+        # Spectra have errors. One that leaves a rank in doubt, at `low` or at `high`, is replaced by a better one.
         around = [step / STEPS for step in (low, high) if step <= STEPS]
         doubtful = [i for i, found in enumerate(spectra) if any(found.rank(edge) is None for edge in around)]
         if not doubtful:

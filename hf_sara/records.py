@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: parsed with bounds, and compared with the fields that are known."""
+"""Reading JSON from files that are not trusted: their size is bounded, and their fields have to be the known ones."""
 
 import inspect
 import json
@@ -15,8 +15,8 @@ def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
     The JSON object in a file.
 
     Raises:
-        `ValueError`: If the file is larger than `most_bytes`, no JSON object, has a name twice in one object, or a
-            number that is not finite.
+        `ValueError`: If the file is larger than `most_bytes` or no JSON object, or if it has a name twice in one
+            object or a number that is not finite.
     """
     with open(path, "rb") as file:
         content = file.read(most_bytes + 1)
@@ -65,7 +65,7 @@ def check_fields(what: str, record: Any, hints: Mapping[str, Any], optional: Col
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type. An integer is a float too, `True` is not an integer."""
+    """Whether a JSON value is of a type. An integer counts as a float too, and `True` does not count as an integer."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_is_of_type(value, part) for part in parts)

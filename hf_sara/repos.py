@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-# OSError, and the errors of the HTTP library below huggingface_hub, which differs between its versions.
+# These are OSError and the errors of the HTTP library that huggingface_hub uses, which depends on its version.
 NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 
 
@@ -38,7 +38,7 @@ def is_commit(text: str) -> bool:
 def cached_commit(repo_id: str) -> str | None:
     """
     The commit of a model in huggingface_hub's cache, if the cache has exactly one. transformers 5.24 no longer keeps
-    the commit that it loaded, and among several nothing tells which one that was.
+    the commit that it loaded, and if the cache has several, nothing tells which of them was loaded.
     """
     snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
     commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []

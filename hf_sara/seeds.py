@@ -1,6 +1,6 @@
 """
-Seeds: what identifies frozen factors that are not stored. They are computed again from the base weight when an adapter
-is loaded, and the seed tells whether the same factors came out.
+Seeds, which identify frozen factors that are not stored. The factors are computed again from the base weight when an
+adapter is loaded, and the seed tells whether they are the same.
 """
 
 import base64
@@ -25,10 +25,10 @@ SEED_FIELDS = {"dtype": str, "sha256": str, "sketch": str, "clusters": list[list
 @dataclass(frozen=True)
 class Seed:
     """
-    What identifies the frozen factors of a site.
+    The facts that identify the frozen factors of a site.
 
     Args:
-        dtype (`str`): Dtype of the weight that they were computed from.
+        dtype (`str`): Dtype of the weight that the factors were computed from.
         sha256 (`str`): Digest of the weight's values, see [`~hf_sara.spectrum.weight_digest`].
         sketch (`torch.Tensor` of shape `(8,)`, *optional*): Summary of U and Vh, see [`~hf_sara.factors.sketch`].
         clusters (`tuple[tuple[int, int], ...]`, *optional*): Ranges of vectors that share one singular value.
@@ -58,7 +58,7 @@ class Seed:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], site: Site) -> "Seed":
-        """The seed in a site's record, the types of whose fields have been checked."""
+        """Read the seed in a site's record. The types of the record's fields must have been checked before."""
         if record["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"{site.name}: a weight cannot have the dtype {record['dtype']!r}")
         check_digest(f"{site.name}: its sha256", record["sha256"])

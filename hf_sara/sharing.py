@@ -1,4 +1,4 @@
-"""Adapters and their bases in one line: `push_to_hub` and `from_hub`."""
+"""Functions that push an adapter, or load it with its base, in one line: `push_to_hub` and `from_hub`."""
 
 import os
 from os import PathLike
@@ -23,16 +23,16 @@ def push_to_hub(model_or_adapter: PreTrainedModel | SaraAdapter, repo_id: str, *
     Args:
         model_or_adapter ([`~transformers.PreTrainedModel`] or [`SaraAdapter`]):
             An adapter, or a model that carries exactly one.
-        repo_id (`str`): Where to: `"user/name"`.
+        repo_id (`str`): The repository to push to: `"user/name"`.
         kwargs: The other arguments of [`SaraAdapter.push_to_hub`]: `commit_message`, `private`, `revision`,
-            `create_pr`, `token`, and what goes to the model card.
+            `create_pr`, `token`, and those of the model card.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit, with `pr_url` for a pull request.
 
     Raises:
         `OSError`: If the push failed. The adapter then lies in a folder that the message names, to be pushed later.
-        `ValueError`: If the model carries no adapter or several, or `repo_id` is not one.
+        `ValueError`: If the model carries no adapter or several, or `repo_id` is not the name of a repository.
     """
     return adapter_of(model_or_adapter).push_to_hub(repo_id, **kwargs)
 
@@ -52,24 +52,25 @@ def from_hub(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
-    Load an adapter together with its base model: the recorded one at the recorded commit, as the recorded class.
+    Load an adapter together with its base model. The adapter records the base's name, its commit and its class.
 
     Args:
         repo_id_or_folder (`str` or `os.PathLike`): Hub id or folder of the adapter.
         base_model (`str`, `os.PathLike` or [`~transformers.PreTrainedModel`], *optional*): A base to use instead of
             the recorded one.
         revision (`str`, *optional*): Branch, tag or commit of the adapter.
-        dtype (`torch.dtype` or `str`, *optional*): Defaults to the one that the adapter was trained on.
+        dtype (`torch.dtype` or `str`, *optional*): Dtype of the base; defaults to that of the training.
         device_map (`str` or `dict`, *optional*): Passed on to the base's `from_pretrained`.
-        token (`str` or `bool`, *optional*): For private repositories.
+        token (`str` or `bool`, *optional*): Access token for private repositories.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads.
-        local_files_only (`bool`, *optional*, defaults to `False`): Take what the cache has, without a network.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Let a base run code of its repository.
-        merge (`bool`, *optional*, defaults to `False`): Merge the adapter into the weights and return a plain model.
+        local_files_only (`bool`, *optional*, defaults to `False`): Whether to use the cache only, and no network.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether a base may run code of its repository.
+        merge (`bool`, *optional*, defaults to `False`): Whether to merge the adapter and return a plain model.
         kwargs: Passed on to the base's `from_pretrained`.
 
     Returns:
-        [`~transformers.PreTrainedModel`]: In eval mode; `model.sara_adapter` is the handle, unless merged.
+        [`~transformers.PreTrainedModel`]: The model in evaluation mode. `model.sara_adapter` is the adapter, unless it
+            is merged.
 
     Raises:
         `FileNotFoundError`: If the adapter or the base cannot be found.
@@ -100,7 +101,7 @@ def from_hub(
         except OSError as error:
             raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error
         if commit is not None:
-            # transformers does not keep the commit that it loaded, and the next save records it.
+            # The next save records the commit of the base, and transformers does not keep the commit that it loaded.
             model.config._commit_hash = commit
         for key in ("pad_token_id", "eos_token_id"):
             if getattr(base, key) is not None and hasattr(model.config, key):
@@ -112,7 +113,7 @@ def from_hub(
 
 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
-    """The folder of a base in safetensors files: the given one, or the recorded one, downloaded where needed."""
+    """The folder of a base in safetensors files: the given one, or the recorded one, which may be downloaded."""
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
     if Path(name).is_dir():
         return Path(name)
@@ -129,7 +130,7 @@ def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:
             "Give it as base_model: a folder, a Hub id or a loaded model."
         )
     if os.path.exists(name):
-        # `from_pretrained` would load what lies there.
+        # `from_pretrained` would load this file or folder, and not the model on the Hub.
         raise AdapterError(
             f"The adapter in {folder} names the base {name!r}, and there is a file or folder of that name here. "
             "Give base_model, or go to another folder."
@@ -138,7 +139,7 @@ def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:
 
 
 def base_class(name: str, trust_remote_code: bool) -> Any:
-    """The class of the base: one of transformers' own, or an Auto class where remote code may run."""
+    """The class of the base: one of transformers' own, or an Auto class if remote code may run."""
     found = model_class(name)
     if found is not None:
         return found

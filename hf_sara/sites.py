@@ -18,14 +18,14 @@ from transformers.pytorch_utils import Conv1D
 @dataclass(frozen=True)
 class OutputSlice:
     """
-    The output columns of one projection inside a fused module: the outputs stand in `groups` equal blocks, and of
-    every block the projection owns the columns `start` to `stop`. One group is a plain range; q, k and v interleaved
-    per head have one group per head.
+    The output columns of one projection inside a fused module. The outputs stand in `groups` equal blocks, and the
+    projection owns the columns `start` to `stop` of every block. With one group, they are a plain range. If q, k and v
+    are interleaved per head, there is one group per head.
 
     Args:
         groups (`int`): Number of blocks.
         start (`int`): First column of the projection within a block.
-        stop (`int`): First column after it within a block.
+        stop (`int`): First column after the projection within a block.
     """
 
     groups: int
@@ -38,7 +38,7 @@ class OutputSlice:
         return self.groups * (self.stop - self.start)
 
     def view(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """A view of the projection's part: `dim` becomes the two dimensions (groups, stop - start)."""
+        """A view of the projection's part, in which `dim` becomes the two dimensions (groups, stop - start)."""
         dim = dim % tensor.dim()
         blocks = tensor.unflatten(dim, (self.groups, -1))
         return blocks.narrow(dim + 1, self.start, self.stop - self.start)
@@ -50,10 +50,10 @@ class Site:
     One adapted weight matrix.
 
     Args:
-        name (`str`): Name of the module in the model; a projection of a fused module has its label behind it.
+        name (`str`): Name of the module in the model, followed by the label for a projection of a fused module.
         module (`str`): Name of the module.
         shape (`tuple[int, int]`): (d_in, d_out).
-        slice (`OutputSlice`, *optional*): The projection's columns in a fused module; `None` is the whole output.
+        slice (`OutputSlice`, *optional*): The projection's columns in a fused module; `None` for a whole output.
     """
 
     name: str
@@ -63,20 +63,20 @@ class Site:
 
     @property
     def label(self) -> str:
-        """What tells the sites of one module apart: `"q"` of `"h.0.attn.c_attn.q"`; empty for a whole module."""
+        """The end of the name that tells the sites of a module apart: `"q"` of `"h.0.attn.c_attn.q"`, or empty."""
         return self.name[len(self.module) + 1 :]
 
     @property
     def layer(self) -> int | None:
-        """Index of the layer: the first number in the module's name."""
+        """Index of the layer, which is the first number in the module's name; `None` if it has none."""
         return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
 
     def linear(self, model: nn.Module) -> nn.Linear:
-        """The site's module: an `nn.Linear`, or what has a weight as one."""
+        """The site's module: an `nn.Linear`, or another module that has a weight."""
         return cast(nn.Linear, model.get_submodule(self.module))
 
     def weight(self, model: nn.Module) -> torch.Tensor:
-        """The weight W in the orientation (d_in, d_out), without gradient; a view where the storage allows it."""
+        """The weight W, of shape (d_in, d_out), without gradient. It is a view if the way of storage allows it."""
         return self.read(self.linear(model))
 
     def read(self, module: nn.Linear) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Site:
         return self.orient(plain_weight(module, self.name), module)
 
     def orient(self, stored: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """The weight W of the site in a weight that is stored as this kind of module does."""
+        """The weight W of the site, taken from a weight that is stored as this kind of module stores it."""
         weight = stored if isinstance(module, Conv1D) else stored.t()
         if self.slice is None:
             return weight
@@ -122,7 +122,7 @@ AnySite = TypeVar("AnySite", bound=Site)
 
 
 def plain_weight(module: Any, name: str) -> torch.Tensor:
-    """The stored weight of a linear as a floating-point tensor: quantized ones are dequantized."""
+    """The stored weight of a linear as a floating-point tensor. A quantized weight is dequantized."""
     weight = module.weight.detach()
     if hasattr(module.weight, "ds_id") and not weight.numel():
         raise ValueError(
@@ -150,7 +150,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear, also of a quantized one, whose stored weight has another shape."""
+    """(d_in, d_out) of a linear. It is not read from the weight, because a quantized one has another shape."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     linear = cast(nn.Linear, module)
@@ -165,7 +165,7 @@ def fused_slices(model: nn.Module, leaf: str, d_out: int) -> dict[str, OutputSli
     kind = (getattr(config, "model_type", None), leaf)
     if kind == ("gpt2", "c_attn"):
         third = d_out // 3
-        # A cross-attention's c_attn holds k and v only; its q is a module of its own.
+        # The c_attn of a cross-attention holds k and v only, because its q is a module of its own.
         if d_out == 3 * config.hidden_size:
             return _consecutive(q=third, k=third, v=third)
         return _consecutive(k=d_out // 2, v=d_out // 2)
@@ -217,14 +217,15 @@ def all_sites(model: nn.Module) -> list[Site]:
 
 def sites_by_kind(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
     """
-    Sites in rows of one per layer: all query projections, all value projections.
+    Group sites by kind, such as all query projections and all value projections.
 
     Args:
         sites (`Sequence[Site]`): Sites of a model.
 
     Returns:
-        `dict[str, list[Site]]`: In the order of their layers, by the shortest end of their names that tells the kinds
-        apart: `"q_proj"`, `"c_attn.q"`, or `"EncDecAttention.q"` beside `"encoder.block.*.layer.0.SelfAttention.q"`.
+        `dict[str, list[Site]]`: The sites of each kind, in the order of their layers. The name of a kind is the
+        shortest end of its sites' names that no other kind has: `"q_proj"`, `"c_attn.q"`, or `"EncDecAttention.q"`
+        beside `"encoder.block.*.layer.0.SelfAttention.q"`.
     """
     kinds: dict[str, list[AnySite]] = defaultdict(list)
     for site in sorted(sites, key=lambda site: -1 if site.layer is None else site.layer):
@@ -234,6 +235,6 @@ def sites_by_kind(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
 
 def _shortest_end(name: str, others: Mapping[str, Any], site: Site) -> str:
     parts = name.split(".")
-    # A projection of a fused module is called by both names, as in target_modules.
+    # The name of a fused module's projection always includes the name of the module, as in target_modules.
     ends = (".".join(parts[-count:]) for count in range(2 if site.label else 1, len(parts)))
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in others) == 1), name)

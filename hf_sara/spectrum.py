@@ -1,8 +1,9 @@
 """Singular values of a weight, and the rank rule.
 
-Ranks need singular values only, and those follow from the eigenvalues of the smaller Gram matrix. Squaring costs
-accuracy at the small end, and float32 costs some everywhere, so each spectrum carries a bound on its error, and a rank
-is taken from the cheapest spectrum that decides it beyond doubt: float32 Gram, float64 Gram, float64 singular values.
+A rank needs singular values only, and they follow from the eigenvalues of the smaller Gram matrix. This matrix holds
+squares, so the small values lose accuracy, and in float32 all of them do. So each spectrum has a bound on its error,
+and a rank is taken from the cheapest spectrum that decides it beyond doubt. From cheap to accurate, a spectrum comes
+from the Gram matrix in float32, from the Gram matrix in float64, or from a decomposition in float64.
 """
 
 import hashlib
@@ -15,16 +16,17 @@ import torch
 
 from .cache import read_entry, write_entry
 
-# Sums that differ by less than this share are equal: float64 sums of thousands of terms cannot tell them apart.
+# Sums that differ by less than this share count as equal, because float64 sums of thousands of terms have errors of
+# about this size.
 TIE = 1e-12
-# float32 pays only where matrices are large.
+# A Gram matrix in float32 saves time only if the smaller side of the weight has at least this length.
 FLOAT32_FROM = 1024
 
 Found = TypeVar("Found")
 
 
 def check_threshold(threshold: float, site: str | None = None) -> None:
-    """Raise a `ValueError`, that names the site where one is given, unless 0 < threshold <= 1."""
+    """Raise a `ValueError` unless 0 < threshold <= 1. It names the site if one is given."""
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 < threshold <= 1.0:
         where = "" if site is None else f"{site}: "
         raise ValueError(f"{where}threshold={threshold!r} has to be a number with 0 < threshold <= 1.")
@@ -33,7 +35,7 @@ def check_threshold(threshold: float, site: str | None = None) -> None:
 def rank_for_threshold(singular_values: torch.Tensor | Sequence[float], threshold: float) -> int:
     """
     The rank rule (Algorithm 1 of the paper): the smallest count of leading singular values whose sum reaches
-    `threshold * sum(all singular values)`. Plain sums, not sums of squares, in float64.
+    `threshold * sum(all singular values)`. The sums are plain ones, not sums of squares, and are computed in float64.
 
     Args:
         singular_values (`torch.Tensor` of shape `(n,)`): Singular values in any order, all finite and not negative.
@@ -70,13 +72,13 @@ class Spectrum:
     radius: float = 0.0
 
     def count(self, threshold: float) -> int:
-        """The rank rule, taking the values as they are."""
+        """The rank by the rank rule, as if the values had no error."""
         sums = self.values.cumsum(0)
         target = threshold * sums[-1] * (1.0 - TIE)
         return min(int((sums < target).sum()) + 1, self.values.numel())
 
     def rank(self, threshold: float) -> int | None:
-        """The rank rule where the error bound leaves no doubt about it, else `None`."""
+        """The rank by the rank rule, or `None` if the error bound leaves it in doubt."""
         k = self.count(threshold)
         if self.radius == 0.0:
             return k
@@ -86,7 +88,8 @@ class Spectrum:
         slack = TIE * float(self.values.sum())
 
         def surplus(count: int, head: torch.Tensor, tail: torch.Tensor) -> float:
-            # sum of the first `count` - threshold * sum of all, with the two parts bounded from opposite sides
+            # This is the sum of the first `count` values minus threshold * the sum of all values. The values of `head`
+            # and of `tail` are bounds from opposite sides, so that the result is a bound too.
             return float((1.0 - threshold) * head[:count].sum() - threshold * tail[count:].sum())
 
         enough = surplus(k, low, high) >= -slack
@@ -109,7 +112,7 @@ def check_weight(weight: torch.Tensor, site: str) -> None:
 def weight_digest(weight: torch.Tensor) -> str:
     """
     SHA-256 (hexadecimal) of a weight's values. bfloat16 and float16 are widened to float32 first, which changes no
-    value: a checkpoint and its exact upcast have the same factors and the same digest, a rounded copy has not.
+    value. So a checkpoint and its exact upcast have the same factors and the same digest. A rounded copy has others.
 
     Args:
         weight (`torch.Tensor` of shape `(d_in, d_out)`): A site's weight.
@@ -129,7 +132,7 @@ def find_rank(weight: torch.Tensor, threshold: float, site: str = "weight", dige
         weight (`torch.Tensor` of shape `(d_in, d_out)`): Any floating-point dtype, on any device.
         threshold (`float`): With 0 < threshold <= 1.
         site (`str`, *optional*): Name for error messages.
-        digest (`str`, *optional*): The weight's digest where the caller has it, for the cache.
+        digest (`str`, *optional*): The weight's digest for the cache, if the caller has it already.
 
     Returns:
         `int`: k with 1 <= k <= min(d_in, d_out).
@@ -144,7 +147,7 @@ def find_rank(weight: torch.Tensor, threshold: float, site: str = "weight", dige
 def find_spectrum(
     weight: torch.Tensor, site: str = "weight", digest: str | None = None, thresholds: Sequence[float] = ()
 ) -> Spectrum:
-    """The singular values of a weight, in the cheapest way that decides the ranks for `thresholds`; cached."""
+    """The singular values of a weight, from the cache or the cheapest way that decides the ranks at `thresholds`."""
 
     def decided(spectrum: Spectrum) -> Spectrum | None:
         return None if any(spectrum.rank(threshold) is None for threshold in thresholds) else spectrum
@@ -178,8 +181,8 @@ def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[S
 
 def widened(weight: torch.Tensor) -> torch.Tensor:
     """
-    The weight on the CPU in at least float32. Weights whose squares float32 could not hold are brought to order 1 by a
-    power of two: that changes neither ranks nor singular vectors.
+    The weight on the CPU in at least float32. If float32 could not hold its squares, it is divided by a power of two,
+    so that its largest value is about 1. This changes neither ranks nor singular vectors.
     """
     wide = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32))
     largest = float(torch.stack(wide.aminmax()).abs().max())
@@ -202,9 +205,9 @@ def _gram(matrix: torch.Tensor) -> torch.Tensor:
 
 def error_bound(dtype: torch.dtype, shape: Sequence[int], largest: float) -> float:
     """
-    Bound on the error of an eigenvalue of the Gram matrix. Rounding errors of a product of length m add up like
-    sqrt(m) (Higham and Mary, 2019) and those of the reduction to tridiagonal form, the larger part, alike; the factor
-    16 is a margin of seven over the worst that is observed (random square float32 weights of 256 to 3072).
+    Bound on the error of an eigenvalue of the Gram matrix. Rounding errors of a product of length m grow like sqrt(m)
+    (Higham and Mary, 2019). Those of the reduction to tridiagonal form, which are larger, grow in the same way. The
+    factor 16 is seven times the largest one that was observed (on random square float32 weights of size 256 to 3072).
     """
     return 16.0 * torch.finfo(dtype).eps * math.sqrt(max(shape)) * largest
 
@@ -225,5 +228,5 @@ def load_spectrum(digest: str) -> Spectrum | None:
 
 
 def save_spectrum(digest: str, spectrum: Spectrum) -> None:
-    """Keep a spectrum in the cache."""
+    """Write a spectrum to the cache."""
     write_entry(f"{digest}.spectrum", {"values": spectrum.values.contiguous()}, {"radius": repr(spectrum.radius)})

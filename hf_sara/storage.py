@@ -1,10 +1,10 @@
-"""An adapter's files: the format, writing and reading. The format has its home here alone.
+"""An adapter's files: the format, writing and reading. No other module knows the format.
 
     sara_config.json          arguments, sites, ranks, the base; for Mo-SARA the seeds of its frozen factors
     sara_adapter.safetensors  the trained tensors
     sara_factors.safetensors  methods with frozen factors and factors="save" only: U and Vh of every site
 
-Loading is strict and pickle-free. A config has exactly the known fields, shapes come from it only after they were
+Loading is strict and pickle-free. A config has exactly the known fields, its shapes are used only after they were
 checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 
@@ -41,12 +41,13 @@ CONFIG_FILE = "sara_config.json"
 TENSORS_FILE = "sara_adapter.safetensors"
 FACTORS_FILE = "sara_factors.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, FACTORS_FILE)
-# Files of a write that is under way; they count as soon as the tensors that this config describes are in place.
+# The files of a save that is not finished. They count as soon as the tensors that this config describes are in place.
 PENDING_CONFIG_FILE = "sara_config.json.new"
 PENDING_FACTORS_FILE = "sara_factors.safetensors.new"
 
 FORMAT_VERSION = 1
-# A config has about 200 bytes per site; this is room for forty thousand of them. Parsed, it may take 20 times as much.
+# A config has about 200 bytes per site, so this is enough for forty thousand sites. There is a limit, because a parsed
+# config may take 20 times as much memory.
 MAX_CONFIG_BYTES = 8 * 2**20
 
 # The fields of a config and the types of their values.
@@ -71,15 +72,15 @@ SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict}
 @dataclass(frozen=True)
 class Manifest(AdapterSpec):
     """
-    What an adapter's files say of it, besides its tensors: what writing takes and what reading returns.
+    The description of an adapter that its files hold besides its tensors. Writing takes it, and reading returns it.
 
     Args:
         args ([`SaraArguments`]): The adapter's arguments.
         threshold (`float`): The threshold in force.
         sites (`list[PlannedSite]`): The sites with their ranks.
-        seeds (`dict[str, Seed]`): By site, what identifies frozen factors; empty for a method that has none.
+        seeds (`dict[str, Seed]`): The seeds of the frozen factors by site; empty for a method that has none.
         base ([`BaseRecord`]): The base model of the training.
-        versions (`dict[str, str]`): Versions of the packages that made it.
+        versions (`dict[str, str]`): Versions of the packages that made the adapter.
     """
 
     seeds: dict[str, Seed]
@@ -88,7 +89,7 @@ class Manifest(AdapterSpec):
 
 
 def current_versions() -> dict[str, str]:
-    """Versions of what makes an adapter here."""
+    """The versions that an adapter records: those of packages and of Python."""
     packages = {name: version(name) for name in ("hf_sara", "transformers", "torch")}
     return {**packages, "python": platform.python_version()}
 
@@ -96,7 +97,7 @@ def current_versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class SavedAdapter(Manifest):
     """
-    An adapter as read from its files, checked in itself but not yet against a base.
+    An adapter as it was read from its files. They were compared with each other, but not yet with a base.
 
     Args:
         folder (`Path`): The folder of its files.
@@ -123,7 +124,7 @@ class SavedAdapter(Manifest):
         return file.stat().st_size <= limit and file_digest(file) == self.tensors_sha256
 
     def sites_on(self, model: nn.Module) -> list[PlannedSite]:
-        """The sites, after checking that the model has each of them with the same shape and columns."""
+        """Check that the model has each site with the same shape and columns; returns the sites."""
         offered = {site.name: site for site in all_sites(model)}
         for site in self.sites:
             there = offered.get(site.name)
@@ -138,7 +139,8 @@ class SavedAdapter(Manifest):
                     f"model's has {_shape_text(there)}. It was trained on {self.base}."
                 )
         trained, weights = self.trained_parameters, sum(math.prod(site.shape) for site in self.sites)
-        # SARA never has more; with Mo-SARA, the number of heads is the one size that the base does not bound.
+        # A SARA adapter never has more. Of a Mo-SARA adapter, the number of heads is the one size that the base does
+        # not bound.
         if trained > 3 * weights:
             raise AdapterError(
                 f"The adapter in {self.folder} claims num_heads={self.args.num_heads} and {trained:,} trained numbers "
@@ -195,10 +197,10 @@ def write(
     Write an adapter's files.
 
     Args:
-        folder (`str` or `os.PathLike`): Made if it does not exist.
-        manifest ([`Manifest`]): What the adapter is.
+        folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
+        manifest ([`Manifest`]): The description of the adapter.
         tensors (`dict[str, torch.Tensor]`): The trained tensors, named `"<site>.<tensor>"`, on the CPU.
-        factors (`dict[str, torch.Tensor]`, *optional*): The frozen factors, where these are saved too.
+        factors (`dict[str, torch.Tensor]`, *optional*): The frozen factors, if they are saved too.
 
     Raises:
         [`AdapterError`]: If a tensor is missing, empty or not finite. Nothing is written then.
@@ -215,8 +217,8 @@ def write(
     if factors_payload is not None:
         digests["factors_sha256"] = hashlib.sha256(factors_payload).hexdigest()
     config = _config_text(manifest, dtype, digests)
-    # Putting the tensors in place is the moment of change: everything else is ready before, and the old files stay
-    # until then. See `read`.
+    # The adapter changes at the moment at which the tensors are put in place. Everything else is ready before, and the
+    # old files stay until then. See `read`.
     if factors_payload is not None:
         write_file(folder / PENDING_FACTORS_FILE, factors_payload)
     write_file(folder / PENDING_CONFIG_FILE, config.encode())
@@ -230,7 +232,7 @@ def write(
 
 
 def _config_text(manifest: Manifest, dtype: str, digests: Mapping[str, str]) -> str:
-    """The config as JSON with one line per site, so that it is small and differences of two can be read."""
+    """The config as JSON with one line per site, so that it is small, and people can compare two of them."""
     config = {
         "format_version": FORMAT_VERSION,
         "method": manifest.args.method,
@@ -269,7 +271,7 @@ def size_on_disk(folder: str | PathLike) -> int:
 
 def read(folder: str | PathLike) -> SavedAdapter:
     """
-    Read an adapter's config and check it in itself.
+    Read an adapter's config and check it, without a base.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`write`] made.
@@ -281,13 +283,13 @@ def read(folder: str | PathLike) -> SavedAdapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
-    # What is no regular file, such as a pipe that would never end, counts as missing.
+    # Anything but a regular file counts as missing, because reading a pipe, for example, might never end.
     config_file, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
     if not (folder / TENSORS_FILE).is_file() or not (config_file.is_file() or pending.is_file()):
         missing = TENSORS_FILE if config_file.is_file() else CONFIG_FILE
         raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {missing}.")
     if pending.is_file():
-        # A write was cut off. If it got as far as the tensors, they belong to the pending config.
+        # A save was interrupted. If it had put the tensors in place, they belong to the pending config.
         newer = _read_config(pending)
         if newer.owns_tensors():
             has_moved = not (folder / PENDING_FACTORS_FILE).is_file()

@@ -1,4 +1,4 @@
-"""Which of the sites that a model offers an adapter's arguments choose."""
+"""The choice of a model's sites by an adapter's arguments."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from .arguments import SaraArguments, parse_layers
 from .sites import Site, all_sites
 
-# The query and value projections of the families that are adapted without `target_modules`, as in the paper.
+# The query and value projections of model families. As in the paper, they are adapted if `target_modules` is left out.
 QV_PROJ = ("q_proj", "v_proj")
 DEFAULT_TARGETS = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), QV_PROJ),
@@ -27,13 +27,13 @@ def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
-        args ([`SaraArguments`]): `target_modules` and `layers` are read.
+        args ([`SaraArguments`]): The arguments. Only `target_modules` and `layers` are read.
 
     Returns:
-        `list[Site]`: At least one, in the order of the model's modules.
+        `list[Site]`: At least one site, in the order of the model's modules.
 
     Raises:
-        `ValueError`: If nothing is chosen, with what the model has to choose from.
+        `ValueError`: If a name or a layer matches nothing. The message lists what the model has.
     """
     offered = all_sites(model)
     targets = args.target_modules
@@ -76,7 +76,7 @@ def _model_type(model: nn.Module) -> str:
 def _is_target(site: Site, targets: list[str]) -> bool:
     for target in targets:
         if re.fullmatch(r"[\w.]+", target):
-            # A name is the end of a site's or a module's name, at a dot.
+            # A plain name has to be the end of the name of a site or of its module, and begin there after a dot.
             if f".{site.name}".endswith(f".{target}") or f".{site.module}".endswith(f".{target}"):
                 return True
         elif _fullmatch(target, site.name):
@@ -92,7 +92,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def _offer(sites: list[Site]) -> str:
-    """What a model has to choose from, in one line: `q_proj (4096 x 4096, 32 times)`."""
+    """The linear modules that a model has, in one line: `q_proj (4096 x 4096, 32 times)`."""
     counts: dict[tuple[str, tuple[int, int]], int] = {}
     for site in sites:
         leaf = site.module.rsplit(".", 1)[-1] + (f".{site.label}" if site.label else "")

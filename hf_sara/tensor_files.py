@@ -1,4 +1,4 @@
-"""Safetensors files, read strictly: exactly the expected names, shapes and dtypes, and finite values."""
+"""Strict reading of safetensors files: they have exactly the expected names, shapes and dtypes, and finite values."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -13,7 +13,7 @@ from .files import file_digest
 
 # The dtypes that a weight, or a saved tensor, may have, and safetensors' names for them.
 SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
-# A tensor takes about 150 bytes in the header of its file.
+# A tensor takes about 150 bytes in the header of its file, so this is more than enough.
 MAX_HEADER_BYTES_PER_TENSOR = 1024
 
 
@@ -26,12 +26,12 @@ def read_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str], sha256: str
 ) -> dict[str, torch.Tensor]:
     """
-    Read the tensors of a file, after comparing everything that can be compared before.
+    Read the tensors of a file, after checking everything that can be checked without reading them.
 
     Args:
         path (`Path`): The file.
         shapes (`Mapping[str, tuple[int, ...]]`): The name and the shape of each tensor.
-        dtypes (`Collection[str]`): The dtypes that they may have.
+        dtypes (`Collection[str]`): The dtypes that the tensors may have.
         sha256 (`str`): The digest that the file has to have.
 
     Raises:
@@ -67,8 +67,8 @@ def read_tensors(
 
 def most_bytes(shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str]) -> int:
     """
-    More bytes than a file with these tensors has. What is larger is not opened, nor digested: a header may claim to be
-    gigabytes long, and a file may be as long as a disk with nothing in it.
+    An upper bound on the bytes of a file with these tensors. A larger file is neither opened nor digested, because its
+    header may claim to be gigabytes long, and a file without content may be as long as a disk.
     """
     widest = max(getattr(torch, dtype).itemsize for dtype in dtypes)
     return widest * sum(map(math.prod, shapes.values())) + MAX_HEADER_BYTES_PER_TENSOR * (1 + len(shapes))
@@ -76,10 +76,10 @@ def most_bytes(shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str]) -
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
-    Compare tensors with what they have to be.
+    Check that tensors have the expected names and shapes, and finite values.
 
     Raises:
-        [`AdapterError`]: Names the first tensor that is missing, unexpected, misshaped, empty or not finite.
+        [`AdapterError`]: If a tensor is missing, unexpected, misshaped, empty or not finite. The message names it.
     """
     _check_names(tensors, shapes, None)
     for name, tensor in tensors.items():

@@ -121,7 +121,7 @@ def make_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
         for name, parameter in model.named_parameters():
-            # Biases start at zero: an update that forgot or doubled one would not show.
+            # Biases start at zero, so a test would not notice an update that forgot or doubled one.
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype).eval()
@@ -151,7 +151,7 @@ def sara_arguments(method: str = "sara", **changes) -> SaraArguments:
 
 
 def train(adapter: SaraAdapter, steps: int = 3, lr: float = 0.05) -> SaraAdapter:
-    """A few steps, large enough that no trained tensor is near its start any more."""
+    """Train a few steps, which are so large that no trained tensor is near its start any more."""
     model = adapter.model
     inputs = make_inputs(model)
     optimizer = torch.optim.AdamW(adapter.trained().values(), lr=lr)
@@ -201,7 +201,7 @@ def make_tokenizer(texts=("The quick brown fox : jumps | over the lazy dog .",),
 def reference_data() -> Path:
     """
     The folder with public data and reference outputs that `HF_SARA_TEST_DATA` names: e2e/, e2e_metrics/, golden/,
-    gpt2_tokenizer/. Tests that need it are extra.
+    gpt2_tokenizer/. Tests that need it are extra, and are skipped without it.
     """
     folder = os.environ.get("HF_SARA_TEST_DATA")
     if not folder:
@@ -211,7 +211,7 @@ def reference_data() -> Path:
 
 @pytest.fixture
 def image(tmp_path):
-    """A path for an image, which has to be there afterwards and not blank."""
+    """A path for an image. After the test, the image has to be there, and must not be blank."""
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
@@ -221,7 +221,7 @@ def image(tmp_path):
 
 
 def rotated_lapack(clusters, seed=0):
-    """LAPACK's step, with the freedom that it has: any signs, and any basis inside a cluster."""
+    """LAPACK's step with another result that is just as right: other signs, and another basis inside a cluster."""
     step = factors.leading_eigenpairs
 
     def call(matrix, choose):

@@ -252,7 +252,7 @@ def validate_yaml(hub: HubServer, request: Request) -> Reply:
     return as_json(found, 400 if errors else 200)
 
 
-# Uploads: how each file is to be sent, the LFS files, and then the commit.
+# Uploads. The client asks how to send each file, sends the LFS files, and then makes the commit.
 
 
 @route("POST", "/api/models/{repo}/preupload/{revision}")
@@ -276,7 +276,7 @@ def preupload(hub: HubServer, request: Request, repo: str, revision: str) -> Rep
 @route("POST", "/{repo}.git/info/lfs/objects/batch")
 def lfs_batch(hub: HubServer, request: Request, repo: str) -> Reply:
     data = request.json()
-    # A batch for a pull request names no ref, and needs no more than what opening one does.
+    # A batch for a pull request names no ref, and who may read a repository may open a pull request.
     found = (hub.writable if "ref" in data else hub.readable)(request, repo)
     hub.user(request, needed=True)
     multipart, objects = "multipart" in data["transfers"], []

@@ -1,6 +1,6 @@
 """
-A small Hugging Face Hub on loopback, for tests: what an adapter library needs of the real one's protocol, spoken to
-the unmodified `huggingface_hub` client over real sockets. Models only, plain Git LFS and no Xet.
+A small Hugging Face Hub on loopback, for tests. It speaks the part of the real one's protocol that an adapter library
+needs, to the unmodified `huggingface_hub` client over real sockets. It has models only, and plain Git LFS without Xet.
 
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
         hub.add_repo("alice/base", files={"config.json": b"{}"}, private=True)
@@ -8,9 +8,9 @@ the unmodified `huggingface_hub` client over real sockets. Models only, plain Gi
         subprocess.run([sys.executable, script], env=hub.environment(cache_dir, token="hf_alice"), check=True)
         hub.repo("alice/adapter").files()["README.md"], hub.repo("alice/adapter").commits[0].title, hub.requests
 
-Everything is in memory. The Hub is not checked against the real service, only against what its client reads.
-Only the standard library, and PyYAML (which huggingface_hub requires) for the metadata of model cards. This module
-has the server and what tests use of it; hub_routes.py has the requests it answers, hub_storage.py what it keeps.
+Everything is in memory. The Hub is not checked against the real service, only against what its client reads. It needs
+the standard library, and PyYAML (which huggingface_hub requires) for the metadata of model cards. This module has the
+server and the functions for tests, hub_routes.py has the requests it answers, and hub_storage.py has what it keeps.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 @dataclass
 class Fault:
     """
-    What goes wrong with the next `times` requests whose path (without the query) matches, and whose method does.
+    A fault that happens to the next `times` requests whose path (without the query) and method match.
 
-    A `status` is answered instead of doing the request. `drop_request` closes the connection after that many bytes
-    of the request's body, and the request is not done. `drop_response` closes it after that many bytes of the
-    answer's body: the request has been done, and the client cannot know. `delay` is in seconds, before the answer.
+    If a `status` is given, it is the answer, and the request is not done. `drop_request` closes the connection after
+    that many bytes of the request's body, and the request is not done. `drop_response` closes it after that many bytes
+    of the answer's body, when the request has been done, so that the client cannot know it. `delay` is the number of
+    seconds before the answer.
     """
 
     path: str
@@ -67,7 +68,7 @@ class Fault:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Carries requests to the Hub and answers back, and does the faults of the wire."""
+    """Brings requests to the Hub and answers to the client, and makes the faults of the connection."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -82,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *_: Any) -> None:
-        """Silent: `hub.requests` is the log."""
+        """Log nothing, because `hub.requests` is the log."""
 
     def handle_request(self) -> None:
         hub = self.server.hub
@@ -107,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         if request.length > MEBIBYTE:
             request.body = b""
         head = request.method == "HEAD"
-        if fault.drop_response is not None and head:  # it has no body to drop in the middle of
+        if fault.drop_response is not None and head:  # the answer has no body that could be cut in the middle
             return self.hang_up()
         request.status = reply.status
         self.send_response(reply.status)
@@ -138,7 +139,7 @@ class _Listener(ThreadingHTTPServer):
         self.thread.start()
 
     def handle_error(self, *_: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # that is a client which has hung up
+        if not isinstance(sys.exc_info()[1], OSError):  # an OSError only means that a client has hung up
             self.hub.failures.append(traceback.format_exc())
 
     def close(self) -> None:
@@ -152,8 +153,8 @@ class _Listener(ThreadingHTTPServer):
 
 class HubServer:
     """
-    The Hub, between `with` and the end of its block. `tokens` are of users, `orgs` has the members of organisations;
-    tokens in `expired` are refused with a message, and those in `read_only` may not write.
+    The Hub, which runs inside of a `with` block. `tokens` has the user of each token, and `orgs` has the members of
+    organisations. Tokens in `expired` are refused with a message, and those in `read_only` may not write.
     """
 
     lfs_threshold = 10 * MEBIBYTE  # files as large as this go to LFS whatever their names
@@ -173,13 +174,13 @@ class HubServer:
         self.requests: list[Request] = []
         self.failures: list[str] = []
         self.received: dict[str, bytes] = {}
-        self.parts: dict[str, bytes] = {}  # of uploads that are not complete, by path
+        self.parts: dict[str, bytes] = {}  # the parts of uploads that are not complete, by path
         self.lock = threading.RLock()  # a request is done as a whole: commits are atomic, and follow one another
         self.secret = secrets.token_bytes()
 
     def __enter__(self) -> HubServer:
-        # The client follows a redirect inside one origin and then misses the headers of the first answer, so that
-        # the storage has to be another origin here too. It also has to be for the client not to send it the token.
+        # The client follows a redirect inside one origin and then misses the headers of the first answer, so the
+        # storage has to be another origin here too. Then the client does not send its token to the storage either.
         self.listeners = _Listener(self), _Listener(self)
         self.endpoint, self.cdn = (listener.url for listener in self.listeners)
         return self
@@ -209,12 +210,12 @@ class HubServer:
         return self.repos[id]
 
     def uploaded(self) -> dict[str, bytes]:
-        """Every file that has been sent, by its SHA-256, also if no commit has it."""
+        """Every file that has been sent, by its SHA-256, even if no commit has it."""
         return dict(self.received)
 
     def environment(self, cache_dir: str | os.PathLike, token: str | None = None) -> dict[str, str]:
         """
-        The environment of a process whose Hub this is: nothing of a user's own settings, tokens or proxies.
+        The environment of a process that uses this Hub. It has none of the user's own settings, tokens and proxies.
 
         A script that imports conftest.py has to import huggingface_hub.constants first, or it will be offline.
         """
@@ -249,7 +250,7 @@ class HubServer:
         except HubError as error:
             missing = error.status == 401 and "Invalid credentials" not in error.message
             if missing and re.match("/api/models/|.*/resolve/", request.path):
-                # What the client makes of such an answer by its URL alone when the Hub is at https.
+                # If the Hub is at https, the client takes such an answer for this error by its URL alone.
                 error.headers.setdefault("X-Error-Code", "RepoNotFound")
             return self.error_reply(error)
         except Exception:
@@ -329,12 +330,12 @@ class HubServer:
 @contextmanager
 def online() -> Iterator[None]:
     """
-    Lets the client of this process reach a HubServer, as HfApi(endpoint=hub.endpoint, token=...).
+    Let the client of this process reach a HubServer, as HfApi(endpoint=hub.endpoint, token=...).
 
     conftest.py makes the client offline for good when it is imported. The client asks these two constants at each
-    call, and makes a new session, which reads the proxies, after the last one was closed: that is enough for calls
-    that take an endpoint. What takes none (ModelCard.validate, from_pretrained) needs a process of its own, with
-    `HubServer.environment`.
+    call, and makes a new session, which reads the proxies, after the last one was closed. This is enough for calls
+    that take an endpoint. Functions that take none (ModelCard.validate, from_pretrained) need a process of their own,
+    with `HubServer.environment`.
     """
     from huggingface_hub import close_session, constants
 

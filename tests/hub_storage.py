@@ -1,4 +1,4 @@
-"""What the Hub of the tests (hub_server.py) keeps: files, commits and repositories; and metadata of model cards."""
+"""The files, commits and repositories of the Hub of the tests (hub_server.py), and the metadata of model cards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 
 class HubError(Exception):
-    """An answer that is an error, in the headers and the body where the client looks for it."""
+    """An answer that is an error. Its headers and its body say so where the client looks for it."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str):
         super().__init__(message)
@@ -40,7 +40,7 @@ class File:
 
     @cached_property
     def pointer(self) -> bytes:
-        """What Git stores of a file whose content is in LFS."""
+        """The text that Git stores for a file whose content is in LFS."""
         head = "version https://git-lfs.github.com/spec/v1"
         return f"{head}\noid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
 
@@ -62,7 +62,7 @@ class File:
 
 @dataclass(frozen=True)
 class Commit:
-    files: Mapping[str, File]  # never changed: a commit is made whole
+    files: Mapping[str, File]  # never changed, because a commit is made as a whole
     parent: Commit | None
     title: str
     message: str
@@ -121,11 +121,11 @@ class Repo:
         return commit
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Every file; as on the real Hub, the first commit of a repository adds .gitattributes."""
+        """The content of every file. As on the real Hub, the first commit of a repository adds .gitattributes."""
         return {path: file.content for path, file in self.find(revision).files.items()}
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """The newest commit first."""
+        """The commits, the newest one first."""
         commit: Commit | None = self.find(revision)
         commits = []
         while commit:
@@ -209,7 +209,7 @@ def validate_card(text: str) -> tuple[dict, list[str], list[str]]:
 
 
 def model_index_errors(index: Any) -> list[str]:
-    """What is missing of the results that a card reports."""
+    """Errors for everything that is missing in the results that a card reports."""
     errors: list[str] = []
 
     def objects(value: Any, name: str) -> list[tuple[str, dict]]:

@@ -1,4 +1,4 @@
-"""A small training, for the tests of the trainer; also a script, so that it can be killed or run on several processes.
+"""A small training for the tests of the trainer. As a script, it can be killed, or run on several processes.
 
 python training.py OUTPUT_DIR METHOD [--kill_at STEP] [TrainingArguments as a JSON object]
 """
@@ -20,7 +20,7 @@ STEPS = 7
 
 
 def dataset(size: int = 24, seed: int = 0) -> Dataset:
-    """Random sequences with labels; a column that the model does not take, which Trainer has to remove."""
+    """Random sequences with labels, and with a column that the model does not take, so that Trainer removes it."""
     ids = torch.randint(3, VOCABULARY, (size, 8), generator=torch.Generator().manual_seed(seed)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [8] * size})
 
@@ -55,7 +55,7 @@ def make_trainer(
 
 
 def shard_on_cpu() -> None:
-    """Let FSDP run here: accelerate offers it on accelerators only, but torch's does as well on the CPU, with gloo."""
+    """Let FSDP run on the CPU. accelerate offers it on accelerators only, but torch can do it on the CPU with gloo."""
     start = PartialState.__init__
 
     def pose(self, *args, **kwargs):
@@ -67,7 +67,7 @@ def shard_on_cpu() -> None:
 
 
 class At(TrainerCallback):
-    """Do something at the end of a step."""
+    """A callback that does something at the end of a step."""
 
     def __init__(self, step: int, action):
         self.step, self.action = step, action
@@ -78,7 +78,7 @@ class At(TrainerCallback):
 
 
 def log_of(trainer) -> list[dict[str, float]]:
-    """What a run logged, without its times."""
+    """The log of a run, without its times."""
     timed = ("runtime", "per_second", "flos")
     return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in trainer.state.log_history]
 

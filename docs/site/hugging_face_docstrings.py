@@ -2,7 +2,7 @@
 
 Such docstrings give types as ``name (`str`, *optional*, defaults to `"x"`):`` and link to objects by
 ``[`~transformers.Trainer`]``. Both are syntax of Hugging Face's own builder, and plain text for mkdocs. Here, types
-lose their marks, what the page of the API describes becomes a link, and every other name becomes code.
+lose their marks. A name that the page of the API describes becomes a link, and every other name becomes code.
 """
 
 import ast
@@ -14,12 +14,12 @@ import griffe
 
 ROOT = Path(__file__).parent.parent.parent
 LINK = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
-# What stands before the colon: a parameter with its type, and a type that is returned or raised.
+# Two kinds of lines have a type before a colon: those of parameters, and those of what is returned or raised.
 PARAMETER = re.compile(r"^(?P<start>\s+[\w*]+ \()(?P<type>.*)(?P<end>\):.*)$")
 RESULT = re.compile(
     r"^(?P<start>\s+)(?P<type>[`\[][^:]*?[`\]](?: of shape `[^`]*`)?(?:, \*optional\*)?)(?P<end>: .*)$"
 )
-# What docs/api.md describes, by the last part of its name.
+# The names that docs/api.md describes, by their last part.
 DESCRIBED = {
     name.rsplit(".", 1)[-1]: name
     for name in re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The methods by name. A new one is a file in this folder and a line in `METHODS`."""
+"""The methods by name. A new method needs a file in this folder and a line in `METHODS`."""
 
 from .base import Delta, Measured, Method, Options, deltas_of
 from .mo_sara import MoSara

@@ -1,8 +1,8 @@
 """
-What a method is: a class that owns its facts, and a class for its updates.
+The base classes of a method: [`Method`] for its facts, and [`Delta`] for its updates.
 
-A new method is one file beside this one, with a subclass of [`Method`] and one of [`Delta`], and one line in the
-registry `METHODS`. The rest of the package asks the method and never compares its name.
+A new method needs one file beside this one, with a subclass of each, and one line in the registry `METHODS`. The rest
+of the package asks the method for its facts, and never compares its name.
 """
 
 import math
@@ -36,12 +36,12 @@ class Options(Protocol):
 @dataclass(frozen=True)
 class Measured:
     """
-    What a method needs to know of a base weight before it can be adapted.
+    The facts about a base weight that a method needs before the weight can be adapted.
 
     Args:
         k (`int`): Rank of the site.
         factors ([`Factors`], *optional*): Its frozen factors, for a method that has some.
-        seed ([`Seed`], *optional*): What identifies them.
+        seed ([`Seed`], *optional*): The seed that identifies the factors.
     """
 
     k: int
@@ -60,10 +60,10 @@ class Method:
 
     Attributes:
         name (`str`): The value of `SaraArguments.method`.
-        title (`str`): The name in texts.
+        title (`str`): The name of the method in texts.
         summary (`str`): What the method does, as the end of a sentence on a model card.
         limit (`str`): What its adapters can and cannot be turned into, as a sentence on a model card.
-        default_threshold (`float`): The threshold where none is given.
+        default_threshold (`float`): The threshold if none is given.
         delta_class (`type[Delta]`): The class of its updates.
         has_factors (`bool`): Whether an update has frozen factors U and Vh, the leading singular vectors of the base
             weight. They are computed when an adapter is attached, and identified by seeds in its files.
@@ -118,7 +118,7 @@ class Method:
 
     def measure(self, weight: torch.Tensor, threshold: float, site: str) -> Measured:
         """
-        Rank, and frozen factors with their seed, of a base weight.
+        Find the rank of a base weight, and its frozen factors with their seed if the method has some.
 
         Args:
             weight (`torch.Tensor` of shape `(d_in, d_out)`): The weight of a site.
@@ -133,7 +133,7 @@ class Method:
 
     def make_delta(self, site: PlannedSite, model: nn.Module, factors: Factors | None = None) -> "Delta":
         """
-        The update of a site at its start.
+        Make the update of a site, with its initial values.
 
         Args:
             site ([`PlannedSite`]): The site.
@@ -141,7 +141,7 @@ class Method:
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
         weight = site.linear(model).weight
-        # The stored weight of a quantized linear has no dtype to compute in.
+        # A quantized weight is stored in a dtype that nothing can be computed in, so the model's dtype is taken.
         dtype = weight.dtype if weight.is_floating_point() else cast(PreTrainedModel, model).dtype
         delta = self.delta_class(self, site, dtype, weight.device)
         if factors is not None:
@@ -151,17 +151,17 @@ class Method:
 
 class Delta(nn.Module):
     """
-    What the updates of all methods have in common: where they stand, their dtypes, and whether they count. An update
-    is a child module of the linear that it adapts.
+    The base class of the updates of all methods. It knows where they stand, their dtypes, and whether they are
+    enabled. An update is a child module of the linear that it adapts.
 
-    Subclasses define `reset_parameters`, `add_update`, and `low_rank` where the update is one matrix.
+    Subclasses define `reset_parameters`, `add_update`, and `low_rank` if the update is one matrix.
 
     Args:
         method ([`Method`]): The method, with the adapter's options.
         site ([`PlannedSite`]): The adapted weight matrix.
-        dtype (`torch.dtype`): Dtype of the base weight. Frozen factors have it; trained tensors are float32, or
+        dtype (`torch.dtype`): Dtype of the base weight and of the frozen factors. Trained tensors are float32, or
             float64 on a float64 base.
-        device (`torch.device`): Where the base weight is.
+        device (`torch.device`): Device of the base weight.
     """
 
     def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
@@ -169,7 +169,7 @@ class Delta(nn.Module):
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = site.k
-        # A module, since some trainers turn dropout off by going through a model's modules.
+        # This is a module, because some trainers turn dropout off by going through a model's modules.
         self.dropout = nn.Dropout(method.options.dropout)
         self.enabled = True
         trained, frozen = method.trained_shapes(site.shape, site.k), method.frozen_shapes(site.shape, site.k)
@@ -184,7 +184,7 @@ class Delta(nn.Module):
         self.to(device)
 
     def reset_parameters(self, options: Options) -> None:
-        """Give the trained tensors their start."""
+        """Give the trained tensors their initial values."""
         raise NotImplementedError
 
     def trained(self) -> Mapping[str, nn.Parameter]:
@@ -193,13 +193,13 @@ class Delta(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, U: torch.Tensor, Vh: torch.Tensor) -> None:
-        """Put the frozen factors in place: U of shape (d_in, k), Vh of shape (k, d_out)."""
+        """Copy the frozen factors into the update: U of shape (d_in, k), Vh of shape (k, d_out)."""
         self.get_parameter("U").copy_(U)
         self.get_parameter("Vh").copy_(Vh)
 
     def _apply(self, fn, recurse=True):
         # `model.to(torch.bfloat16)` and `model.half()` must not take the trained tensors below float32: they would
-        # lose small updates, and a gradient scaler refuses float16 ones. They keep their values, not a rounded copy.
+        # lose small steps, and a gradient scaler refuses float16 tensors. So they keep their values without rounding.
         before = {name: parameter.data for name, parameter in self.trained().items()}
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -215,8 +215,8 @@ class Delta(nn.Module):
         Args:
             x (`torch.Tensor` of shape `(..., d_in)`): The linear's input.
             output (`torch.Tensor` of shape `(..., outputs of the module)`): The linear's output.
-            linear (`torch.nn.Linear`, *optional*): The linear, if it is a plain and frozen one and `output` is what it
-                computed from `x` and nobody else's yet: then the short cuts are open.
+            linear (`torch.nn.Linear`, *optional*): The linear, if it is plain and frozen, and `output` is what it
+                computed from `x`, which nothing else has used yet. The update may take a short cut then.
 
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
@@ -238,7 +238,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def follow_weight(self, module: nn.Module) -> None:
-        """Take note of the base weight, whenever its values or the frozen factors were set."""
+        """Look at the base weight. This is called whenever its values or the frozen factors were set."""
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The update as factors of `U diag(S) Vh`: (d_in, k), (k,) and (k, d_out), in at least float32."""
@@ -260,5 +260,5 @@ def deltas_of(module: Any) -> Iterable[Delta]:
 
 
 def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # U lies in memory by columns: BLAS libraries multiply by a narrow matrix several times faster that way.
+    # U is stored by columns, because BLAS libraries then multiply by a narrow matrix several times faster.
     return torch.empty(shape[::-1], dtype=dtype).t() if name == "U" else torch.empty(shape, dtype=dtype)

@@ -3,14 +3,15 @@
 The update is `((z * (g S)) Vh) * v` with `z = dropout(x) U` and the router `g = softmax(z gate_down gate_up)`, where U
 and Vh are frozen singular vectors of the weight.
 
-At a layer's size, an update costs as much in calls and in memory traffic as in arithmetic, so it is few tensor
-operations. Where the update stands on the output of a plain frozen linear, one short cut saves more, and changes no
-result but for rounding: z is read from the linear's output, `x U = (x W) Vh^T / sigma`, since U diag(sigma) Vh is the
-leading part of W. The sizes in it are d_out's, which grouped queries make small, and no gradient of its own goes to x.
+At the size of a layer, an update costs as much in calls and in memory traffic as in arithmetic, so it has few tensor
+operations. If the update is added to the output of a plain frozen linear, a short cut saves more, and changes the
+result by rounding only: z is computed from the linear's output, `x U = (x W) Vh^T / sigma`, because U diag(sigma) Vh
+is the leading part of W. This product has d_out in the place of d_in, and grouped queries make d_out small. Its
+gradient goes to the linear's output, so that no second gradient of x is needed.
 
-The paper's form (v behind, several heads) has a gradient with fewer passes than autograd's (`_MixedUpdate`), on whole
-outputs of full precision. What lies between the factors is kept by ranks, as (k, n) for n tokens: BLAS libraries make
-such a product of few and long rows faster than one of few columns.
+The paper's form (v at the back, several heads) has a gradient of its own, `_MixedUpdate`, with fewer passes than
+autograd's. It is used for whole outputs in full precision. Tensors between the factors have the shape (k, n) for n
+tokens, because BLAS libraries compute a product with few and long rows faster than one with few columns.
 """
 
 import torch
@@ -24,7 +25,7 @@ from .products import add_product, has_own_gradients, is_plain, uniform_
 class MoSaraDelta(Delta):
     """
     The update `((z * (g S)) Vh) * v` of Mo-SARA, with `z = dropout(x) U` and `g = softmax(z gate_down gate_up)`.
-    Trained: S (m, k), gate_down (k, 1), gate_up (1, m), v (d_out). Frozen: U (d_in, k), Vh (k, d_out).
+    S (m, k), gate_down (k, 1), gate_up (1, m) and v (d_out) are trained. U (d_in, k) and Vh (k, d_out) are frozen.
     """
 
     U: nn.Parameter
@@ -39,14 +40,14 @@ class MoSaraDelta(Delta):
         self.v_position = method.options.v_position
         self.num_heads = method.options.num_heads
         super().__init__(method, site, dtype, device)
-        # 1 / sigma of shape (k,) while U diag(sigma) Vh is the leading part of the base weight, else None.
+        # This is 1 / sigma, of shape (k,), while U diag(sigma) Vh is the leading part of the base weight, else None.
         self.register_buffer("inverse_sigma", None, persistent=False)
 
     def _apply(self, fn, recurse=True):
         dtype = self.U.dtype
         super()._apply(fn, recurse)
         if self.U.dtype != dtype:
-            # Rounded factors of a rounded weight are not its singular vectors any more.
+            # Factors and weight were rounded, so the factors are not the singular vectors of the weight any more.
             self.inverse_sigma = None
         return self
 
@@ -60,7 +61,7 @@ class MoSaraDelta(Delta):
 
     @torch.no_grad()
     def follow_weight(self, module):
-        # In half precision, the output's rounding would cost z more than the short cut gains.
+        # In half precision, the rounding of the output would harm z more than the short cut is worth.
         if not is_plain(module) or self.U.dtype not in (torch.float32, torch.float64):
             return
         if module.bias is not None or self.slice is not None or self.v_position == "front":
@@ -69,13 +70,13 @@ class MoSaraDelta(Delta):
         projected = module.weight.t().double() @ Vh.t()
         sigma = projected.norm(dim=0)
         error = (projected - U * sigma).norm(dim=0)
-        # Also false where sigma spans so many orders of magnitude that the output's rounding would show in z.
+        # This is also false if sigma spans so many orders of magnitude that the output's rounding would show in z.
         holds = bool((error <= 1e-5 * sigma).all())
         self.inverse_sigma = (1 / sigma).to(self.U.dtype) if holds else None
 
     def add_update(self, x, output, dtype, linear):
         Vh, S = self.Vh.to(dtype), self.S.to(dtype)
-        # FSDP may have cast the weight and the factors for this call, each on its own.
+        # FSDP may have cast the weight and the factors for this call independently, so the dtypes are compared.
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
             z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
         else:
@@ -89,27 +90,27 @@ class MoSaraDelta(Delta):
             return add_product(output, scaled, Vh, self.slice)
         v = self.v.to(dtype)
         if self.slice is None and output.dtype == dtype:
-            # Not Vh * v: the gradient of v from the update itself is a sum, that from the factor another product.
+            # v multiplies the update and not Vh, because its gradient is then a sum, and not one more matrix product.
             return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
         return add_product(output, scaled, Vh * v, self.slice)
 
     def _project(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """z of shape (k, n), of the linear's input of shape (..., d_in)."""
+        """z, of shape (k, n), for the linear's input of shape (..., d_in)."""
         if self.v_position == "front":
             x = x * self.v.to(dtype)
         return self.U.to(dtype).t() @ x.reshape(-1, x.shape[-1]).t()
 
     def router(self, z: torch.Tensor) -> torch.Tensor:
         """
-        The softmax of the router for z of shape (k, n): a tensor (m, n), in at least float32, since half precision
-        would blur its logits.
+        The softmax of the router for z of shape (k, n): a tensor (m, n). It is computed in at least float32, because
+        half precision would round its logits too coarsely.
         """
         logits = (self.gate_down @ self.gate_up).to(z.dtype).t() @ z
         return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)
 
     @torch.no_grad()
     def gates(self, x: torch.Tensor) -> torch.Tensor:
-        """The router's weights for an input of shape (..., d_in): a tensor of shape (..., m) that sums to 1."""
+        """The router's weights for an input of shape (..., d_in), of shape (..., m). They sum to 1 for each token."""
         if self.num_heads == 1:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
         return self.router(self._project(x, x.dtype)).t().reshape(*x.shape[:-1], self.num_heads)
@@ -129,7 +130,7 @@ class MoSaraDelta(Delta):
 class _MixedUpdate(torch.autograd.Function):
     """
     `output`, of shape (..., d_out), plus `((z * (g S)) Vh) * v`, with z of shape (k, n). Its gradient has fewer passes
-    over the tokens than autograd's: v scales the small factor in it, not every token's gradient.
+    over the tokens than autograd's, because in it v scales the small factor Vh, and not the gradient of every token.
     """
 
     @staticmethod
@@ -142,14 +143,14 @@ class _MixedUpdate(torch.autograd.Function):
     def forward(ctx, output, z, Vh, S, gate_down, gate_up, v):
         between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
         ctx.save_for_backward(z, Vh, S, gate_down, gate_up, v, *between)
-        # Not a view: what comes next may change it in place.
+        # The result is not a view, because later operations may change it in place.
         return torch.addcmul(output, between[-1].view(output.shape), v)
 
     @staticmethod
     def backward(ctx, grad_output):
         z, Vh, S, gate_down, gate_up, v, *between = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # The gradient is to be differentiated: these have to be functions of the inputs again.
+            # The gradient is to be differentiated, so these have to be functions of the inputs again.
             between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
         gates, mixed, update = between
         grad = grad_output.reshape(-1, grad_output.shape[-1])
@@ -191,7 +192,7 @@ class MoSara(Method):
     default_threshold = 0.5
     delta_class = MoSaraDelta
     has_factors = True
-    # The number of heads is what a reader of a card looks for.
+    # A card always shows the number of heads, because its readers look for it.
     shown_options = ("num_heads",)
 
     def check(self) -> None:
@@ -207,7 +208,7 @@ class MoSara(Method):
         heads, v_position = self.options.num_heads, self.options.v_position
         shapes: Shapes = {"S": (heads, k)}
         if heads > 1:
-            # One head needs no router: the softmax of one logit is 1.
+            # One head needs no router, because the softmax of one logit is 1.
             shapes.update(gate_down=(k, 1), gate_up=(1, heads))
         if v_position != "none":
             shapes["v"] = (d_out,) if v_position == "back" else (d_in,)

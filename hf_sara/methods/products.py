@@ -9,21 +9,21 @@ from ..sites import OutputSlice
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W and nothing else."""
+    """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W + b."""
     if type(module) is not nn.Linear or module.weight.requires_grad:
         return False
     return module.bias is None or not module.bias.requires_grad
 
 
 def uniform_(tensor: torch.Tensor, fan_in: int) -> None:
-    """Kaiming-uniform with a = sqrt(5), that is uniform in +-1/sqrt(fan_in), also for vectors."""
+    """Fill a tensor uniformly in +-1/sqrt(fan_in). This is Kaiming-uniform with a = sqrt(5), also for vectors."""
     nn.init.uniform_(tensor, -1.0 / math.sqrt(fan_in), 1.0 / math.sqrt(fan_in))
 
 
 def add_product(
     output: torch.Tensor, left: torch.Tensor, right: torch.Tensor, part: OutputSlice | None
 ) -> torch.Tensor:
-    """`output` plus left @ right, of shape (n, d_out), on the site's columns; the other columns keep their bits."""
+    """`output` plus left @ right, of shape (n, d_out), on the site's columns. The other columns keep their bits."""
     if part is None and output.dtype == left.dtype:
         return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
     update = (left @ right).to(output.dtype)
@@ -37,12 +37,12 @@ def add_product(
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work, which goes through plain operations alone."""
+    """Whether a transform of torch.func is active. Such a transform can handle plain operations only."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def has_own_gradients() -> bool:
-    """Whether to use gradients of our own: torch.compile does better with plain operations, torch.jit needs them."""
+    """Whether to use our own gradients. torch.compile is faster with plain operations, and torch.jit needs those."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     return not is_transformed()

@@ -1,9 +1,9 @@
 """SARA: a trained low-rank update `dropout(x) U diag(S) Vh` beside a frozen weight.
 
-At a layer's size, an update costs as much in calls and in memory traffic as in arithmetic, so it is few tensor
-operations. Where the update stands on the output of a plain frozen linear, one short cut saves more, and changes no
-result but for rounding: the update brings the linear's gradient along (`_LinearWithUpdate`), so that both are written
-in one pass.
+At the size of a layer, an update costs as much in calls and in memory traffic as in arithmetic, so it has few tensor
+operations. If the update is added to the output of a plain frozen linear, a short cut saves more, and changes the
+result by rounding only: `_LinearWithUpdate` computes the gradients of the linear and of the update together, so that
+both are written in one pass.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .products import add_product, has_own_gradients, uniform_
 
 
 class SaraDelta(Delta):
-    """The update `dropout(x) U diag(S) Vh` of SARA: U (d_in, k), S (k), Vh (k, d_out), all trained, no scaling."""
+    """The update `dropout(x) U diag(S) Vh` of SARA. U (d_in, k), S (k) and Vh (k, d_out) are all trained."""
 
     U: nn.Parameter
     S: nn.Parameter
@@ -31,7 +31,7 @@ class SaraDelta(Delta):
             nn.init.zeros_(self.Vh)
 
     def add_update(self, x, output, dtype, linear):
-        # U as (k, d_in), which is contiguous.
+        # U is stored by columns, so its transpose (k, d_in) is contiguous.
         Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
         S = self.S.to(dtype) if "S" in self.trained_names else None
         if linear is not None and has_own_gradients():
@@ -47,8 +47,8 @@ class SaraDelta(Delta):
 
 class _LinearWithUpdate(torch.autograd.Function):
     """
-    The output of a frozen linear, which is given and overwritten, plus `x U diag(S) Vh`; the gradient of x is both the
-    linear's and the update's. Left to autograd, the update's part would be written and read once more to be added.
+    The output of a frozen linear plus `x U diag(S) Vh`. The output is given, and overwritten. The gradient of x has
+    the parts of the linear and of the update; autograd would write the update's part and read it again to add it.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         x, weight, Ut, S, Vh, h = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         if torch.is_grad_enabled():
-            # The gradient is to be differentiated: h has to be a function of x and U again.
+            # The gradient is to be differentiated, so h has to be a function of x and U again.
             h = F.linear(rows, Ut)
         grad_scaled = F.linear(grad, Vh)
         scaled, grad_h = (h, grad_scaled) if S is None else (h * S, grad_scaled * S)
@@ -91,7 +91,7 @@ class Sara(Method):
             )
 
     def trained_shapes(self, shape: tuple[int, int], k: int) -> Shapes:
-        """U (d_in, k), S (k) and Vh (k, d_out): k (d_in + d_out + 1) parameters. The ablation has no S."""
+        """U (d_in, k), S (k) and Vh (k, d_out): k (d_in + d_out + 1) parameters. One of the ablations has no S."""
         d_in, d_out = shape
         if self.options.singular_values:
             return {"U": (d_in, k), "S": (k,), "Vh": (k, d_out)}

@@ -36,7 +36,7 @@ def load_commonsense(data_dir: str | PathLike | None = None, test_sets: Sequence
         data_dir (`str` or `os.PathLike`, *optional*): Folder that holds commonsense/NAME/test.json, and for training
             commonsense/commonsense_170k.json. If the latter is missing, the folder needs a commonsense/NAME/train.json
             of some of the eight data sets. These are joined and shuffled, so that the first records are a mix too. The
-            address of a folder has to have commonsense_170k.json. Left out, the data come from their public address.
+            address of a folder has to have commonsense_170k.json. Defaults to the public address of the data.
         test_sets (`Sequence[str]`, *optional*, defaults to all eight): Names of the test sets to load.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What all tasks need to load and encode their data."""
+"""Helpers of all tasks for loading and encoding their data."""
 
 import glob
 
@@ -7,5 +7,5 @@ IGNORED = -100
 
 
 def data_pattern(file: str) -> str:
-    """A file as `load_dataset` takes it. That reads brackets and stars in a path as a pattern, so they are escaped."""
+    """The path of a file for `load_dataset`, which reads brackets and stars as a pattern unless they are escaped."""
     return file if "://" in file else glob.escape(file)

@@ -33,8 +33,7 @@ def load_e2e(data_dir: str | PathLike | None = None) -> DatasetDict:
 
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder, or address of one, that holds train.txt, valid.txt and
-            test.txt with one `meaning representation||text` per line. Left out, the data come from their public
-            address.
+            test.txt with one `meaning representation||text` per line. Defaults to the public address of the data.
 
     Returns:
         [`~datasets.DatasetDict`]: Splits train, validation and test with the columns `mr` and `text`.
@@ -172,7 +171,7 @@ def beam_search(
         num_beams (`int`, *optional*, defaults to 10): The number of beams.
         length_penalty (`float`, *optional*, defaults to 0.8): The exponent of the length in a candidate's score.
         no_repeat_ngram_size (`int`, *optional*, defaults to 4): No n-gram of this size occurs twice in the generated
-            part. 0 allows all.
+            part. With 0, any n-gram may be repeated.
         max_new_tokens (`int`, *optional*, defaults to 64): The number of steps.
         eos_token_ids (`Sequence[int]`, *optional*, defaults to `(50256, 628)`): The tokens that end a text. 628 is
             GPT-2's blank line.
@@ -193,7 +192,7 @@ def beam_search(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     eos = torch.tensor(list(eos_token_ids), device=device)
     best: list[list[int]] = [[] for _ in prompts]
-    # All that follows has one entry, or one group of rows, for each prompt that is still being searched.
+    # Each of the following variables has one entry, or one group of rows, for each prompt that is still searched.
     searched = list(range(len(prompts)))
     best_scores = torch.full((len(prompts),), -torch.inf, device=device)
     tokens, mask = _pad_left(prompts, device)
@@ -257,8 +256,8 @@ def beam_search(
 
 def _start(model: Any, rows: int) -> tuple[PreTrainedModel, DynamicCache, int]:
     """
-    Find the model to call; returns it, its cache for so many rows, and the number of positions that are in the cache
-    already. PEFT adapts the model inside of its wrapper, so that model is called. With prefix tuning, the wrapper
+    Find the model to call; returns it, its cache for that number of rows, and how many positions the cache already
+    has. PEFT adapts the model inside of its wrapper, so that model is called. With prefix tuning, the wrapper
     would start a new cache with its prefix at every step, so the prefix is put into the cache here.
     """
     if isinstance(model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""What the math and the commonsense task share (paper, tables 1 and 2): records, prompt, encoding, answers.
+"""The parts that the math and the commonsense task share (paper, tables 1 and 2): records, prompt, encoding, answers.
 
 All of it follows LLM-Adapters, as the paper does, including the white space of the prompts, which differs between
 training and evaluation.

@@ -23,7 +23,7 @@ def load_math(data_dir: str | PathLike | None = None, test_sets: Sequence[str] =
 
     Args:
         data_dir (`str` or `os.PathLike`, *optional*): Folder, or address of one, that holds math/train.json and
-            math/test/NAME.json. Left out, the data come from their public address.
+            math/test/NAME.json. Defaults to the public address of the data.
         test_sets (`Sequence[str]`, *optional*, defaults to all six): Names of the test sets to load.
 
     Returns:

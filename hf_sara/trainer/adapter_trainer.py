@@ -1,7 +1,7 @@
-"""What an adapter asks of `transformers.Trainer`: to be attached, saved, gathered and loaded, in place of the base.
+"""The mixin that lets `transformers.Trainer` attach, save, gather and load an adapter in place of the base.
 
-Trainer has special cases for PEFT's own model class only. A `PreTrainedModel` that carries a SARA adapter falls
-through all of them, and its whole base would be written at every checkpoint.
+Trainer has special cases for PEFT's own model class only. None of them holds for a `PreTrainedModel` that carries a
+SARA adapter, so Trainer alone would write the whole base at every checkpoint.
 """
 
 import json
@@ -34,12 +34,12 @@ Contents = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 class AdapterTrainerMixin(FrozenBaseMixin):
     """
-    Makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters.
+    A mixin that makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters.
 
     Args:
         sara_args ([`SaraArguments`], *optional*):
-            The adapter to attach to the model (to each new one, with `model_init`). Left out, a model that carries an
-            adapter keeps it, and another gets the default, SARA at threshold 0.01.
+            The adapter to attach to the model, or to each new model of `model_init`. If it is left out, a model that
+            carries an adapter keeps it, and a model without one gets the default, SARA at threshold 0.01.
 
     Raises:
         `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
@@ -52,10 +52,10 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         self._trial_overrides: dict[str, Any] = {}
         if model is not None and not isinstance(model, str):
             if args is not None:
-                # Trainer seeds only later, but the adapter's random start has to follow from the seed too.
+                # Trainer sets the seed only later, but the adapter's random start has to follow from the seed too.
                 enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
-        # A constructor may change the tokenizer that it is given: TRL's take a pad token and a template from `args`.
+        # A trainer's constructor may change the tokenizer: TRL's set its pad token and its template as `args` say.
         tokenizer_state = _tokenizer_state(kwargs.get("processing_class"))
         with _pose_as_peft(model):
             super().__init__(model, args, *positional, **kwargs)
@@ -113,7 +113,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         space: Any = self.hp_space if self.hp_search_backend is not None else None
         ours = {field.name for field in fields(SaraArguments)}
         if space is not None and trial is not None and self.hp_search_backend == HPSearchBackend.OPTUNA:
-            # The adapter's own fields were used when the model was made; Trainer would warn that it has none of them.
+            # The adapter's own fields were used when the model was made. Trainer would warn that they are unknown.
             self.hp_space = lambda trial: {name: value for name, value in space(trial).items() if name not in ours}
         try:
             super()._hp_search_setup(trial)
@@ -124,9 +124,9 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     # ---- writing ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, a few kilobytes, not the base. Called on every process; one of them writes."""
+        """Write the adapter, and not the base. Every process has to call this, and one of them writes."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Trainer's own way gathers the whole base, or nothing. Gathering is collective: every rank takes part.
+            # Trainer itself would gather the whole base, or nothing. Every process has to take part in gathering.
             self._write(output_dir, self._gather())
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -134,7 +134,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             super().save_model(output_dir, _internal_call)
 
     def _gather(self) -> Contents:
-        """What is to be written, in full, whatever it is sharded by."""
+        """The tensors to write, as whole tensors, also if FSDP or DeepSpeed has sharded them."""
         adapter = self.sara_adapter
         if not self.is_deepspeed_enabled:
             return adapter.state_dict(), adapter.saved_factors()
@@ -145,7 +145,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return adapter.state_dict(), adapter.saved_factors()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # `state_dict` is Trainer's own idea of one, which holds the base or nothing.
+        # Trainer's `state_dict` is not used, because it holds the whole base or nothing.
         if self.args.should_save:
             self._write(output_dir, self._gather())
 
@@ -156,14 +156,14 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         storage.write(output_dir, self.sara_adapter.manifest(), *contents)
         if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
             self.processing_class.save_pretrained(output_dir)
-        # `to_json_string` replaces every token by a placeholder.
+        # `to_json_string` replaces every access token by a placeholder.
         Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
         logger.info("Saved the adapter to %s", output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self._save_running_loss(output_dir)
-            # Comes with DeepSpeed alone.
+            # accelerate has this class only if DeepSpeed is installed.
             from accelerate.utils import DeepSpeedSchedulerWrapper
 
             engine: Any = self.model_wrapped
@@ -187,7 +187,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     # ---- loading ----
 
     def _load_tensors(self, folder: str, what: str) -> None:
-        """Load a checkpoint's tensors into the adapter, after comparing method, sites and ranks; raise otherwise."""
+        """Load a checkpoint's tensors into the adapter. Raise an error if its method, sites or ranks differ."""
         adapter = self.sara_adapter
         try:
             saved = storage.read(folder)
@@ -222,11 +222,11 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError("FSDP1 is not supported. Leave 'version' out of fsdp_config, or set it to 2.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # They take contiguous parameters only, and U lies in memory by columns.
+            # FSDP and DeepSpeed take contiguous parameters only, and U is stored by columns.
             for parameter in cast(nn.Module, self.model).parameters():
                 parameter.data = parameter.data.contiguous()
-        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly; Trainer asks
-        # for that with PEFT's class only.
+        # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly. Trainer is lax
+        # with PEFT's class only, so its function is replaced here.
         load = transformers_trainer.deepspeed_load_checkpoint
         transformers_trainer.deepspeed_load_checkpoint = lambda engine, path, **_: load(
             engine, path, load_module_strict=False
@@ -240,8 +240,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 @contextmanager
 def _pose_as_peft(model: Any):
     """
-    Trainer refuses a quantized base unless PEFT has put an adapter on it. Ours is one too, so for the length of the
-    constructor the model says that it has one.
+    Trainer refuses a quantized base unless PEFT has put an adapter on it. A SARA adapter does as well, so the model
+    claims to have one of PEFT's while the constructor runs.
     """
     inner: Any = unwrap(model) if isinstance(model, nn.Module) else None
     if not getattr(inner, "is_quantized", False) or getattr(inner, "_hf_peft_config_loaded", False):
@@ -255,7 +255,7 @@ def _pose_as_peft(model: Any):
 
 
 def _tokenizer_state(processing_class: Any) -> tuple | None:
-    """What training may change of a tokenizer: its added tokens, special tokens and template."""
+    """The parts of a tokenizer that training may change: its added tokens, special tokens and template."""
     if processing_class is None or not hasattr(processing_class, "get_added_vocab"):
         return None
     tokens = tuple(sorted(processing_class.get_added_vocab().items()))

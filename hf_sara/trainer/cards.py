@@ -1,4 +1,4 @@
-"""Model cards and the Hub: what a training leaves for its card, and when it is pushed."""
+"""Model cards and pushes of a training: which facts the card shows, and when the adapter is pushed."""
 
 import functools
 import logging
@@ -23,27 +23,27 @@ from .resuming import RUNNING_LOSS_FILE
 
 logger = logging.getLogger(__name__)
 
-# What resuming needs besides the adapter.
+# Resuming needs these files besides the adapter.
 CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
-# Arguments of a training that say where and how it was run, not what it computed, or could hold a secret.
+# These arguments say where and how a training was run, and not what it computed, or they could hold a secret.
 UNINTERESTING = re.compile(
     "output_dir|logging_|report_to|run_name|disable_tqdm|hub_|push_to_hub|log_|save_|dataloader_|project|trackio"
     "|local_rank|resume|do_|skip_memory|use_cpu|eval_|load_best|accelerator_config|deepspeed|fsdp|ddp_|debug"
-    # Masked, whatever their value.
+    # These would always differ from their defaults, because `to_dict` masks them whatever their value is.
     "|.*_token$"
 )
 
 
 def non_default(args: TrainingArguments) -> dict[str, Any]:
     """The training arguments that differ from their defaults and that a reader of the card cares about."""
-    # The declared defaults, not a new instance: making one is refused where the defaults do not suit this machine, and
-    # resets the state that Accelerate keeps for a training that goes on.
+    # The declared defaults are read, and not those of a new instance. Making one fails if the defaults do not suit
+    # this machine, and resets the state that Accelerate keeps for a running training.
     default = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
     }
     values = args.to_dict()
     if args.max_steps > 0:
-        # `max_steps` overrides the number of epochs, so that number says nothing of what was done.
+        # `max_steps` overrides the number of epochs, so that number says nothing about the training.
         del values["num_train_epochs"]
     return {
         name: value
@@ -55,13 +55,13 @@ def non_default(args: TrainingArguments) -> dict[str, Any]:
 
 class SaraTrainerMixin(AdapterTrainerMixin):
     """
-    Makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
+    A mixin that makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
     MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
 
     Args:
         sara_args ([`SaraArguments`], *optional*):
-            The adapter to attach to the model (to each new one, with `model_init`). Left out, a model that carries an
-            adapter keeps it, and another gets the default, SARA at threshold 0.01.
+            The adapter to attach to the model, or to each new model of `model_init`. If it is left out, a model that
+            carries an adapter keeps it, and a model without one gets the default, SARA at threshold 0.01.
 
     Raises:
         `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
@@ -71,8 +71,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
     push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        # Trainer calls this in its constructor. A training must not wait for, or fail with, a network: each push makes
-        # the repository if it has to.
+        # Trainer calls this in its constructor. A training must neither wait for a network nor fail without one, so
+        # each push makes the repository if it does not exist.
         self.hub_model_id = self.args.hub_model_id
         self.push_in_progress = None
 
@@ -161,10 +161,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
 
         Args:
-            dataset_name (`str`, *optional*): `dataset`, as TRL's trainers call it.
+            dataset_name (`str`, *optional*): Another name of `dataset`, which TRL's trainers use.
             results (`Sequence[EvalResult]`, *optional*):
-                Evaluation results. Left out, those of the last evaluation, where `dataset_tags` or `dataset` says on
-                what.
+                Evaluation results. Defaults to those of the last evaluation, if `dataset_tags` or `dataset` names its
+                data.
             sample ([`~hf_sara.model_card.Sample`], *optional*): An input of the task and its output, for the snippet.
         """
         if not self.is_world_process_zero():
@@ -191,7 +191,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         )
 
     def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
-        """The metrics of the last evaluation, where somebody said on what they were measured."""
+        """The metrics of the last evaluation, if ids or names say on which data they were measured."""
         entry: dict[str, float] = next(
             (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
         )
@@ -217,6 +217,6 @@ class SaraTrainerMixin(AdapterTrainerMixin):
 
 
 def _warn_of_failure(job: Future) -> None:
-    """A push in the background that failed must not go unnoticed, nor end the training."""
+    """Warn of a push in the background that failed. It must neither go unnoticed nor end the training."""
     if not job.cancelled() and job.exception() is not None:
         logger.warning("%s", job.exception())

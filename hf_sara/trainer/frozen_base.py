@@ -1,7 +1,7 @@
-"""What training a few tensors beside a frozen base asks of `transformers.Trainer`, whoever's tensors they are.
+"""The mixin that lets `transformers.Trainer` train a few tensors beside a frozen base, whatever their method is.
 
-Trainer has special cases for PEFT's own model class only. A model that is frozen in another way falls through all of
-them.
+Trainer has special cases for PEFT's own model class only. None of them holds for a model that is frozen in another
+way.
 """
 
 import logging
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 class FrozenBaseMixin(ExactResumeMixin):
     """
-    Makes a subclass of [`~transformers.Trainer`] train named tensors of a model whose other parameters are frozen.
-    Subclasses define `trained` and `_load_tensors`, and write checkpoints in `save_model`.
+    A mixin that makes a subclass of [`~transformers.Trainer`] train named tensors of a model whose other parameters
+    are frozen. Subclasses define `trained` and `_load_tensors`, and write checkpoints in `save_model`.
     """
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
@@ -28,7 +28,7 @@ class FrozenBaseMixin(ExactResumeMixin):
         if positional:
             super().__init__(model, args, *positional, **kwargs)
         else:
-            # By name: another argument may stand between the two, as `ref_model` does in DPOTrainer.
+            # They are passed by name, since another argument may stand between them, as `ref_model` in DPOTrainer.
             super().__init__(model=model, args=args, **kwargs)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -36,11 +36,12 @@ class FrozenBaseMixin(ExactResumeMixin):
         raise NotImplementedError
 
     def _load_tensors(self, folder: str, what: str) -> None:
-        """Load the trained tensors of a checkpoint; raise where they do not fit. `what` names it in errors."""
+        """Load the trained tensors of a checkpoint, or raise an error that calls it `what` if they do not fit."""
         raise NotImplementedError
 
     def _note_cache(self, model) -> None:
-        # Trainer switches the cache off for training; generation afterwards is many times slower without.
+        # Trainer switches the cache off for training. It is switched on again later, because generation without it is
+        # many times slower.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", True)
 
     def call_model_init(self, trial=None):
@@ -50,7 +51,7 @@ class FrozenBaseMixin(ExactResumeMixin):
         return model
 
     def train(self, *args, **kwargs):
-        """Trainer's `train`, after which the model's configuration and hooks are what they were."""
+        """Train as Trainer does, and restore the model's configuration and hooks afterwards."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -66,19 +67,19 @@ class FrozenBaseMixin(ExactResumeMixin):
         model = self.accelerator.unwrap_model(self.model)
         wants_hooks = self.args.activation_checkpointing and hasattr(model, "enable_input_require_grads")
         if wants_hooks and not getattr(model, "_require_grads_hooks", None):
-            # Reentrant checkpointing needs an input with gradient: embeddings of a frozen base have none.
+            # Reentrant checkpointing needs an input with a gradient, which embeddings of a frozen base do not have.
             model.enable_input_require_grads()
             self._input_gradients = model
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        # On purpose: weight decay applies to every trained tensor, vectors and router included, as in the paper.
+        # Weight decay applies to every trained tensor on purpose, vectors and router included, as in the paper.
         trained = {id(p) for p in self.trained().values()}
         names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # DeepSpeed keeps gradients of its own, so there is nothing to see here.
+        # DeepSpeed keeps gradients in its own place, so they cannot be checked here.
         if not self._checked_gradients and not self.is_deepspeed_enabled:
             self._check_gradients()
             self._checked_gradients = True

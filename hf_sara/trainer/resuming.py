@@ -1,8 +1,8 @@
-"""Exact resuming for any `transformers.Trainer`: a run that was cut off ends with the same bits and the same log.
+"""Exact resuming for any `transformers.Trainer`: an interrupted run ends with the same bits and the same log.
 
-Trainer restores the optimizer, the schedule and the random numbers. What it does not restore is added here: the loss
-between two log lines, the order of batches that are grouped by length, and the time of the whole training. A finished
-run that is resumed trains no step more.
+Trainer restores the optimizer, the schedule and the random numbers. This module also restores the loss between two log
+lines, the order of batches that are grouped by length, and the time of the whole training. A finished run that is
+resumed trains no further step.
 """
 
 import json
@@ -38,12 +38,12 @@ class EpochSeededSampler(LengthGroupedSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer before each epoch."""
+        """Set the order of an epoch. Trainer calls this before each epoch."""
         self.generator.manual_seed(self.seed + epoch)
 
 
 class ExactResumeMixin(TrainerBase):
-    """Makes a subclass of [`~transformers.Trainer`] resume exactly: `class MyTrainer(ExactResumeMixin, Trainer)`."""
+    """A mixin that makes a [`~transformers.Trainer`] resume exactly: `class MyTrainer(ExactResumeMixin, Trainer)`."""
 
     _tr_loss: torch.Tensor
 
@@ -56,8 +56,8 @@ class ExactResumeMixin(TrainerBase):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        Trainer's `train`. `resume_from_checkpoint=True` takes the last *complete* checkpoint: one that a crash cut off
-        while it was written is passed over, with a warning.
+        Train as Trainer does. `resume_from_checkpoint=True` takes the last *complete* checkpoint. A checkpoint whose
+        writing a crash interrupted is passed over, with a warning.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self._output_dir)
@@ -65,7 +65,7 @@ class ExactResumeMixin(TrainerBase):
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
         self._resumed_loss = None
         if resume_from_checkpoint:
-            # It is not read together with the tensors, since DeepSpeed loads those in its own way.
+            # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
             path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
             self._resumed_loss = json.loads(path.read_text()) if path.is_file() else None
         try:
@@ -75,22 +75,22 @@ class ExactResumeMixin(TrainerBase):
 
     @property
     def _output_dir(self) -> str:
-        # TrainingArguments puts a folder where none is given.
+        # `output_dir` is never `None`, because TrainingArguments sets a folder if none is given.
         return str(self.args.output_dir)
 
     @property
     def training_seconds(self) -> float:
-        """How long the training took so far, over all calls that it was resumed by."""
+        """How long the training took so far, summed over the first call and those that resumed it."""
         return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _on_train_begin(self) -> None:
-        """What has to happen after Trainer has made the model and reset its own state, and before the first step."""
+        """Prepare the first step, after Trainer has made the model and reset its own state."""
         self._restore_running_loss()
         self._started = time.monotonic()
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:
-            # A finished run is resumed. Trainer looks for the end after a step only, and would train one more.
+            # A finished run is resumed. Trainer looks for the end only after a step, so it would train one step more.
             self.control.should_training_stop = True
             if self.state.global_step == self._initial_global_step:
                 # Nothing is trained, so the time of the training stays what it was.
@@ -101,8 +101,8 @@ class ExactResumeMixin(TrainerBase):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            # Trainer groups by length with the global random numbers. Methods use up different ones of them, and a run
-            # that is resumed in a later epoch does not have them.
+            # Trainer groups by length with the global random numbers. Methods use up different amounts of them, and a
+            # run that is resumed in a later epoch has others.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
         return sampler
@@ -111,8 +111,8 @@ class ExactResumeMixin(TrainerBase):
         self._save_running_loss(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
 
-    # The loss between two log lines lives in memory only. It is saved with each checkpoint, so that the log of a
-    # resumed run equals that of an uninterrupted one, also where checkpoints fall between log lines.
+    # Trainer keeps the loss between two log lines in memory only. Here it is saved with each checkpoint, so that the
+    # log of a resumed run equals that of an uninterrupted one, also if a checkpoint falls between two log lines.
 
     def _save_running_loss(self, output_dir: str) -> None:
         # The loss of each process is saved, since their mean would be rounded.
@@ -139,7 +139,8 @@ class ExactResumeMixin(TrainerBase):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._resumed_loss is not None:
-            # Trainer divides by the steps and the time of this call; the sum of the losses is that of the whole run.
+            # Trainer divides by the steps and the time of this call only. Here they become those of the whole run,
+            # because the sum of the losses is that of the whole run.
             self._initial_global_step = 0
             start_time -= self._seconds
             self._resumed_loss = None
@@ -147,7 +148,7 @@ class ExactResumeMixin(TrainerBase):
 
 
 class _OnTrainBegin(TrainerCallback):
-    """Trainer has no method of its own to override at that moment, only an event."""
+    """Calls `_on_train_begin`. Trainer has no method to override at that moment, but an event for callbacks."""
 
     def __init__(self, trainer: ExactResumeMixin):
         self.trainer = trainer
@@ -158,7 +159,7 @@ class _OnTrainBegin(TrainerCallback):
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """
-    The newest checkpoint in a folder that was written to its end.
+    The newest checkpoint in a folder that was written completely.
 
     Args:
         folder (`str` or `os.PathLike`): A training's `output_dir`.
@@ -170,7 +171,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
         return None
     for path in reversed(sort_checkpoints(output_dir=str(folder))):
         try:
-            # Trainer writes the state last, so a state that can be read says that all else is there.
+            # Trainer writes the state last, so if it can be read, the rest of the checkpoint is there too.
             json.loads(Path(path, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             logger.warning("Passing over the incomplete checkpoint %s.", path)

@@ -89,9 +89,10 @@ class MethodArguments(SaraArguments):
         lora_r (`int`, *optional*, defaults to 10):
             LoRA and DoRA: the rank. AdaLoRA: the mean rank in the end.
         lora_alpha (`int`, *optional*):
-            LoRA, DoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Left open: scaling 2.
+            LoRA, DoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Defaults to a
+            scaling of 2.
         adalora_init_r (`int`, *optional*):
-            AdaLoRA: the rank in the beginning, larger than `lora_r`. Left open: one and a half times `lora_r`.
+            AdaLoRA: the rank in the beginning, larger than `lora_r`. Defaults to one and a half times `lora_r`.
         adalora_warmup (`float`, *optional*, defaults to 0.1):
             AdaLoRA: share of the steps before ranks are pruned.
         adalora_final (`float`, *optional*, defaults to 0.5):

@@ -100,8 +100,8 @@ def find_bottleneck_sites(
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
         method (`str`): `"series_adapter"` or `"parallel_adapter"`.
-        target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. Left open, series adapters adapt the linears
-            of the feed-forward block, and parallel ones query, key and value.
+        target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. If they are left out, series adapters adapt
+            the linears of the feed-forward block, and parallel ones query, key and value.
         layers (`str`, *optional*): As in [`SaraArguments`].
 
     Returns:

@@ -55,7 +55,7 @@ class InstructTask(Task):
         return {"max_test_samples": options.max_test_samples, "test_sets": options.test_sets}
 
     def check_scoring(self, options: InstructArguments) -> None:
-        """Counting right answers needs nothing that could be missing."""
+        """Check nothing, because counting right answers needs no package that could be missing."""
 
     def make_demo_data(self, folder: str | PathLike) -> Path:
         return self.fill_demo_folder(folder)

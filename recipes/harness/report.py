@@ -20,7 +20,8 @@ BEGIN = "<!-- {}: written by recipes/run_paper.py from here -->"
 END = "<!-- {}: written by recipes/run_paper.py up to here -->"
 HEADER = """# Results
 
-What the recipes gave. Each part between two marks is generated from the runs; the text around them is written by hand.
+This page has the results of the recipes. Each part between two marks is generated from the runs; the text around them
+is written by hand.
 """
 
 

@@ -1,4 +1,4 @@
-"""The one run of all recipes: load, train, decode, score. Called again, it goes on where it stopped."""
+"""The run that all recipes share: load, train, decode, score. A call that is repeated goes on where it stopped."""
 
 import json
 import logging

@@ -22,11 +22,11 @@ class Splits:
     The data of a run, not encoded yet.
 
     Args:
-        train ([`~datasets.Dataset`]): What the model is trained on.
-        validation ([`~datasets.Dataset`], *optional*): What the evaluation loss is measured on. Left out, there is no
-            evaluation loss.
-        test (`Mapping[str, Any]`): What is decoded and scored, in the task's own form. It is empty if nothing is to be
-            decoded.
+        train ([`~datasets.Dataset`]): The data that the model is trained on.
+        validation ([`~datasets.Dataset`], *optional*): The data that the evaluation loss is measured on. If they are
+            left out, there is no evaluation loss.
+        test (`Mapping[str, Any]`): The data that are decoded and scored, in the task's own form. They are empty if
+            nothing is to be decoded.
     """
 
     train: Dataset
@@ -71,7 +71,7 @@ class Task(ABC):
 
         Args:
             options ([`~harness.arguments.RunArguments`]): The task's own options.
-            data_dir (`str` or `os.PathLike`, *optional*): Their folder. Left out, they come from their public address.
+            data_dir (`str` or `os.PathLike`, *optional*): The folder of the data. Defaults to their public address.
             seed (`int`): The seed of the run, for a split that is drawn at random.
         """
 
