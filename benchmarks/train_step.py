@@ -71,7 +71,7 @@ def main() -> None:
 
     def products(model):
         adapter = SaraAdapter.attach(model, SaraArguments(**mo_sara))
-        factors = [factor for name, factor in adapter.frozen_factors().items() if name.endswith(".Vh")]
+        factors = [delta.get_parameter("Vh").detach().clone() for _, delta in adapter.deltas()]
         adapter.detach()
         model.enable_input_require_grads()
         rows = max(batch["input_ids"].numel() for batch in batches)
