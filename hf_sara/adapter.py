@@ -101,6 +101,8 @@ class SaraAdapter(AttachedUpdates):
             [`AdapterError`]: If a file is damaged, a tensor is missing, unexpected, misshaped, empty or not finite, or
                 the base is not the one that the adapter was trained on.
         """
+        # A name that is taken is refused before anything is downloaded.
+        check_name(model, name)
         return cls.from_saved(model, storage.read(hub.fetch_adapter(folder_or_repo_id, **access)), name)
 
     @classmethod

@@ -55,7 +55,7 @@ class SaraArguments:
         `ValueError`: for a value outside its range, or an option of the other method.
     """
 
-    method: str = field(default="sara", metadata={"choices": list(METHODS), "help": "sara or mo_sara."})
+    method: str = field(default="sara", metadata={"choices": METHODS, "help": "sara or mo_sara."})
     threshold: float | None = field(
         default=None,
         metadata={

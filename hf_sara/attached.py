@@ -17,7 +17,7 @@ from .merging import MergedWeights
 from .methods import Delta
 from .methods.products import is_plain
 from .planning import AdapterSpec
-from .sites import PlannedSite
+from .sites import PlannedSite, is_of_update
 from .tensor_files import check_tensors
 
 
@@ -81,7 +81,7 @@ class AttachedUpdates:
         self._merged: MergedWeights | None = None
         self._unfrozen: list[str] = []
         for parameter_name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and ".sara." not in parameter_name:
+            if parameter.requires_grad and not is_of_update(parameter_name):
                 self._unfrozen.append(parameter_name)
                 parameter.requires_grad_(False)
         method = self.spec.method
@@ -123,14 +123,20 @@ class AttachedUpdates:
         """
         return {name: _whole_copy(tensor) for name, tensor in self.trained().items()}
 
+    def frozen_factors(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of the frozen factors, named `"<site>.U"` and `"<site>.Vh"`, for a method that has some. For a sharded
+        model, see [`SaraAdapter.state_dict`].
+        """
+        return {
+            f"{site.name}.{name}": _whole_copy(delta.get_parameter(name))
+            for site, delta in self.deltas()
+            for name in self.spec.method.frozen_shapes(site.shape, site.k)
+        }
+
     def saved_factors(self) -> dict[str, torch.Tensor]:
-        """
-        Copies of the frozen factors that are saved with the adapter, named `"<site>.U"` and `"<site>.Vh"`. There
-        are none if the adapter is saved with seeds instead. For a sharded model, see [`SaraAdapter.state_dict`].
-        """
-        deltas = {site.name: delta for site, delta in self.deltas()}
-        names = (name.rpartition(".") for name in self.spec.saved_factor_shapes())
-        return {f"{site}.{name}": _whole_copy(deltas[site].get_parameter(name)) for site, _, name in names}
+        """The frozen factors that are saved with the adapter. There are none if seeds are saved instead."""
+        return self.frozen_factors() if self.spec.method.saves_factors else {}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -198,6 +204,7 @@ class AttachedUpdates:
                 left as they were.
         """
         self._refuse_merged("merge")
+        self.spec.method.refuse_merge()
         self._merged = MergedWeights(self.model, list(self.deltas()))
         self._set_enabled(False)
 

@@ -24,6 +24,8 @@ def join_card(metadata: dict[str, Any], body: str, existing: str | None) -> str:
     tags = list(dict.fromkeys([*listed(theirs.get("tags")), *metadata["tags"]]))
     kept = {key: value for key, value in theirs.items() if value is not None and key not in metadata}
     data = ModelCardData(**{**kept, **metadata, "tags": tags}, ignore_metadata_errors=True)
+    # A mark in the generated text, which an output of a model may hold, would end that text too early.
+    body = body.replace(BEGIN, "").replace(END, "")
     parts = [part for part in (before, f"{BEGIN}\n\n{body.strip()}\n\n{END}", after) if part]
     return f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

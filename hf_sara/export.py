@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import SaraAdapter, adapter_of
 from .base_model import BaseRecord, class_of
 from .files import write_file
-from .sites import linear_shape
+from .sites import is_of_update, linear_shape
 from .tensor_files import check_tensors, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def export_lora(
             finite, and for a model that carries several adapters or none. Nothing is written then.
     """
     adapter = adapter_of(model_or_adapter)
+    adapter.spec.method.refuse_export()
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
     pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
@@ -209,7 +210,7 @@ def _target_modules(model: nn.Module, names: Mapping[str, int]) -> list[str] | s
     kind, a pattern that matches the full names only is returned.
     """
     ends = tuple(f".{name}" for name in names)
-    others = (name for name, _ in model.named_modules() if name not in names and ".sara" not in name)
+    others = (name for name, _ in model.named_modules() if name not in names and not is_of_update(name))
     if any(name.endswith(ends) for name in others):
         return "|".join(name.replace(".", r"\.") for name in names)
     return list(names)

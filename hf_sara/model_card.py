@@ -24,7 +24,7 @@ from .storage import Manifest, size_on_disk
 
 CARD_FILE = "README.md"
 RANKS_FILE = "ranks.png"
-LOSS_FILE = "loss.png"
+LOSS_FILE = "sara_loss.png"
 PROJECT_URL = "https://pypi.org/project/hf-sara/"
 MAX_LOG_ROWS = 30
 
@@ -103,6 +103,9 @@ def write_card(
         figures = [RANKS_FILE] if plot_ranks(manifest, folder / RANKS_FILE) else []
         if training is not None and plot_loss(training.losses(), folder / LOSS_FILE):
             figures.append(LOSS_FILE)
+        else:
+            # A curve of an earlier training is not this adapter's.
+            (folder / LOSS_FILE).unlink(missing_ok=True)
     path = folder / CARD_FILE
     text = make_card(
         manifest,

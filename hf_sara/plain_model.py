@@ -25,7 +25,7 @@ from .attached import adapters_on
 from .base_model import empty_model, model_class, names_in_model, shard_names
 from .errors import AdapterError
 from .merging import merged_weight, refuse_tied
-from .sites import PlannedSite
+from .sites import PlannedSite, is_of_update
 from .tensor_files import SAFETENSORS_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def merge(
     with _new_folder(folder) as new:
         adapter.merge()
         try:
-            plain = {name: tensor for name, tensor in model.state_dict().items() if ".sara." not in name}
+            plain = {name: tensor for name, tensor in model.state_dict().items() if not is_of_update(name)}
             cast(PreTrainedModel, model).save_pretrained(new, state_dict=plain, max_shard_size=max_shard_size)
         finally:
             adapter.unmerge()

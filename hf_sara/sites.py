@@ -144,6 +144,11 @@ def plain_weight(module: Any, name: str) -> torch.Tensor:
     return weight
 
 
+def is_of_update(name: str) -> bool:
+    """Whether the full name of a module or a parameter is that of an update, and not of the base model."""
+    return ".sara." in f"{name}."
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a kind of linear that can hold sites."""
     return isinstance(module, (nn.Linear, Conv1D))
@@ -204,7 +209,7 @@ def all_sites(model: nn.Module) -> list[Site]:
     """Every site that the model offers, in the order of its modules."""
     sites = []
     for module_name, module in model.named_modules():
-        if not is_linear(module) or not module_name or ".sara." in module_name:
+        if not is_linear(module) or not module_name or is_of_update(module_name):
             continue
         d_in, d_out = linear_shape(module)
         slices = fused_slices(model, module_name.rsplit(".", 1)[-1], d_out)

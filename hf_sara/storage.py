@@ -139,9 +139,8 @@ class SavedAdapter(Manifest):
                     f"model's has {_shape_text(there)}. It was trained on {self.base}."
                 )
         trained, weights = self.trained_parameters, sum(math.prod(site.shape) for site in self.sites)
-        # A SARA adapter never has more. Of a Mo-SARA adapter, the number of heads is the one size that the base does
-        # not bound.
-        if trained > 3 * weights:
+        # The number of a router's heads is the one size that the base does not bound.
+        if self.method.router_heads is not None and trained > 3 * weights:
             raise AdapterError(
                 f"The adapter in {self.folder} claims num_heads={self.args.num_heads} and {trained:,} trained numbers "
                 f"beside weights of {weights:,}: it is damaged."
@@ -258,11 +257,6 @@ def _config_text(manifest: Manifest, dtype: str, digests: Mapping[str, str]) -> 
 # ---- reading ----
 
 
-def is_adapter(folder: str | PathLike) -> bool:
-    """Whether a folder has the files of an adapter."""
-    return (Path(folder) / CONFIG_FILE).is_file() and (Path(folder) / TENSORS_FILE).is_file()
-
-
 def size_on_disk(folder: str | PathLike) -> int:
     """Bytes of an adapter's own files in a folder."""
     files = (Path(folder, name) for name in ADAPTER_FILES)
@@ -330,7 +324,7 @@ def _check_config(config: dict[str, Any], folder: Path) -> SavedAdapter:
     check_threshold(config["threshold"])
     check_digest("its tensors_sha256", config["tensors_sha256"])
     if ("factors_sha256" in config) != method.saves_factors:
-        raise ValueError("it has to have factors_sha256 if, and only if, the factors of a Mo-SARA adapter are saved")
+        raise ValueError("it has to have factors_sha256 if, and only if, the frozen factors are saved")
     if "factors_sha256" in config:
         check_digest("its factors_sha256", config["factors_sha256"])
     base = BaseRecord.from_json(config["base"])

@@ -117,3 +117,15 @@ def test_importing_the_trainer_loads_no_module_of_the_command_line_and_of_the_ta
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_the_same_in_all_three_places():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    for_checkers = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    homes = {name for names in hf_sara._HOMES.values() for name in names}
+    assert set(hf_sara.__all__) == homes == for_checkers

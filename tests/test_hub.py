@@ -436,7 +436,7 @@ def test_a_training_goes_on_when_the_hub_does_not(server, tmp_path, caplog):
     assert "Nothing is lost" in caplog.text
     with pytest.raises(OSError, match="Push it later with: hf-sara push"):
         trainer.save_model()
-    assert storage.is_adapter(tmp_path / "run")
+    assert storage.read(tmp_path / "run").sites
     server.faults.clear()
     hub.push_folder(tmp_path / "run", REPO)
     assert storage.CONFIG_FILE in server.repo(REPO).files()

@@ -1,5 +1,7 @@
 import ast
+import configparser
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -218,6 +220,9 @@ def test_the_loss_is_drawn_where_there_is_a_curve(tmp_path):
     assert two.losses() == [(1, 2.0), (2, 1.0)]
     assert f"![training loss per step]({LOSS_FILE})" in card_of(adapter, tmp_path, training=two)
     assert (tmp_path / LOSS_FILE).read_bytes().startswith(b"\x89PNG")
+    # The curve of an earlier training does not stay with another adapter.
+    assert LOSS_FILE not in card_of(adapter, tmp_path, training=one)
+    assert not (tmp_path / LOSS_FILE).exists()
 
 
 def test_a_sample_of_the_task_is_shown_with_its_output():
@@ -230,7 +235,18 @@ def test_a_sample_of_the_task_is_shown_with_its_output():
     assert card.count(END) == 1
 
 
+def test_a_mark_in_a_sample_does_not_end_the_generated_text():
+    adapter, sample = attach_trained(make_model()), Sample(f"a {BEGIN} b", f"one {END} two")
+    card = card_of(adapter, sample=sample)
+    assert card_of(adapter, sample=sample, existing=card) == card
+    assert card.count(BEGIN) == card.count(END) == 1
+    assert "one  two" in card
+
+
 def test_a_card_names_the_project_and_the_versions():
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parent.parent / "setup.cfg", encoding="utf-8")
+    assert f"Homepage = {model_card.PROJECT_URL}" in settings["metadata"]["project_urls"]
     card = card_of(attach_trained(make_model()))
     assert f"made with [hf_sara]({model_card.PROJECT_URL})" in card
     for package in ("hf_sara", "transformers", "torch", "accelerate", "datasets", "tokenizers", "python"):

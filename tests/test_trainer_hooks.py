@@ -1,10 +1,13 @@
 """The methods of `transformers.Trainer` that our mixins override: which of them did a release of it change?"""
 
+import ast
 import inspect
+from pathlib import Path
 
 import transformers
 from transformers import Trainer
 
+from hf_sara import trainer
 from hf_sara.trainer import SaraTrainerMixin
 
 # The parameters of each method, with which the overrides and their calls of `super()` were written.
@@ -71,3 +74,18 @@ def test_the_state_that_resuming_restores_is_still_kept_under_its_names():
         "saves and restores them, for what took their place."
     )
     assert callable(transformers.trainer.deepspeed_load_checkpoint), "See AdapterTrainerMixin._prepare_for_training."
+
+
+def test_the_state_of_the_mixins_cannot_be_taken_for_that_of_another_trainer():
+    """The mixins stand before any subclass of Trainer, so that their own attributes have a prefix."""
+    ours = set()
+    for path in Path(trainer.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in (part for found in targets for part in getattr(found, "elts", [found])):
+                if isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self":
+                    ours.add(target.attr)
+    source = inspect.getsource(inspect.getmodule(Trainer))
+    theirs = {name for name in ours if f"self.{name}" in source}
+    # These two are of a sampler and of a callback.
+    assert {name for name in ours - theirs if not name.startswith(("sara_", "_sara_"))} == {"seed", "trainer"}

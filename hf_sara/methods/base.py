@@ -53,7 +53,8 @@ class Method:
     """
     The facts of a method, for the options of one adapter.
 
-    Subclasses set the class attributes, define `trained_shapes`, and override what differs.
+    Subclasses set the class attributes, define `trained_shapes`, and override what differs. The frozen factors that
+    can be recomputed at loading are U and Vh, the singular vectors of the base weight, and no others.
 
     Args:
         options ([`Options`]): The adapter's arguments.
@@ -114,7 +115,16 @@ class Method:
         return None
 
     def refuse_merge(self) -> None:
-        """Raise a `ValueError` if no single matrix equals an update, so that it cannot be merged or exported."""
+        """Raise a `ValueError` if no single matrix equals an update, so that it cannot be merged."""
+        if self.delta_class.merged is Delta.merged:
+            self.refuse_export()
+
+    def refuse_export(self) -> None:
+        """Raise a `ValueError` if an update is no product of low rank, so that it cannot be exported as a LoRA."""
+        if self.delta_class.low_rank is Delta.low_rank:
+            raise ValueError(
+                f"An update of {self.title} is no matrix of low rank, so it cannot be merged or exported."
+            )
 
     def measure(self, weight: torch.Tensor, threshold: float, site: str) -> Measured:
         """
@@ -260,5 +270,7 @@ def deltas_of(module: Any) -> Iterable[Delta]:
 
 
 def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # U is stored by columns, because BLAS libraries then multiply by a narrow matrix several times faster.
-    return torch.empty(shape[::-1], dtype=dtype).t() if name == "U" else torch.empty(shape, dtype=dtype)
+    # U is stored by columns, because BLAS libraries multiply by a narrow matrix several times faster that way.
+    if name == "U" and len(shape) == 2:
+        return torch.empty(shape[::-1], dtype=dtype).t()
+    return torch.empty(shape, dtype=dtype)

@@ -218,5 +218,5 @@ class MoSara(Method):
     def router_heads(self) -> int:
         return self.options.num_heads
 
-    def refuse_merge(self) -> None:
+    def refuse_export(self) -> None:
         refuse_heads(self.options.num_heads)

@@ -25,6 +25,7 @@ from ..arguments import SaraArguments
 from ..attached import unwrap
 from ..hub import TRAINING_ARGS_FILE
 from .frozen_base import FrozenBaseMixin
+from .resuming import output_dir_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 
     def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
         self.sara_args = sara_args
-        self._trial_overrides: dict[str, Any] = {}
+        self._sara_trial_overrides: dict[str, Any] = {}
         if model is not None and not isinstance(model, str):
             if args is not None:
                 # Trainer sets the seed only later, but the adapter's random start has to follow from the seed too.
@@ -61,7 +62,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             super().__init__(model, args, *positional, **kwargs)
         if isinstance(model, str):
             self._attach(self.model)
-        self._tokenizer_state = tokenizer_state or _tokenizer_state(self.processing_class)
+        self._sara_tokenizer_state = tokenizer_state or _tokenizer_state(self.processing_class)
 
     # ---- the adapter ----
 
@@ -80,10 +81,10 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _attach(self, model: Any) -> None:
         adapter = SaraAdapter.of(model)
         wanted = self.sara_args
-        if wanted is not None and self._trial_overrides:
-            wanted = replace(wanted, **self._trial_overrides)
-        elif self._trial_overrides:
-            wanted = SaraArguments(**self._trial_overrides)
+        if wanted is not None and self._sara_trial_overrides:
+            wanted = replace(wanted, **self._sara_trial_overrides)
+        elif self._sara_trial_overrides:
+            wanted = SaraArguments(**self._sara_trial_overrides)
         if adapter is None:
             SaraAdapter.attach(model, wanted)
         elif wanted is not None and wanted != adapter.args:
@@ -98,11 +99,11 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
-        self._trial_overrides = self._fields_of(trial)
+        self._sara_trial_overrides = self._sara_fields_of(trial)
         self._attach(model)
         return model
 
-    def _fields_of(self, trial: Any) -> dict[str, Any]:
+    def _sara_fields_of(self, trial: Any) -> dict[str, Any]:
         """The fields of SaraArguments that a hyperparameter search tries."""
         if trial is None or self.hp_search_backend is None:
             return {}
@@ -152,9 +153,9 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _write(self, output_dir: str | None, contents: Contents) -> None:
         if not self.args.should_save:
             return
-        output_dir = self._output_dir if output_dir is None else output_dir
+        output_dir = output_dir_of(self) if output_dir is None else output_dir
         storage.write(output_dir, self.sara_adapter.manifest(), *contents)
-        if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._tokenizer_state:
+        if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._sara_tokenizer_state:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every access token by a placeholder.
         Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
@@ -204,6 +205,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             for name in {**there, **here}
             if there.get(name) != here.get(name)
         ]
+        if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
+            differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
         if differences:
             raise ValueError(
                 f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "

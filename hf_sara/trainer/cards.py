@@ -19,7 +19,7 @@ from .. import hub
 from ..card_text import listed
 from ..model_card import Sample, Training, pipeline_of
 from .adapter_trainer import AdapterTrainerMixin
-from .resuming import RUNNING_LOSS_FILE
+from .resuming import RUNNING_LOSS_FILE, output_dir_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         self._finish_current_push()
         push = functools.partial(
             hub.push_folder,
-            self._output_dir,
+            output_dir_of(self),
             self._hub_repo_id(),
             commit_message=commit_message or "End of training",
             private=self.args.hub_private_repo if private is None else private,
@@ -107,7 +107,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         return push() if blocking else HfApi().run_as_future(push)
 
     def _hub_repo_id(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self._output_dir).absolute().name
+        return self.hub_model_id or self.args.hub_model_id or Path(output_dir_of(self)).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -154,8 +154,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
         results: Sequence[EvalResult] = (),
-        sample: Sample | None = None,
         dataset_name: str | None = None,
+        sample: Sample | None = None,
     ) -> None:
         """
         Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
@@ -173,7 +173,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         names, ids = listed(dataset), listed(dataset_tags)
         repo_id = self._hub_repo_id()
         self.sara_adapter.write_card(
-            self._output_dir,
+            output_dir_of(self),
             repo_id=repo_id,
             title=model_name or repo_id.rsplit("/", 1)[-1],
             base_model=finetuned_from,

@@ -22,9 +22,9 @@ class FrozenBaseMixin(ExactResumeMixin):
     """
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
-        self._checked_gradients = False
-        self._input_gradients: PreTrainedModel | None = None
-        self._note_cache(model)
+        self._sara_checked_gradients = False
+        self._sara_input_gradients: PreTrainedModel | None = None
+        self._sara_note_cache(model)
         if positional:
             super().__init__(model, args, *positional, **kwargs)
         else:
@@ -39,15 +39,15 @@ class FrozenBaseMixin(ExactResumeMixin):
         """Load the trained tensors of a checkpoint, or raise an error that calls it `what` if they do not fit."""
         raise NotImplementedError
 
-    def _note_cache(self, model) -> None:
+    def _sara_note_cache(self, model) -> None:
         # Trainer switches the cache off for training. It is switched on again later, because generation without it is
         # many times slower.
-        self._use_cache = getattr(getattr(model, "config", None), "use_cache", True)
+        self._sara_use_cache = getattr(getattr(model, "config", None), "use_cache", True)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
-        self._note_cache(model)
-        self._checked_gradients = False
+        self._sara_note_cache(model)
+        self._sara_checked_gradients = False
         return model
 
     def train(self, *args, **kwargs):
@@ -55,12 +55,12 @@ class FrozenBaseMixin(ExactResumeMixin):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._input_gradients is not None:
-                self._input_gradients.disable_input_require_grads()
-                self._input_gradients = None
+            if self._sara_input_gradients is not None:
+                self._sara_input_gradients.disable_input_require_grads()
+                self._sara_input_gradients = None
             config: Any = getattr(self.model, "config", None)
             if hasattr(config, "use_cache"):
-                config.use_cache = self._use_cache
+                config.use_cache = self._sara_use_cache
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
@@ -69,7 +69,7 @@ class FrozenBaseMixin(ExactResumeMixin):
         if wants_hooks and not getattr(model, "_require_grads_hooks", None):
             # Reentrant checkpointing needs an input with a gradient, which embeddings of a frozen base do not have.
             model.enable_input_require_grads()
-            self._input_gradients = model
+            self._sara_input_gradients = model
 
     def get_decay_parameter_names(self, model) -> list[str]:
         # Weight decay applies to every trained tensor on purpose, vectors and router included, as in the paper.
@@ -80,9 +80,9 @@ class FrozenBaseMixin(ExactResumeMixin):
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
         # DeepSpeed keeps gradients in its own place, so they cannot be checked here.
-        if not self._checked_gradients and not self.is_deepspeed_enabled:
+        if not self._sara_checked_gradients and not self.is_deepspeed_enabled:
             self._check_gradients()
-            self._checked_gradients = True
+            self._sara_checked_gradients = True
         return loss
 
     def _check_gradients(self) -> None:

@@ -48,9 +48,9 @@ class ExactResumeMixin(TrainerBase):
     _tr_loss: torch.Tensor
 
     def __init__(self, *args, **kwargs):
-        self._resumed_loss: dict[str, Any] | None = None
-        self._started: float | None = None
-        self._seconds = 0.0
+        self._sara_resumed_loss: dict[str, Any] | None = None
+        self._sara_started: float | None = None
+        self._sara_seconds = 0.0
         super().__init__(*args, **kwargs)
         self.add_callback(_OnTrainBegin(self))
 
@@ -60,33 +60,28 @@ class ExactResumeMixin(TrainerBase):
         writing a crash interrupted is passed over, with a warning.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self._output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(output_dir_of(self))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
-        self._resumed_loss = None
+        self._sara_resumed_loss = None
         if resume_from_checkpoint:
             # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
             path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
-            self._resumed_loss = json.loads(path.read_text()) if path.is_file() else None
+            self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._seconds, self._started = self.training_seconds, None
-
-    @property
-    def _output_dir(self) -> str:
-        # `output_dir` is never `None`, because TrainingArguments sets a folder if none is given.
-        return str(self.args.output_dir)
+            self._sara_seconds, self._sara_started = self.training_seconds, None
 
     @property
     def training_seconds(self) -> float:
         """How long the training took so far, summed over the first call and those that resumed it."""
-        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+        return self._sara_seconds + (0.0 if self._sara_started is None else time.monotonic() - self._sara_started)
 
     def _on_train_begin(self) -> None:
         """Prepare the first step, after Trainer has made the model and reset its own state."""
         self._restore_running_loss()
-        self._started = time.monotonic()
+        self._sara_started = time.monotonic()
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:
@@ -94,7 +89,7 @@ class ExactResumeMixin(TrainerBase):
             self.control.should_training_stop = True
             if self.state.global_step == self._initial_global_step:
                 # Nothing is trained, so the time of the training stays what it was.
-                self._started = None
+                self._sara_started = None
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -128,23 +123,28 @@ class ExactResumeMixin(TrainerBase):
             Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
 
     def _restore_running_loss(self) -> None:
-        self._seconds = 0.0
-        if self._resumed_loss is not None:
-            self._seconds = self._resumed_loss["seconds"]
-            losses = self._resumed_loss["since_last_log"]
+        self._sara_seconds = 0.0
+        if self._sara_resumed_loss is not None:
+            self._sara_seconds = self._sara_resumed_loss["seconds"]
+            losses = self._sara_resumed_loss["since_last_log"]
             same = len(losses) == self.args.world_size
             self._tr_loss = self._tr_loss + (losses[self.args.process_index] if same else sum(losses) / len(losses))
-            self._total_loss_scalar = self._resumed_loss["logged"]
-            self._globalstep_last_logged = self._resumed_loss["last_logged_step"]
+            self._total_loss_scalar = self._sara_resumed_loss["logged"]
+            self._globalstep_last_logged = self._sara_resumed_loss["last_logged_step"]
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        if self._resumed_loss is not None:
+        if self._sara_resumed_loss is not None:
             # Trainer divides by the steps and the time of this call only. Here they become those of the whole run,
             # because the sum of the losses is that of the whole run.
             self._initial_global_step = 0
-            start_time -= self._seconds
-            self._resumed_loss = None
+            start_time -= self._sara_seconds
+            self._sara_resumed_loss = None
         return super()._finalize_training(trial, num_train_samples, start_time)
+
+
+def output_dir_of(trainer: Trainer) -> str:
+    """The folder of a training. TrainingArguments sets one if none is given."""
+    return str(trainer.args.output_dir)
 
 
 class _OnTrainBegin(TrainerCallback):

@@ -1,6 +1,6 @@
 """The options that all recipes share: those of the run, and those of the method that is trained.
 
-Nothing here imports torch or a data library, so that a recipe shows its `--help` quickly.
+Nothing here imports a library of the data or of the scores, so that a recipe shows its `--help` sooner.
 """
 
 import math

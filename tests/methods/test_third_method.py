@@ -7,6 +7,7 @@ import torch
 from conftest import logits, make_inputs, make_model, same_bits
 from torch import nn
 from training import make_trainer
+from transformers import HfArgumentParser
 
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, export_lora, from_hub, merge, plan
 from hf_sara.methods import METHODS, Delta, Method
@@ -136,3 +137,46 @@ def test_it_trains_resumes_and_writes_its_card(tmp_path):
     assert ScaledDirections.summary in card
     loaded = from_hub(tmp_path / "whole", base_model=make_model())
     assert loaded.sara_adapter.args.method == "scaled_directions"
+
+
+class ScaledOutput(Method):
+    """Multiplies a linear's output by a trained vector: no factors, no rank, and no matrix to merge."""
+
+    name = "scaled_output"
+    title = "Scaled output"
+    summary = "a trained factor for each output."
+    limit = "It cannot be merged."
+    default_threshold = 1.0
+
+    class ScaledOutputDelta(Delta):
+        def reset_parameters(self, options):
+            nn.init.zeros_(self.U)
+
+        def add_update(self, x, output, dtype, linear):
+            return output * (1 + self.U[0, 0].to(output.dtype))
+
+    delta_class = ScaledOutputDelta
+
+    def trained_shapes(self, shape, k):
+        return {"U": (1, 1, shape[1])}
+
+
+def test_a_method_of_another_kind(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, ScaledOutput.name, ScaledOutput)
+    model = make_model()
+    adapter = SaraAdapter.attach(model, SaraArguments(method="scaled_output"))
+    with torch.no_grad():
+        for tensor in adapter.trained().values():
+            tensor.fill_(0.3)
+    live = logits(model, **make_inputs(model))
+    adapter.save_pretrained(tmp_path)
+    SaraAdapter.load(fresh := make_model(), tmp_path)
+    assert torch.equal(logits(fresh, **make_inputs(fresh)), live)
+    for turn_into in (adapter.merge, lambda: export_lora(adapter, tmp_path / "lora")):
+        with pytest.raises(ValueError, match="update of Scaled output is no matrix"):
+            turn_into()
+
+
+def test_the_command_line_takes_it():
+    (args,) = HfArgumentParser(SaraArguments).parse_args_into_dataclasses(["--method", "scaled_directions"])
+    assert args.resolved_threshold() == 0.6
