@@ -35,15 +35,8 @@ Contents = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 class AdapterTrainerMixin(FrozenBaseMixin):
     """
-    A mixin that makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters.
-
-    Args:
-        sara_args ([`SaraArguments`], *optional*):
-            The adapter to attach to the model, or to each new model of `model_init`. If it is left out, a model that
-            carries an adapter keeps it, and a model without one gets the default, SARA at threshold 0.01.
-
-    Raises:
-        `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
+    A mixin that makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters. Its argument
+    and its errors are those of [`SaraTrainerMixin`], which adds model cards and the Hub.
     """
 
     hp_space: Any
