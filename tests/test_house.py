@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,16 +105,6 @@ def test_training_imports_nothing_heavy_by_our_doing(heavy):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [found for found in names if found.split(".")[0] == heavy], name
-
-
-def test_importing_the_trainer_loads_no_module_of_the_command_line_and_of_the_tasks():
-    code = (
-        "import sys\nfrom hf_sara import SaraTrainer\n"
-        "print(sorted(m for m in sys.modules if m in ('typer', 'rich', 'evaluate', 'sacrebleu')"
-        " or m.startswith(('hf_sara.tasks', 'hf_sara.cli'))))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_the_public_names_are_the_same_in_all_three_places():
