@@ -558,6 +558,7 @@ print(snapshot_download("alice/x"), HfApi().whoami()["name"])
     assert len(hub.requests) == count
 
 
+@pytest.mark.slow
 def test_transformers(hub, tmp_path):
     folder = tmp_path / "model"
     make_model("llama").save_pretrained(folder)

@@ -188,6 +188,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_other_settings(changes,
     assert log_of(resumed) == log_of(whole)
 
 
+# New processes take most of the time, so the quick tests kill one method's run.
+@pytest.mark.parametrize("method", [pytest.param("sara", marks=pytest.mark.slow), "mo_sara"])
 def test_a_killed_run_ends_with_the_bits_and_the_log_of_the_uninterrupted_one(method, tmp_path):
     whole = make_trainer(tmp_path / "whole", method)
     whole.train()
@@ -513,6 +515,7 @@ def test_a_trained_tensor_without_gradient_is_an_error_that_names_it(reason, tmp
 # ---- several processes ----
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_adapter_as_one_with_their_batches(tmp_path):
     arguments = json.dumps({"per_device_train_batch_size": 1, "sara_args": {"dropout": 0.0}})
     run = run_script(str(tmp_path), "mo_sara", "0", arguments, launcher=TWO_PROCESSES)

@@ -6,6 +6,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from recipe_scripts import RECIPES
 
 HARNESS = RECIPES / "harness"
@@ -38,6 +39,7 @@ def test_the_imports_of_the_harness_have_no_circle():
     assert set(order) == set(graph)
 
 
+@pytest.mark.slow
 def test_help_imports_no_library_of_the_data_or_the_scores():
     slow = ("datasets", "evaluate", "sacrebleu", "matplotlib", "pyarrow", "hf_sara.trainer", "harness.run")
     names = ("run_e2e", "run_math", "run_commonsense", "run_paper")
