@@ -237,7 +237,8 @@ def snippet(repo_id: str, base: str | None, pipeline: str | None, prompt: str | 
         text = "Once upon a time" if prompt is None else prompt
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
-            f'inputs = tokenizer({_quoted(text)}, return_tensors="pt").to(model.device)',
+            f"prompt = {_quoted(text)}",
+            'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)',
             f"output = model.generate(**inputs, max_new_tokens={20 if prompt is None else 64})",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]

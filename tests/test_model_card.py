@@ -229,7 +229,7 @@ def test_a_sample_of_the_task_is_shown_with_its_output():
     sample = Sample('name : The "Mill" | food : `tea`\n |', "The Mill serves tea.\n```\nIt is \U0001f375.")
     card = card_of(attach_trained(make_model()), sample=sample)
     code = re.search(r"```python\n(.*?)\n```\n", card, re.DOTALL).group(1)
-    prompt = re.search(r"tokenizer\((.*), return_tensors", code).group(1)
+    prompt = re.search(r"^prompt = (.*)$", code, re.MULTILINE).group(1)
     assert ast.literal_eval(prompt) == sample.prompt
     assert "````text\n" + sample.output + "\n````" in card
     assert card.count(END) == 1
