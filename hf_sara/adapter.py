@@ -47,8 +47,6 @@ class SaraAdapter(AttachedUpdates):
         name: str = "default",
     ):
         super().__init__(model, spec, factors or {}, name)
-        self.args = spec.args
-        self.threshold = spec.threshold
         self.seeds = seeds or {}
         logger.info("Attached %s", self.plan())
 

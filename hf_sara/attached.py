@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .arguments import SaraArguments
 from .factors import Factors
 from .merging import MergedWeights
 from .methods import Delta
@@ -92,6 +93,16 @@ class AttachedUpdates:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
         _set_adapters(self.model, {**adapters_on(self.model), self.name: self})
+
+    @property
+    def args(self) -> SaraArguments:
+        """The adapter's arguments."""
+        return self.spec.args
+
+    @property
+    def threshold(self) -> float:
+        """The threshold in force."""
+        return self.spec.threshold
 
     @property
     def sites(self) -> list[PlannedSite]:

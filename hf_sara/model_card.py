@@ -100,12 +100,13 @@ def write_card(
     folder = Path(folder)
     figures = []
     if importlib.util.find_spec("matplotlib") is not None:
-        figures = [RANKS_FILE] if plot_ranks(manifest, folder / RANKS_FILE) else []
+        plot_ranks(manifest, folder / RANKS_FILE)
+        figures.append(RANKS_FILE)
         if training is not None and plot_loss(training.losses(), folder / LOSS_FILE):
             figures.append(LOSS_FILE)
-        else:
-            # A curve of an earlier training is not this adapter's.
-            (folder / LOSS_FILE).unlink(missing_ok=True)
+    if LOSS_FILE not in figures:
+        # A curve of an earlier training is not this adapter's.
+        (folder / LOSS_FILE).unlink(missing_ok=True)
     path = folder / CARD_FILE
     text = make_card(
         manifest,
@@ -277,7 +278,7 @@ def framework_versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def plot_ranks(manifest: Manifest, path: Path) -> bool:
+def plot_ranks(manifest: Manifest, path: Path) -> None:
     """Draw the rank of each site over the layers into a PNG file."""
     figure, axes = _figure()
     for kind, sites in sites_by_kind(manifest.sites).items():
@@ -288,7 +289,6 @@ def plot_ranks(manifest: Manifest, path: Path) -> bool:
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, metadata={"Software": None})
-    return True
 
 
 def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
