@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .arguments import SaraArguments
     from .errors import AdapterError
     from .export import ExportReport, export_lora
-    from .plain_model import merge, merge_shards
+    from .merge_files import merge_shards
+    from .plain_model import merge
     from .planning import Plan, plan
     from .sharing import from_hub, push_to_hub
     from .trainer import SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
@@ -61,7 +62,8 @@ _HOMES = {
     "arguments": ("SaraArguments",),
     "errors": ("AdapterError",),
     "export": ("ExportReport", "export_lora"),
-    "plain_model": ("merge", "merge_shards"),
+    "merge_files": ("merge_shards",),
+    "plain_model": ("merge",),
     "planning": ("Plan", "plan"),
     "sharing": ("from_hub", "push_to_hub"),
     "trainer": ("SaraSeq2SeqTrainer", "SaraTrainer", "SaraTrainerMixin"),

@@ -12,12 +12,13 @@ from torch import nn
 
 from . import hub, model_card, storage
 from .arguments import SaraArguments
-from .attached import AttachedUpdates, adapters_on, check_name, unwrap
+from .attached import AttachedUpdates
 from .base_model import BaseRecord
+from .carrier import adapters_on, check_name, unwrap
 from .factors import Factors
+from .manifest import Manifest, current_versions
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
-from .storage import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class SaraAdapter(AttachedUpdates):
                 the base is not the one that the adapter was trained on.
         """
         # A name that is taken is refused before anything is downloaded.
-        check_name(model, name)
+        check_name(unwrap(model), name)
         return cls.from_saved(model, storage.read(hub.fetch_adapter(folder_or_repo_id, **access)), name)
 
     @classmethod
@@ -108,10 +109,10 @@ class SaraAdapter(AttachedUpdates):
         """Attach an adapter whose config has been read. This is [`SaraAdapter.load`] without its first step."""
         model = unwrap(model)
         check_name(model, name)
-        sites = saved.sites_on(model)
-        tensors = saved.read_tensors()
+        sites, parts = saved.sites_on(model), saved.parts_on(model)
+        tensors = saved.tensors
         factors = saved.factors_on(model, sites)
-        adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites), factors, saved.seeds, name)
+        adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
         adapter.load_state_dict(tensors)
         return adapter
 
@@ -125,7 +126,7 @@ class SaraAdapter(AttachedUpdates):
 
     def plan(self) -> Plan:
         """Sites, ranks and counts of this adapter."""
-        return Plan(self.args, self.threshold, self.sites, count_base(self.model))
+        return Plan(self.args, self.threshold, self.sites, self.parts, count_base(self.model))
 
     def summary(self) -> str:
         """A table of the sites with their shapes, ranks and parameters, and one line that sums them up."""
@@ -138,8 +139,8 @@ class SaraAdapter(AttachedUpdates):
 
     def manifest(self) -> Manifest:
         """The description of the adapter that its files hold besides its tensors."""
-        base, versions = BaseRecord.of(self.model), storage.current_versions()
-        return Manifest(self.args, self.threshold, self.sites, self.seeds, base, versions)
+        base, versions = BaseRecord.of(self.model), current_versions()
+        return Manifest(self.args, self.threshold, self.sites, self.parts, self.seeds, base, versions)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
@@ -150,7 +151,9 @@ class SaraAdapter(AttachedUpdates):
 
         Raises:
             [`AdapterError`]: If a trained tensor is empty or not finite. Nothing is written then.
+            `ValueError`: If a parameter trains that no adapter of the model holds.
         """
+        self.refuse_others()
         storage.write(folder, self.manifest(), self.state_dict(), self.saved_factors())
 
     def write_card(self, folder: str | PathLike, *, tags: str | Sequence[str] = (), **card: Any) -> None:

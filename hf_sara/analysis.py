@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapter import SaraAdapter
 from .arguments import SaraArguments, parse_layers
-from .attached import unwrap
 from .base_model import BaseWeights
+from .carrier import unwrap
 from .parallel import for_each
 from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum

@@ -37,6 +37,14 @@ class SaraArguments:
             query and value projections of the model families that `hf_sara` knows are adapted.
         layers (`str`, *optional*):
             Layers to adapt, counted from 0: `"0-7,12"`. If it is left out, all layers are adapted.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained in full and saved with the adapter, such as heads, norms or embeddings. They are
+            matched as in `target_modules`. If it is left out, these are the modules of the head for a task that makes
+            a new one: classification, question answering, multiple choice and reward models. `[]`, or `none` on a
+            command line, is no module.
+        trainable_token_indices (`list[int]`, *optional*):
+            Rows of the input embedding, and of an output embedding that is tied to it, that are trained and saved with
+            the adapter. These are the ids of their tokens.
         dropout (`float`, *optional*, defaults to 0.05):
             Dropout on the input of the update, in [0, 1).
         singular_values (`bool`, *optional*, defaults to `True`):
@@ -75,6 +83,16 @@ class SaraArguments:
         },
     )
     layers: str | None = field(default=None, metadata={"help": "Layers to adapt, from 0: 0-7,12. Default: all."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules to train in full and to save, or one regular expression. "
+            "Default: the head of a task that makes a new one. none: no module."
+        },
+    )
+    trainable_token_indices: list[int] | None = field(
+        default=None, metadata={"help": "Ids of the tokens whose rows of the embedding are trained."}
+    )
     dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the update, in [0, 1)."})
     singular_values: bool = field(
         default=True, metadata={"help": "SARA: train S in the middle of the update (without: ablation)."}
@@ -111,11 +129,29 @@ class SaraArguments:
             self.target_modules = [self.target_modules]
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if self.modules_to_save == ["none"]:
+            # A list on a command line cannot be empty.
+            self.modules_to_save = []
+        self._check_tokens()
         if self.layers is not None:
             # YAML reads a single layer as a number.
             self.layers = str(self.layers)
             parse_layers(self.layers)
         self.resolved_method().check()
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        if not tokens:
+            self.trainable_token_indices = None
+            return
+        wrong = [token for token in tokens if isinstance(token, bool) or not isinstance(token, int) or token < 0]
+        if wrong or len(set(tokens)) != len(tokens):
+            raise ValueError(
+                f"trainable_token_indices={tokens} has to be a list of different token ids, which are whole numbers "
+                "from 0 on."
+            )
 
     def resolved_method(self) -> Method:
         """The method, with these arguments as its options."""

@@ -23,11 +23,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import SaraArguments
-from .planning import Plan, count_base, plan_sites
+from .parts import input_embedding
+from .planning import Plan, plan_with
 from .records import check_fields
 from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name
 from .sites import Site
-from .targets import find_sites
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # This is enough for a quarter of a million tensors, in the header of a file or in the index of all files.
@@ -43,7 +43,11 @@ BASE_FIELDS = {
     "pad_token_id": int | None,
     "eos_token_id": int | list[int] | None,
     "id2label": dict[str, str] | None,
+    "problem_type": str | None,
+    "vocab_size": int | None,
 }
+# The first format's records do not have these.
+LATER_FIELDS = ("problem_type", "vocab_size")
 
 
 # ---- the record ----
@@ -64,6 +68,8 @@ class BaseRecord:
             tokenizer, and an adapter has no config.json that could keep it.
         eos_token_id (`int` or `list[int]`, *optional*): The same for `eos_token_id`.
         id2label (`dict[str, str]`, *optional*): The names of a classifier's labels.
+        problem_type (`str`, *optional*): The kind of a classifier's loss.
+        vocab_size (`int`, *optional*): Rows of the input embedding of tokens.
     """
 
     model_id: str | None
@@ -74,6 +80,8 @@ class BaseRecord:
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     id2label: dict[str, str] | None = None
+    problem_type: str | None = None
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "BaseRecord":
@@ -82,7 +90,11 @@ class BaseRecord:
         model_id = hub_id(getattr(config, "_name_or_path", None))
         commit = getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None)
         kind = class_of(model)
-        labels = getattr(config, "id2label", None) if "Classification" in kind.__name__ else None
+        labels = getattr(config, "id2label", None)
+        if "Classification" not in kind.__name__ and labels == PreTrainedConfig().id2label:
+            # Every configuration has these two names, whatever the model is for.
+            labels = None
+        embedding = input_embedding(model)
         return cls(
             model_id=model_id,
             revision=commit if commit and is_commit(commit) else None,
@@ -92,6 +104,8 @@ class BaseRecord:
             pad_token_id=getattr(config, "pad_token_id", None),
             eos_token_id=getattr(config, "eos_token_id", None),
             id2label=None if labels is None else {str(key): str(label) for key, label in labels.items()},
+            problem_type=getattr(config, "problem_type", None),
+            vocab_size=None if embedding is None else embedding.num_embeddings,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +122,7 @@ class BaseRecord:
             `ValueError`: If a field is wrong. In particular, the base has to be a Hub id and never a path or a URL, so
                 that it is harmless to look for it.
         """
-        check_fields("its base", record, BASE_FIELDS)
+        check_fields("its base", record, BASE_FIELDS, optional=LATER_FIELDS)
         model_id, revision, class_name = record["model_id"], record["revision"], record["class"]
         if model_id is not None and not is_hub_name(model_id):
             raise ValueError(f"its base {model_id!r} is not a Hub id")
@@ -116,10 +130,25 @@ class BaseRecord:
             raise ValueError(f"its base's revision {revision!r} is not a commit")
         if not class_name.isidentifier():
             raise ValueError(f"its base's class {class_name!r} is not the name of a class")
+        if not all(key.isdecimal() for key in record["id2label"] or {}):
+            raise ValueError(f"its base's labels {record['id2label']} are not numbered")
         dtype = getattr(torch, record["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"its base's dtype {record['dtype']!r} is not one that a base can have")
         return cls(**{"class_name" if key == "class" else key: value for key, value in record.items()})
+
+    def label_names(self) -> dict[int, str] | None:
+        """The names of a classifier's labels as a model's configuration has them."""
+        return None if self.id2label is None else {int(key): label for key, label in self.id2label.items()}
+
+    def restore(self, config: Any) -> None:
+        """Give a configuration what the training had set in it: labels, kind of loss, pad and eos tokens."""
+        names = self.label_names()
+        if names is not None:
+            config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+        for key in ("problem_type", "pad_token_id", "eos_token_id"):
+            if getattr(self, key) is not None and hasattr(config, key):
+                setattr(config, key, getattr(self, key))
 
     def __str__(self) -> str:
         name = self.model_id or f"a {self.class_name} without a Hub id"
@@ -244,7 +273,7 @@ class BaseWeights:
 
     def plan(self, args: SaraArguments) -> Plan:
         """Plan an adapter as [`~hf_sara.plan`] does for the loaded model."""
-        return plan_sites(find_sites(self.model, args), args, count_base(self.model), self.weight)
+        return plan_with(self.model, args, self.weight)
 
     def weight(self, site: Site) -> torch.Tensor:
         """The weight W of a site, of shape (d_in, d_out)."""

@@ -163,7 +163,7 @@ def pull(
         from . import hub, storage
 
         folder = hub.fetch_adapter(repo_id, revision=revision)
-        tensors = storage.read(folder).read_tensors()
+        tensors = storage.read(folder).tensors
         if to is not None:
             to.mkdir(parents=True, exist_ok=True)
             for name in storage.ADAPTER_FILES:
@@ -184,7 +184,7 @@ def merge(
     """Merge an adapter into its base, file by file, and save a plain model."""
     with _errors():
         from . import hub, storage
-        from .plain_model import merge_shards
+        from .merge_files import merge_shards
         from .sharing import fetch_base
 
         folder = hub.fetch_adapter(adapter, revision=revision)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import SaraAdapter, adapter_of
 from .base_model import BaseRecord, class_of
 from .files import write_file
+from .parts import ModulePart, TokenPart
 from .sites import is_of_update, linear_shape
 from .tensor_files import check_tensors, to_bytes
 
@@ -104,7 +105,7 @@ def export_lora(
             A, B, errors[name] = truncate(A, B, max_rank)
             pairs[name] = A, B
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
-    payload = to_bytes(_lora_tensors(pairs))
+    payload = to_bytes({**_lora_tensors(pairs), **_part_tensors(adapter)})
     config = json.dumps(_lora_config(adapter, ranks, base_model_name_or_path), indent=2).encode() + b"\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,21 @@ def _lora_tensors(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dic
     }
 
 
+def _part_tensors(adapter: SaraAdapter) -> dict[str, torch.Tensor]:
+    """What is trained beside the updates, under PEFT's names."""
+    state = adapter.state_dict()
+    found = {}
+    for part in adapter.parts:
+        if isinstance(part, TokenPart):
+            found[f"{part.name}.token_adapter.trainable_tokens_delta"] = state[part.key]
+        else:
+            found |= {name: state[name] for name in (*part.trained_shapes(), *part.buffer_shapes())}
+            # PEFT gives each module a copy of its own, also where two have the same weight.
+            found |= {f"{part.name}.{name}": state[other].clone() for name, other in part.ties.items()}
+    check_tensors(found, {name: tuple(tensor.shape) for name, tensor in found.items()})
+    return {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+
+
 def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | None) -> dict[str, Any]:
     model = adapter.model
     base = BaseRecord.of(model)
@@ -192,7 +208,11 @@ def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | N
         "target_modules": _target_modules(model, ranks),
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": [part.name for part in adapter.parts if isinstance(part, ModulePart)] or None,
+        "trainable_token_indices": {
+            part.name: list(part.indices) for part in adapter.parts if isinstance(part, TokenPart)
+        }
+        or None,
     }
 
 

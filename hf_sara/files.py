@@ -3,20 +3,35 @@
 import hashlib
 import os
 import re
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename, so that a crash leaves the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_files({path: content})
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """
+    Write several files under temporary names, then rename them in their order. A disk that is full, or a crash before
+    the first rename, leaves all of the old files.
+    """
+    # Two writers of one file, also two threads of a process, have different temporary files.
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in contents}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
 
 

@@ -1,4 +1,4 @@
-"""Merging updates into the base weights, and restoring the exact bits of the weights."""
+"""Merging an adapter into the base weights, and restoring the exact bits of the weights."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .copies import ModuleCopy, TokenRows
 from .methods import Delta, deltas_of
 from .sites import PlannedSite
 
@@ -19,6 +20,7 @@ class MergedWeights:
     Args:
         model ([`~transformers.PreTrainedModel`]): The model; its weights are changed.
         deltas (`Sequence[tuple[PlannedSite, Delta]]`): The updates and where they belong.
+        copies (`Sequence[tuple[nn.Module, ModuleCopy or TokenRows]]`): The parts, and the modules that they belong to.
 
     Attributes:
         order (`int`): A number that grows from merge to merge. The merge with the largest one is restored first.
@@ -29,20 +31,30 @@ class MergedWeights:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, deltas: Sequence[tuple[PlannedSite, Delta]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        deltas: Sequence[tuple[PlannedSite, Delta]],
+        copies: Sequence[tuple[nn.Module, ModuleCopy | TokenRows]],
+    ):
         self.model = model
         self._sites = [site for site, _ in deltas]
         refuse_tied(model, self._sites)
         merged = {site.name: merged_weight(site, site.linear(model), delta) for site, delta in deltas}
+        values = [copy.merged(host) for host, copy in copies]
         self._originals: dict[str, torch.Tensor] = {}
         for site in self._sites:
             self._originals[site.name] = site.read(site.linear(model)).clone()
             self._write(site, merged.pop(site.name))
+        self._parts = [copy.write(host, value) for (host, copy), value in zip(copies, values, strict=True)]
         self.order = next(_counter)
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, copies: Sequence[tuple[nn.Module, ModuleCopy | TokenRows]]) -> None:
         """Restore the exact bits that the weights had before."""
+        # Parts may share a tensor of the base, so the first to be written is the last to be restored.
+        for (host, copy), before in reversed(list(zip(copies, self._parts, strict=True))):
+            copy.write(host, before)
         for site in self._sites:
             device = site.linear(self.model).weight.device
             self._write(site, self._originals.pop(site.name).to(device))

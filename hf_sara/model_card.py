@@ -18,9 +18,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from .arguments import SaraArguments
 from .card_text import cells, duration, fenced, inline, join_card, listed, number
 from .files import write_file
+from .manifest import Manifest
 from .repos import hub_id
 from .sites import sites_by_kind
-from .storage import Manifest, size_on_disk
+from .storage import size_on_disk
 
 CARD_FILE = "README.md"
 RANKS_FILE = "ranks.png"
@@ -92,7 +93,7 @@ def write_card(
 
     Args:
         folder (`str` or `os.PathLike`): The folder of the adapter's files.
-        manifest ([`~hf_sara.storage.Manifest`]): The adapter.
+        manifest ([`~hf_sara.manifest.Manifest`]): The adapter.
         base_parameters (`int`): Parameters of the base model.
         training ([`Training`], *optional*): The facts about the training.
         card: Passed on to [`make_card`].
@@ -142,7 +143,7 @@ def make_card(
     The text of an adapter's model card.
 
     Args:
-        manifest ([`~hf_sara.storage.Manifest`]): The adapter.
+        manifest ([`~hf_sara.manifest.Manifest`]): The adapter.
         base_parameters (`int`): Parameters of the base model, for the share that is trained.
         size (`int`, *optional*): Bytes of the adapter's files; 0 if it is not saved.
         figures (`Sequence[str]`, *optional*): Which of `RANKS_FILE` and `LOSS_FILE` lie beside the card.

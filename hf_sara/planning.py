@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from .arguments import SaraArguments, allowed_parameters
-from .methods import Delta, Measured, Method
+from .methods import Measured, Method
 from .methods.base import Shapes
 from .parallel import for_each
-from .sites import PlannedSite, Site
+from .parts import Part, find_parts
+from .parts import count as count_part
+from .sites import PlannedSite, Site, is_of_update
 from .spectrum import Spectrum, find_rank, find_spectrum
 from .targets import find_sites
 
@@ -29,11 +31,13 @@ class AdapterSpec:
         args ([`SaraArguments`]): The adapter's arguments.
         threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
+        parts (`list[ModulePart or TokenPart]`): What is trained beside the updates of the sites.
     """
 
     args: SaraArguments
     threshold: float
     sites: list[PlannedSite]
+    parts: list[Part]
 
     @property
     def method(self) -> Method:
@@ -42,16 +46,25 @@ class AdapterSpec:
 
     @property
     def trained_parameters(self) -> int:
-        """Number of trained parameters: k (d_in + d_out + 1) per site for SARA, m k + k + m + d_out for Mo-SARA."""
-        return sum(self.count(site) for site in self.sites)
+        """
+        Number of trained parameters: k (d_in + d_out + 1) per site for SARA, m k + k + m + d_out for Mo-SARA, and
+        those of the parts.
+        """
+        return sum(self.count(site) for site in self.sites) + sum(map(count_part, self.parts))
 
     def count(self, site: PlannedSite) -> int:
         """Trained parameters of one site."""
         return self.method.count(site.shape, site.k)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all trained tensors: `"<site>.<tensor>"`."""
-        return self._shapes(self.method.trained_shapes)
+        """Names and shapes of all trained tensors: `"<site>.<tensor>"`, and those of the parts by their own names."""
+        shapes = self._shapes(self.method.trained_shapes)
+        return {**shapes, **{name: shape for part in self.parts for name, shape in part.trained_shapes().items()}}
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that an adapter saves: those that train, and the buffers of its parts."""
+        buffers = {name: shape for part in self.parts for name, shape in part.buffer_shapes().items()}
+        return {**self.trained_shapes(), **buffers}
 
     def saved_factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the frozen factors that are saved too. There are none if seeds are saved instead."""
@@ -72,6 +85,7 @@ class Plan(AdapterSpec):
         args ([`SaraArguments`]): The arguments that the plan is made for.
         threshold (`float`): The threshold in force: the given one, the default, or the one of a budget.
         sites (`list[PlannedSite]`): The sites, each with its rank k.
+        parts (`list[ModulePart or TokenPart]`): What is trained beside the updates of the sites.
         base_parameters (`int`): Parameters of the base model.
     """
 
@@ -84,19 +98,21 @@ class Plan(AdapterSpec):
 
     def table(self) -> str:
         """A table of the sites with their shapes, ranks and parameters, and one line that sums them up."""
-        width = max(len(site.name) for site in self.sites)
+        width = max(len(row.name) for row in (*self.sites, *self.parts))
         lines = [f"{'site':<{width}}  {'d_in':>6} {'d_out':>6} {'k':>5} {'trained':>10}"]
         for site in self.sites:
             d_in, d_out = site.shape
             lines.append(f"{site.name:<{width}}  {d_in:>6} {d_out:>6} {site.k:>5} {self.count(site):>10,}")
+        lines += [f"{part.name:<{width}}  {part.title:>19} {count_part(part):>10,}" for part in self.parts]
         return "\n".join([*lines, str(self)])
 
     def __str__(self) -> str:
         ranks = [site.k for site in self.sites]
+        beside = "".join(f", {part.name} ({part.title})" for part in self.parts)
         return (
             f"{self.args.method}: threshold {self.threshold:.6g}, {len(self.sites)} sites, k {min(ranks)} to "
-            f"{max(ranks)} (mean {sum(ranks) / len(ranks):.1f}), {self.trained_parameters:,} trained parameters "
-            f"({100 * self.share:.4g} % of the model)"
+            f"{max(ranks)} (mean {sum(ranks) / len(ranks):.1f}){beside}, "
+            f"{self.trained_parameters:,} trained parameters ({100 * self.share:.4g} % of the model)"
         )
 
 
@@ -114,14 +130,16 @@ def plan(model: nn.Module, args: SaraArguments) -> Plan:
     Raises:
         `ValueError`: For sites that do not exist, weights without a rank, and budgets too small even for k = 1.
     """
-    return plan_sites(find_sites(model, args), args, count_base(model), lambda site: site.weight(model))
+    return plan_with(model, args, lambda site: site.weight(model))
 
 
-def plan_sites(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> Plan:
-    """A plan for sites whose weights may come from anywhere: `weight_of` returns that of a site, (d_in, d_out)."""
-    threshold = resolve_threshold(sites, args, base, weight_of)
+def plan_with(model: nn.Module, args: SaraArguments, weight_of: WeightOf) -> Plan:
+    """The plan of [`plan`] for a model whose weights may be elsewhere: `weight_of` returns a site's, (d_in, d_out)."""
+    sites, base = find_sites(model, args), count_base(model)
+    parts = find_parts(model, args, sites)
+    threshold = resolve_threshold(sites, parts, args, base, weight_of)
     ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
-    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), base)
+    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), parts, base)
 
 
 def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Measured]]:
@@ -130,38 +148,45 @@ def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Meas
     included. Attaching needs both, and one decomposition gives the rank and the factors of a site.
     """
     sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
-    threshold = resolve_threshold(sites, args, base, lambda site: site.weight(model))
+    parts = find_parts(model, args, sites)
+    threshold = resolve_threshold(sites, parts, args, base, lambda site: site.weight(model))
     title = "Singular vectors" if method.has_factors else "Singular values"
     found = for_each(lambda site: method.measure(site.weight(model), threshold, site.name), sites, title)
     planned = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
-    return Plan(args, threshold, planned, base), {s.name: m for s, m in zip(sites, found, strict=True)}
+    return Plan(args, threshold, planned, parts, base), {s.name: m for s, m in zip(sites, found, strict=True)}
 
 
-def resolve_threshold(sites: Sequence[Site], args: SaraArguments, base: int, weight_of: WeightOf) -> float:
+def resolve_threshold(
+    sites: Sequence[Site], parts: Sequence[Part], args: SaraArguments, base: int, weight_of: WeightOf
+) -> float:
     """The threshold in force: the given one, the method's default, or the one that a budget of parameters gives."""
     if args.parameter_budget is None:
         return args.resolved_threshold()
-    return solve_threshold(sites, args, args.parameter_budget, base, weight_of)
+    beside = sum(map(count_part, parts))
+    allowed = allowed_parameters(args.parameter_budget, base)
+    if parts and beside >= allowed:
+        raise ValueError(
+            f"parameter_budget={args.parameter_budget!r} allows {allowed:,} trained parameters, and "
+            f"{', '.join(part.name for part in parts)} alone has {beside:,}. Raise it, or change modules_to_save and "
+            "trainable_token_indices."
+        )
+    return solve_threshold(sites, args, allowed - beside, weight_of)
 
 
 def count_base(model: nn.Module) -> int:
     """Parameters of the base model, without any attached update."""
-    ours = {id(p) for module in model.modules() if isinstance(module, Delta) for p in module.parameters()}
     # ZeRO stage 3 spreads a parameter over the processes and keeps its whole size as `ds_numel`.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in ours)
+    return sum(getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if not is_of_update(n))
 
 
-def solve_threshold(
-    sites: Sequence[Site], args: SaraArguments, parameter_budget: str, base: int, weight_of: WeightOf
-) -> float:
-    """The largest threshold (to 9 digits) whose adapter stays within the budget."""
+def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, weight_of: WeightOf) -> float:
+    """The largest threshold (to 9 digits) whose updates have no more parameters than the budget."""
     method = args.resolved_method()
-    budget = allowed_parameters(parameter_budget, base)
     least = sum(method.count(site.shape, 1) for site in sites)
     if least > budget:
         raise ValueError(
-            f"parameter_budget={parameter_budget!r} allows {budget:,} trained parameters, but k = 1 at each of "
-            f"the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
+            f"parameter_budget={args.parameter_budget!r} allows {budget:,} parameters of updates, but k = 1 at each "
+            f"of the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
         )
     spectra = for_each(lambda site: find_spectrum(weight_of(site), site.name), sites, "Singular values")
 

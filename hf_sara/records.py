@@ -19,7 +19,11 @@ def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
             object or a number that is not finite.
     """
     with open(path, "rb") as file:
-        content = file.read(most_bytes + 1)
+        return parse_json(file.read(most_bytes + 1), most_bytes)
+
+
+def parse_json(content: bytes, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a text, with the errors of [`read_json`]."""
     if len(content) > most_bytes:
         raise ValueError(f"it has more than {most_bytes:,} bytes, which no config has")
     try:

@@ -1,6 +1,7 @@
 """Functions that push an adapter, or load it with its base, in one line: `push_to_hub` and `from_hub`."""
 
 import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def from_hub(
 
     Raises:
         `FileNotFoundError`: If the adapter or the base cannot be found.
-        [`AdapterError`]: If the adapter is damaged, or does not belong to the base.
+        [`AdapterError`]: If the adapter is damaged, does not belong to the base, or lacks what the base lacks too: a
+            head, or rows of new tokens.
     """
     folder = hub.fetch_adapter(
         repo_id_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -86,8 +88,13 @@ def from_hub(
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
         kind = base_class(base.class_name, trust_remote_code)
+        labels = base.label_names()
+        if labels is not None and "config" not in kwargs:
+            # A head is made with as many outputs as there are labels.
+            names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+            kwargs = {**names, **kwargs}
         try:
-            model = kind.from_pretrained(
+            model, loading = kind.from_pretrained(
                 name,
                 revision=commit or "main",
                 dtype=dtype or getattr(torch, base.dtype),
@@ -96,20 +103,36 @@ def from_hub(
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
+                # The base's own head may be of another task. It has to be one that the adapter brings, see below.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **kwargs,
             )
         except OSError as error:
             raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error
+        _refuse_random(name, saved, loading)
         if commit is not None:
             # The next save records the commit of the base, and transformers does not keep the commit that it loaded.
             model.config._commit_hash = commit
-        for key in ("pad_token_id", "eos_token_id"):
-            if getattr(base, key) is not None and hasattr(model.config, key):
-                setattr(model.config, key, getattr(base, key))
+        base.restore(model.config)
+        saved.fit_vocabulary(model, name)
     adapter = SaraAdapter.from_saved(model, saved)
     if merge:
         merge_into_base(adapter)
     return model.eval()
+
+
+def _refuse_random(name: str, saved: storage.SavedAdapter, loading: Mapping[str, Any]) -> None:
+    """Raise an error if loading the base made up parameters that the adapter does not bring."""
+    held = {tensor for part in saved.parts for tensor in part.held()}
+    mismatched = {str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in loading["mismatched_keys"]}
+    random = sorted((set(loading["missing_keys"]) | mismatched) - held)
+    if random:
+        raise AdapterError(
+            f"The base {name!r} has no {', '.join(random[:5])} of the right shape for a {saved.base.class_name}, and "
+            f"the adapter in {saved.folder} does not bring it, so it would be random. Train the adapter with "
+            "modules_to_save naming its module, or give a base_model that has it."
+        )
 
 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:

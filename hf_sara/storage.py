@@ -1,127 +1,79 @@
-"""An adapter's files: the format, writing and reading. No other module knows the format.
+"""An adapter's files: writing and reading. No other module knows the format.
 
-    sara_config.json          arguments, sites, ranks, the base; for Mo-SARA the seeds of its frozen factors
-    sara_adapter.safetensors  the trained tensors
-    sara_factors.safetensors  methods with frozen factors and factors="save" only: U and Vh of every site
+    sara_adapter.safetensors  the adapter: its tensors, and its config as a text in the header
+    sara_config.json          a readable copy of the config
+
+One file is the adapter, so that the moment at which it is renamed is the moment at which the adapter changes. Nobody
+can see a config with the tensors of another save: neither after crashes, nor beside another writer.
 
 Loading is strict and pickle-free. A config has exactly the known fields, its shapes are used only after they were
 checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 
-import hashlib
-import json
+import logging
 import math
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from .arguments import SaraArguments
-from .base_model import BaseRecord
+from . import format1
 from .errors import AdapterError
 from .factors import Factors, find_factors, sketch, sketches_agree
-from .files import check_digest, file_digest, write_file
-from .methods import Method
+from .files import write_files
+from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
+from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
-from .planning import AdapterSpec
-from .records import check_fields, read_json
-from .seeds import SEED_FIELDS, Seed
-from .sites import OutputSlice, PlannedSite, Site, all_sites
-from .spectrum import check_threshold
-from .tensor_files import SAFETENSORS_DTYPES, check_tensors, most_bytes, read_tensors, to_bytes
+from .parts import ModulePart, Part, TokenPart, input_embedding, module_parts
+from .records import parse_json
+from .seeds import Seed
+from .sites import PlannedSite, Site, all_sites
+from .tensor_files import SAFETENSORS_DTYPES, TensorFile, check_tensors, tensors_digest, to_bytes
 
-CONFIG_FILE = "sara_config.json"
-TENSORS_FILE = "sara_adapter.safetensors"
-FACTORS_FILE = "sara_factors.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, FACTORS_FILE)
-# The files of a save that is not finished. They count as soon as the tensors that this config describes are in place.
-PENDING_CONFIG_FILE = "sara_config.json.new"
-PENDING_FACTORS_FILE = "sara_factors.safetensors.new"
+logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-# A config has about 200 bytes per site, so this is enough for forty thousand sites. There is a limit, because a parsed
-# config may take 20 times as much memory.
-MAX_CONFIG_BYTES = 8 * 2**20
-
-# The fields of a config and the types of their values.
-CONFIG_FIELDS = {
-    "format_version": int,
-    "method": str,
-    "threshold": float,
-    "arguments": dict,
-    "dtype": str,
-    "tensors_sha256": str,
-    "factors_sha256": str,
-    "base": dict,
-    "versions": dict[str, str],
-    "sites": list,
-}
-SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict}
+FORMAT_VERSION = 2
+# The file of saved factors is one of the first format, which can still be read.
+ADAPTER_FILES = (TENSORS_FILE, CONFIG_FILE, FACTORS_FILE)
+# The name of the config in the header.
+CONFIG_KEY = "sara_config"
 
 
-# ---- the manifest ----
+class Files(Protocol):
+    """The files of an adapter in which its tensors lie."""
+
+    def read_state(self, config: Config) -> dict[str, torch.Tensor]:
+        """Read and check the tensors that are saved."""
+
+    def read_factors(self, config: Config) -> dict[str, torch.Tensor]:
+        """Read and check the frozen factors."""
 
 
 @dataclass(frozen=True)
-class Manifest(AdapterSpec):
-    """
-    The description of an adapter that its files hold besides its tensors. Writing takes it, and reading returns it.
-
-    Args:
-        args ([`SaraArguments`]): The adapter's arguments.
-        threshold (`float`): The threshold in force.
-        sites (`list[PlannedSite]`): The sites with their ranks.
-        seeds (`dict[str, Seed]`): The seeds of the frozen factors by site; empty for a method that has none.
-        base ([`BaseRecord`]): The base model of the training.
-        versions (`dict[str, str]`): Versions of the packages that made the adapter.
-    """
-
-    seeds: dict[str, Seed]
-    base: BaseRecord
-    versions: dict[str, str]
-
-
-def current_versions() -> dict[str, str]:
-    """The versions that an adapter records: those of packages and of Python."""
-    packages = {name: version(name) for name in ("hf_sara", "transformers", "torch")}
-    return {**packages, "python": platform.python_version()}
-
-
-@dataclass(frozen=True)
-class SavedAdapter(Manifest):
+class SavedAdapter(Config):
     """
     An adapter as it was read from its files. They were compared with each other, but not yet with a base.
 
     Args:
         folder (`Path`): The folder of its files.
-        factors_file (`Path`): The file of its frozen factors, if they are saved.
-        dtype (`str`): Dtype of its trained tensors.
-        tensors_sha256 (`str`): Digest of the file of its trained tensors.
-        factors_sha256 (`str`, *optional*): Digest of the file of its frozen factors.
+        files ([`Files`]): The files of its tensors. They stay as they were when the adapter was read.
     """
 
-    folder: Path
-    factors_file: Path
-    dtype: str
-    tensors_sha256: str
-    factors_sha256: str | None = None
+    folder: Path = Path()
+    files: Files | None = None
 
-    def read_tensors(self) -> dict[str, torch.Tensor]:
-        """Read and check the trained tensors, named `"<site>.<tensor>"`. Each call reads the file."""
-        return read_tensors(self.folder / TENSORS_FILE, self.trained_shapes(), {self.dtype}, self.tensors_sha256)
-
-    def owns_tensors(self) -> bool:
-        """Whether the tensors in the folder are those of this config, by their digest."""
-        file = self.folder / TENSORS_FILE
-        limit = most_bytes(self.trained_shapes(), {self.dtype})
-        return file.stat().st_size <= limit and file_digest(file) == self.tensors_sha256
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """
+        The saved tensors: the trained ones, and those of its parts that do not train. Each access reads and checks
+        them.
+        """
+        assert self.files is not None
+        return self.files.read_state(self)
 
     def sites_on(self, model: nn.Module) -> list[PlannedSite]:
         """Check that the model has each site with the same shape and columns; returns the sites."""
@@ -138,22 +90,88 @@ class SavedAdapter(Manifest):
                     f"{site.name}: the adapter in {self.folder} is for a weight of shape {_shape_text(site)}, this "
                     f"model's has {_shape_text(there)}. It was trained on {self.base}."
                 )
-        trained, weights = self.trained_parameters, sum(math.prod(site.shape) for site in self.sites)
+        updates, weights = sum(map(self.count, self.sites)), sum(math.prod(site.shape) for site in self.sites)
         # The number of a router's heads is the one size that the base does not bound.
-        if self.method.router_heads is not None and trained > 3 * weights:
+        if self.method.router_heads is not None and updates > 3 * weights:
             raise AdapterError(
-                f"The adapter in {self.folder} claims num_heads={self.args.num_heads} and {trained:,} trained numbers "
+                f"The adapter in {self.folder} claims num_heads={self.args.num_heads} and {updates:,} trained numbers "
                 f"beside weights of {weights:,}: it is damaged."
             )
         return self.sites
+
+    def parts_on(self, model: nn.Module) -> list[Part]:
+        """Check that the model has each part with the same tensors, and as many tokens; returns the parts."""
+        modules = [part for part in self.parts if isinstance(part, ModulePart)]
+        for part in modules:
+            try:
+                model.get_submodule(part.name)
+            except AttributeError as error:
+                raise AdapterError(
+                    f"The adapter in {self.folder} trains {part.name!r}, which this {type(model).__name__} does not "
+                    f"have. It was trained on {self.base}."
+                ) from error
+        for part, there in zip(modules, module_parts(model, [part.name for part in modules]), strict=True):
+            if part != there:
+                raise AdapterError(
+                    f"{part.name}: the adapter in {self.folder} trains it with the tensors {_tensors_text(part)}, and "
+                    f"this model's has {_tensors_text(there)}. Load the base with the same labels and vocabulary: "
+                    f"{self.base}."
+                )
+        embedding = input_embedding(model)
+        rows = None if embedding is None else embedding.num_embeddings
+        if self.base.vocab_size is not None and (rows is None or rows < self.base.vocab_size):
+            raise AdapterError(
+                f"The adapter in {self.folder} was trained with {self.base.vocab_size} tokens, and this model's input "
+                f"embedding has {rows} rows. Call model.resize_token_embeddings({self.base.vocab_size}) first."
+            )
+        for rows in (part for part in self.parts if isinstance(part, TokenPart)):
+            self._check_rows(model, rows)
+        return self.parts
+
+    def fit_vocabulary(self, model: Any, name: str) -> None:
+        """Give a base as many tokens as the training had, if the adapter holds the rows that it lacks."""
+        embedding, size = input_embedding(model), self.base.vocab_size
+        if embedding is None or size is None or embedding.num_embeddings == size:
+            return
+        missing = range(embedding.num_embeddings, size)
+        if missing:
+            held = {part.name: set(part.indices) for part in self.parts if isinstance(part, TokenPart)}
+            held |= {part.name: set(missing) for part in self.parts if isinstance(part, ModulePart)}
+            names = {module: module_name for module_name, module in model.named_modules()}
+            output = model.get_output_embeddings()
+            needed = [embedding]
+            if output is not None and output.weight is not embedding.weight:
+                needed.append(output)
+            lacking = [names[module] for module in needed if not held.get(names[module], set()).issuperset(missing)]
+            if lacking:
+                raise AdapterError(
+                    f"The adapter in {self.folder} was trained with {size} tokens, and the base {name!r} has "
+                    f"{embedding.num_embeddings}. The rows {missing[0]} to {missing[-1]} of {' and '.join(lacking)} "
+                    "are not in the adapter, so they would be random. Train them: name the tokens in "
+                    "trainable_token_indices, or the modules in modules_to_save. Or give a base_model that has them."
+                )
+        # The new rows are written over right after this, so nothing has to be estimated for them.
+        model.resize_token_embeddings(size, mean_resizing=False)
+
+    def _check_rows(self, model: nn.Module, part: TokenPart) -> None:
+        there = dict(model.named_modules()).get(part.name)
+        embedding: nn.Module | None = (
+            input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
+        )
+        shape = tuple(there.get_parameter("weight").shape) if there is not None and there is embedding else (0, 0)
+        if part.indices[-1] >= shape[0] or part.width != shape[1]:
+            raise AdapterError(
+                f"The adapter in {self.folder} has rows of {part.width} numbers up to the token {part.indices[-1]} "
+                f"for {part.name!r}, which is no such embedding of this model. It was trained on {self.base}."
+            )
 
     def factors_on(self, model: nn.Module, sites: Sequence[PlannedSite]) -> dict[str, Factors]:
         """The frozen factors of sites: read from their file, or computed again from the base and verified."""
         if not self.method.has_factors:
             return {}
         if self.factors_sha256 is not None:
-            dtypes = set(SAFETENSORS_DTYPES)
-            tensors = read_tensors(self.factors_file, self.saved_factor_shapes(), dtypes, self.factors_sha256)
+            assert self.files is not None
+            tensors = self.files.read_factors(self)
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
         found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
         return {site.name: factors for site, factors in zip(sites, found, strict=True)}
@@ -183,6 +201,14 @@ class SavedAdapter(Manifest):
         return factors
 
 
+def _shape_text(site: Site) -> str:
+    return str(site.shape) if site.slice is None else f"{site.shape} in the columns {site.slice}"
+
+
+def _tensors_text(part: ModulePart) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in {**part.parameters, **part.buffers}.items()) or "none"
+
+
 # ---- writing ----
 
 
@@ -198,60 +224,27 @@ def write(
     Args:
         folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
         manifest ([`Manifest`]): The description of the adapter.
-        tensors (`dict[str, torch.Tensor]`): The trained tensors, named `"<site>.<tensor>"`, on the CPU.
+        tensors (`dict[str, torch.Tensor]`): The saved tensors, see [`AdapterSpec.state_shapes`], on the CPU.
         factors (`dict[str, torch.Tensor]`, *optional*): The frozen factors, if they are saved too.
 
     Raises:
         [`AdapterError`]: If a tensor is missing, empty or not finite. Nothing is written then.
     """
     factors = factors or {}
-    check_tensors(tensors, manifest.trained_shapes())
+    check_tensors(tensors, manifest.state_shapes())
     check_tensors(factors, manifest.saved_factor_shapes())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    payload = to_bytes(tensors)
-    factors_payload = to_bytes(factors) if factors else None
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    digests = {"tensors_sha256": hashlib.sha256(payload).hexdigest()}
-    if factors_payload is not None:
-        digests["factors_sha256"] = hashlib.sha256(factors_payload).hexdigest()
-    config = _config_text(manifest, dtype, digests)
-    # The adapter changes at the moment at which the tensors are put in place. Everything else is ready before, and the
-    # old files stay until then. See `read`.
-    if factors_payload is not None:
-        write_file(folder / PENDING_FACTORS_FILE, factors_payload)
-    write_file(folder / PENDING_CONFIG_FILE, config.encode())
-    write_file(folder / TENSORS_FILE, payload)
-    if factors_payload is not None:
-        os.replace(folder / PENDING_FACTORS_FILE, folder / FACTORS_FILE)
-    os.replace(folder / PENDING_CONFIG_FILE, folder / CONFIG_FILE)
-    if factors_payload is None:
-        for left_over in (FACTORS_FILE, PENDING_FACTORS_FILE):
-            (folder / left_over).unlink(missing_ok=True)
-
-
-def _config_text(manifest: Manifest, dtype: str, digests: Mapping[str, str]) -> str:
-    """The config as JSON with one line per site, so that it is small, and people can compare two of them."""
-    config = {
-        "format_version": FORMAT_VERSION,
-        "method": manifest.args.method,
-        "threshold": manifest.threshold,
-        "arguments": manifest.args.to_dict(),
-        "dtype": dtype,
-        **digests,
-        "base": manifest.base.to_json(),
-        "versions": manifest.versions,
-    }
-    records = []
-    for site in manifest.sites:
-        record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
-        if site.slice is not None:
-            record["slice"] = asdict(site.slice)
-        if site.name in manifest.seeds:
-            record.update(manifest.seeds[site.name].to_json())
-        records.append("    " + json.dumps(record, separators=(",", ":")))
-    head = json.dumps(config, indent=2).removesuffix("\n}")
-    return head + ',\n  "sites": [\n' + ",\n".join(records) + "\n  ]\n}\n"
+    digests = {"tensors_sha256": tensors_digest(tensors)}
+    if factors:
+        digests["factors_sha256"] = tensors_digest(factors)
+    config = config_text(manifest, FORMAT_VERSION, dtype, digests)
+    payload = to_bytes({**tensors, **factors}, CONFIG_KEY, config)
+    write_files({folder / TENSORS_FILE: payload, folder / CONFIG_FILE: config.encode()})
+    for left_over in (FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE):
+        # These are of an adapter of the first format that was here before.
+        (folder / left_over).unlink(missing_ok=True)
 
 
 # ---- reading ----
@@ -265,7 +258,7 @@ def size_on_disk(folder: str | PathLike) -> int:
 
 def read(folder: str | PathLike) -> SavedAdapter:
     """
-    Read an adapter's config and check it, without a base.
+    Read an adapter's config and check it, without a base. Its tensors are read later, and are of the same moment.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`write`] made.
@@ -277,90 +270,68 @@ def read(folder: str | PathLike) -> SavedAdapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
+    path = folder / TENSORS_FILE
     # Anything but a regular file counts as missing, because reading a pipe, for example, might never end.
-    config_file, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
-    if not (folder / TENSORS_FILE).is_file() or not (config_file.is_file() or pending.is_file()):
-        missing = TENSORS_FILE if config_file.is_file() else CONFIG_FILE
-        raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {missing}.")
-    if pending.is_file():
-        # A save was interrupted. If it had put the tensors in place, they belong to the pending config.
-        newer = _read_config(pending)
-        if newer.owns_tensors():
-            has_moved = not (folder / PENDING_FACTORS_FILE).is_file()
-            return newer if has_moved else replace(newer, factors_file=folder / PENDING_FACTORS_FILE)
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {CONFIG_FILE}.")
-    return _read_config(config_file)
-
-
-def _read_config(path: Path) -> SavedAdapter:
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {TENSORS_FILE}.")
+    file = TensorFile(path)
+    text = file.metadata.get(CONFIG_KEY)
+    if text is None:
+        config, files = format1.read(folder)
+        return SavedAdapter(**vars(config), folder=folder, files=files)
     try:
-        config = read_json(path, MAX_CONFIG_BYTES)
-        version_found = config.get("format_version")
-        if type(version_found) is int and version_found > FORMAT_VERSION:
-            raise AdapterError(
-                f"{path} has format version {version_found}; this hf_sara reads version {FORMAT_VERSION}. "
-                "Update hf_sara: pip install -U hf_sara."
-            )
-        return _check_config(config, path.parent)
+        parsed = parse_json(text.encode(), MAX_CONFIG_BYTES)
+        format1.refuse_later_format(parsed, FORMAT_VERSION, path)
+        config = parse_config(parsed, FORMAT_VERSION)
     except AdapterError:
         raise
     except ValueError as error:
-        raise AdapterError(f"{path} is damaged: {error}.") from error
+        raise AdapterError(f"The config in the header of {path} is damaged: {error}.") from error
+    _compare_copy(folder / CONFIG_FILE, text, path)
+    return SavedAdapter(**vars(config), folder=folder, files=_OneFile(file))
 
 
-def _check_config(config: dict[str, Any], folder: Path) -> SavedAdapter:
-    check_fields("the config", config, CONFIG_FIELDS, optional={"factors_sha256"})
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"there is no format version {config['format_version']}")
-    hints = get_type_hints(SaraArguments)
-    check_fields("its arguments", config["arguments"], hints, optional=hints)
-    args = SaraArguments(**config["arguments"])
-    method = args.resolved_method()
-    if config["method"] != args.method:
-        raise ValueError(f"its method {config['method']!r} is not that of its arguments")
-    if config["dtype"] not in ("float32", "float64"):
-        raise ValueError(f"trained tensors cannot have the dtype {config['dtype']!r}")
-    check_threshold(config["threshold"])
-    check_digest("its tensors_sha256", config["tensors_sha256"])
-    if ("factors_sha256" in config) != method.saves_factors:
-        raise ValueError("it has to have factors_sha256 if, and only if, the frozen factors are saved")
-    if "factors_sha256" in config:
-        check_digest("its factors_sha256", config["factors_sha256"])
-    base = BaseRecord.from_json(config["base"])
-    records = config["sites"]
-    sites = [_read_site(f"the record of site {number}", record, method) for number, record in enumerate(records)]
-    if not sites or len({site.name for site in sites}) != len(sites):
-        raise ValueError("it names no sites, or one twice")
-    seeds = {}
-    if method.has_factors:
-        seeds = {site.name: Seed.from_json(record, site) for site, record in zip(sites, records, strict=True)}
-    return SavedAdapter(
-        args=args,
-        threshold=config["threshold"],
-        sites=sites,
-        seeds=seeds,
-        base=base,
-        versions=config["versions"],
-        folder=folder,
-        factors_file=folder / FACTORS_FILE,
-        dtype=config["dtype"],
-        tensors_sha256=config["tensors_sha256"],
-        factors_sha256=config.get("factors_sha256"),
-    )
+def _compare_copy(copy: Path, text: str, path: Path) -> None:
+    if not copy.is_file():
+        return
+    with open(copy, "rb") as file:
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if content.replace(b"\r\n", b"\n") != text.encode():
+        logger.warning(
+            "%s is not the config of the adapter beside it: it was changed, or a save was interrupted. What counts is "
+            "the config in the header of %s. Save the adapter again to make both the same.",
+            copy,
+            path.name,
+        )
 
 
-def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
-    hints = {**SITE_FIELDS, **SEED_FIELDS} if method.has_factors else SITE_FIELDS
-    check_fields(what, record, hints, optional={"slice", "clusters"})
-    name, shape, k, part = record["name"], tuple(record["shape"]), record["k"], None
-    if "slice" in record:
-        check_fields(f"the slice of {name!r}", record["slice"], get_type_hints(OutputSlice))
-        part = OutputSlice(**record["slice"])
-    if len(shape) != 2 or not 1 <= k <= min(shape):
-        raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
-    return PlannedSite(name, name.rsplit(".", 1)[0] if part else name, shape, part, k=k)
+class _OneFile:
+    """The file that is the adapter."""
 
+    def __init__(self, file: TensorFile):
+        self.file = file
 
-def _shape_text(site: Site) -> str:
-    return str(site.shape) if site.slice is None else f"{site.shape} in the columns {site.slice}"
+    def read_state(self, config: Config) -> dict[str, torch.Tensor]:
+        return self._read(config, config.state_shapes(), config.tensors_sha256)
+
+    def read_factors(self, config: Config) -> dict[str, torch.Tensor]:
+        return self._read(config, config.saved_factor_shapes(), config.factors_sha256)
+
+    def _read(self, config: Config, wanted: dict[str, tuple[int, ...]], sha256: str | None) -> dict[str, torch.Tensor]:
+        dtypes = {name: {config.dtype} for name in config.trained_shapes()}
+        for part in config.parts:
+            # Updates have the dtype of the base or a wider one, and a head may have another dtype than its body.
+            dtypes |= {name: {"float32", "float64"} for name in {**part.trained_shapes(), **part.buffer_shapes()}}
+        for part in config.parts:
+            if isinstance(part, ModulePart):
+                dtypes |= {f"{part.name}.{name}": {dtype} for name, dtype in part.dtypes.items()}
+        factors = config.saved_factor_shapes()
+        dtypes |= {name: set(SAFETENSORS_DTYPES) for name in factors}
+        self.file.check({**config.state_shapes(), **factors}, dtypes)
+        tensors = self.file.read(wanted)
+        if tensors_digest(tensors) != sha256:
+            raise AdapterError(
+                f"{self.file.path} is damaged: the SHA-256 of its tensors is not the one in its config. Take the file "
+                "from where it came once more."
+            )
+        return tensors

@@ -20,6 +20,8 @@ DEFAULT_TARGETS = {
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
 }
 
+PLAIN_NAME = re.compile(r"[\w.]+")
+
 
 def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
     """
@@ -74,21 +76,25 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _is_target(site: Site, targets: list[str]) -> bool:
-    for target in targets:
-        if re.fullmatch(r"[\w.]+", target):
-            # A plain name has to be the end of the name of a site or of its module, and begin there after a dot.
-            if f".{site.name}".endswith(f".{target}") or f".{site.module}".endswith(f".{target}"):
-                return True
-        elif _fullmatch(target, site.name):
-            return True
-    return False
+    # A plain name may also be that of a fused module, which then stands for all of its projections.
+    return any(
+        matches(site.name, target, "target_modules")
+        or (PLAIN_NAME.fullmatch(target) is not None and matches(site.module, target, "target_modules"))
+        for target in targets
+    )
 
 
-def _fullmatch(pattern: str, name: str) -> bool:
+def matches(name: str, pattern: str, argument: str) -> bool:
+    """
+    Whether a choice of modules includes a full name. A plain name has to be the end of the full name, and begin there
+    after a dot. Anything else is a regular expression for the whole name. An error names the argument that it is of.
+    """
+    if PLAIN_NAME.fullmatch(pattern):
+        return f".{name}".endswith(f".{pattern}")
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"target_modules={pattern!r} is not a valid regular expression: {error}.") from error
+        raise ValueError(f"{argument}={pattern!r} is not a valid regular expression: {error}.") from error
 
 
 def _offer(sites: list[Site]) -> str:

@@ -1,5 +1,6 @@
 """Tiny random models of every family, and what the tests share. Nothing here touches a network."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import logging as transformers_logging
 
 from hf_sara import SaraAdapter, SaraArguments, factors
+from hf_sara.carrier import adapters_on
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
@@ -171,8 +173,12 @@ def attach_trained(model, method: str = "sara", name: str = "default", seed: int
 
 
 def base_state(model) -> dict[str, torch.Tensor]:
-    """Copies of the base's own tensors, by name."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".sara." not in name}
+    """Copies of the base's own tensors, by name. Trained copies of modules are taken out of their places for that."""
+    with contextlib.ExitStack() as stack:
+        for adapter in adapters_on(model).values():
+            if not adapter.merged:
+                stack.enter_context(adapter.disabled())
+        return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".sara." not in name}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

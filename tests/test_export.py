@@ -25,7 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_sara
-from hf_sara import AdapterError, SaraAdapter, SaraArguments, export, export_lora, merge, merge_shards, plain_model
+from hf_sara import (
+    AdapterError,
+    SaraAdapter,
+    SaraArguments,
+    export,
+    export_lora,
+    merge,
+    merge_files,
+    merge_shards,
+    plain_model,
+)
 from hf_sara.export import LORA_CONFIG_FILE, LORA_TENSORS_FILE
 
 ONE_HEAD = {"method": "mo_sara", "num_heads": 1}
@@ -604,7 +614,7 @@ def test_only_adapted_weights_are_read_and_one_file_at_a_time(tmp_path, monkeypa
             read.append(key)
             return self.file.get_tensor(key)
 
-    monkeypatch.setattr(plain_model, "safe_open", Watched)
+    monkeypatch.setattr(merge_files, "safe_open", Watched)
     merge_shards(base, tmp_path / "adapter", tmp_path / "merged")
     assert sorted(read) == [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in (0, 1) for p in "qv"]
 

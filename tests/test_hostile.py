@@ -6,6 +6,7 @@ and time, nothing in it is executed, nothing is written, and the model is what i
 import base64
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -23,10 +24,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import attach_trained, logits, make_model, same_bits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from hf_sara import AdapterError, SaraAdapter, from_hub, storage
-from hf_sara.storage import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, TENSORS_FILE
+from hf_sara.storage import CONFIG_FILE, CONFIG_KEY, FACTORS_FILE, PENDING_CONFIG_FILE, TENSORS_FILE
+from hf_sara.tensor_files import tensors_digest
+
+FORMAT1 = Path(__file__).parent / "data" / "format1"
 
 BASE, COMMIT = "someone/base", "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hunter2"
@@ -37,15 +41,51 @@ Damage = Callable[[Path], object]
 # ---- ways to damage a folder ----
 
 
-def config(change: Callable[[dict], object]) -> Damage:
-    """Change the config."""
+def split(whole: bytes) -> tuple[dict, bytes]:
+    """The header of a tensor file, and the bytes behind it."""
+    (length,) = struct.unpack("<Q", whole[:8])
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def joined(header: dict, data: bytes) -> bytes:
+    written = json.dumps(header).encode()
+    return struct.pack("<Q", len(written)) + written + data
+
+
+def text(change: Callable[[str], str]) -> Damage:
+    """Change the config's text in the header, and nothing else."""
 
     def damage(folder: Path) -> None:
-        content = json.loads((folder / CONFIG_FILE).read_text())
-        change(content)
-        (folder / CONFIG_FILE).write_text(json.dumps(content))
+        header, data = split((folder / TENSORS_FILE).read_bytes())
+        header["__metadata__"][CONFIG_KEY] = change(header["__metadata__"][CONFIG_KEY])
+        (folder / TENSORS_FILE).write_bytes(joined(header, data))
 
     return damage
+
+
+def config(change: Callable[[dict], object]) -> Damage:
+    """Change the config in the header, and nothing else."""
+    return text(lambda found: json.dumps(changed(json.loads(found), change)))
+
+
+def changed(found: dict, change: Callable[[dict], object]) -> dict:
+    change(found)
+    return found
+
+
+def file_text(change: Callable[[str], str | bytes]) -> Damage:
+    """Change the text of sara_config.json, which is the config of the first format and a copy in the second one."""
+
+    def damage(folder: Path) -> None:
+        content = change((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+def file_config(change: Callable[[dict], object]) -> Damage:
+    """Change the config in sara_config.json."""
+    return file_text(lambda found: json.dumps(changed(json.loads(found), change)))
 
 
 def site(**changes) -> Damage:
@@ -61,59 +101,84 @@ def base(**changes) -> Damage:
     return config(lambda c: c["base"].update(changes))
 
 
-def text(change: Callable[[str], str | bytes]) -> Damage:
-    """Change the config's text."""
+def content(change: Callable[[bytes], bytes]) -> Damage:
+    """Change the bytes of the tensor file."""
 
     def damage(folder: Path) -> None:
-        content = change((folder / CONFIG_FILE).read_text())
-        (folder / CONFIG_FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / TENSORS_FILE).write_bytes(change((folder / TENSORS_FILE).read_bytes()))
 
     return damage
 
 
-def content(change: Callable[[bytes], bytes], file: str = TENSORS_FILE) -> Damage:
-    """Change the bytes of a tensor file. Whoever does that for a purpose writes the new digest into the config."""
+def tensors(change: Callable[[dict], object]) -> Damage:
+    """Change the tensors. Whoever does that for a purpose writes the new digests into the config."""
 
     def damage(folder: Path) -> None:
-        (folder / file).write_bytes(change((folder / file).read_bytes()))
-        sign(folder, file)
+        header, _ = split((folder / TENSORS_FILE).read_bytes())
+        found = changed(load_file(folder / TENSORS_FILE), change)
+        (folder / TENSORS_FILE).write_bytes(save(found, header["__metadata__"]))
+        sign(found)(folder)
 
     return damage
 
 
-def sign(folder: Path, file: str) -> None:
-    digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    config(lambda c: c.update({f"{'tensors' if file == TENSORS_FILE else 'factors'}_sha256": digest}))(folder)
+def sign(found: dict[str, torch.Tensor]) -> Damage:
+    """Write the digests of tensors into the config."""
+
+    def write(config: dict) -> None:
+        factors = {name: t for name, t in found.items() if name.endswith((".U", ".Vh")) and "factors_sha256" in config}
+        config["tensors_sha256"] = tensors_digest({name: t for name, t in found.items() if name not in factors})
+        if factors:
+            config["factors_sha256"] = tensors_digest(factors)
+
+    return config(write)
 
 
-def tensors(change: Callable[[dict], object], file: str = TENSORS_FILE) -> Damage:
-    """Change the tensors of a file, which stays a valid one."""
+def tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str = f"{Q}.S") -> Damage:
+    """Change one tensor."""
+    return tensors(lambda found: found.update({name: change(found[name]).contiguous()}))
+
+
+def file_tensors(change: Callable[[dict], object], file: str = TENSORS_FILE) -> Damage:
+    """Change the tensors of a file of the first format, with its new digest in the config."""
 
     def damage(folder: Path) -> None:
-        found = load_file(folder / file)
-        change(found)
-        save_file(found, folder / file)
-        sign(folder, file)
+        (folder / file).write_bytes(save(changed(load_file(folder / file), change), {"format": "pt"}))
+        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        name = "tensors_sha256" if file == TENSORS_FILE else "factors_sha256"
+        file_config(lambda c: c.update({name: digest}))(folder)
 
     return damage
 
 
-def tensor(change: Callable[[torch.Tensor], torch.Tensor], name: str = f"{Q}.S", file: str = TENSORS_FILE) -> Damage:
-    """Change one tensor of a file."""
-    return tensors(lambda found: found.update({name: change(found[name]).contiguous()}), file)
+def file_factors(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    """Change one of the factors in their file."""
+    return file_tensors(lambda found: found.update({f"{Q}.U": change(found[f"{Q}.U"]).contiguous()}), FACTORS_FILE)
+
+
+def both(*damages: Damage) -> Damage:
+    """Several damages, one after the other."""
+
+    def damage(folder: Path) -> None:
+        for part in damages:
+            part(folder)
+
+    return damage
 
 
 def header(change: Callable[[dict], object]) -> Damage:
     """Change the header of the tensor file, and leave the bytes behind it."""
 
     def rewrite(whole: bytes) -> bytes:
-        (length,) = struct.unpack("<Q", whole[:8])
-        found = json.loads(whole[8 : 8 + length])
-        change(found)
-        changed = json.dumps(found).encode()
-        return struct.pack("<Q", len(changed)) + changed + whole[8 + length :]
+        found, data = split(whole)
+        return joined(changed(found, change), data)
 
     return content(rewrite)
+
+
+def records(header: dict) -> list[dict]:
+    """What a header says of each tensor."""
+    return [record for name, record in header.items() if name != "__metadata__"]
 
 
 def entry(**changes) -> Damage:
@@ -183,17 +248,26 @@ def pickled(file: str, replaces: str | None = None) -> Damage:
 
 
 def many_heads(folder: Path) -> None:
-    """Config and tensor file agree on 10^8 heads; the 6 GB of the first site's S are a hole in the file."""
+    """The config and the rest of the header agree on 10^8 heads; their 6 GB and more are a hole in the file."""
     config(lambda c: c["arguments"].update(num_heads=10**8))(folder)
-    saved = storage.read(folder)
-    records, end = {}, 0
-    for name, shape in saved.trained_shapes().items():
-        size = 4 * torch.Size(shape).numel()
-        records[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(records).encode()
-    (folder / TENSORS_FILE).write_bytes(struct.pack("<Q", len(text)) + text)
-    os.truncate(folder / TENSORS_FILE, 8 + len(text) + end)
+    hole(storage.read(folder).state_shapes())(folder)
+
+
+def hole(shapes: dict[str, tuple[int, ...]]) -> Damage:
+    """A valid file with float32 tensors of these shapes, all of which are a hole in it."""
+
+    def damage(folder: Path) -> None:
+        found, _ = split((folder / TENSORS_FILE).read_bytes())
+        header, end = {"__metadata__": found["__metadata__"]}, 0
+        for name, shape in shapes.items():
+            size = 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        start = joined(header, b"")
+        (folder / TENSORS_FILE).write_bytes(start)
+        os.truncate(folder / TENSORS_FILE, len(start) + end)
+
+    return damage
 
 
 def nested(depth: int, opening: str, closing: str) -> str:
@@ -204,10 +278,11 @@ def sketch(*numbers: float) -> str:
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 
 
-def switch_method(folder: Path) -> None:
+@config
+def switch_method(content: dict) -> None:
     """The config says the other method, consistently; its sites have or lack what that needs."""
-    method = {"sara": "mo_sara", "mo_sara": "sara"}[json.loads((folder / CONFIG_FILE).read_text())["method"]]
-    config(lambda c: c.update(method=method, arguments={"method": method}))(folder)
+    method = {"sara": "mo_sara", "mo_sara": "sara"}[content["method"]]
+    content.update(method=method, arguments={"method": method})
 
 
 def crowd(folder: Path) -> None:
@@ -224,27 +299,19 @@ def many_tensors(found: dict) -> None:
 @header
 def overlap(found: dict) -> None:
     """Two tensors of one shape on the same bytes."""
-    found.pop("__metadata__")
-    one, other = next(pair for pair in combinations(found.values(), 2) if pair[0]["shape"] == pair[1]["shape"])
+    one, other = next(pair for pair in combinations(records(found), 2) if pair[0]["shape"] == pair[1]["shape"])
     one["data_offsets"] = other["data_offsets"]
 
 
-def gap(folder: Path) -> None:
-    """Everything four bytes later: the first bytes belong to no tensor."""
-
-    @header
-    def shift(found: dict) -> None:
-        found.pop("__metadata__")
-        for record in found.values():
-            record["data_offsets"] = [offset + 4 for offset in record["data_offsets"]]
-
-    shift(folder)
-    content(lambda whole: whole + bytes(4))(folder)
+@header
+def shift(found: dict) -> None:
+    """Everything four bytes later."""
+    for record in records(found):
+        record["data_offsets"] = [offset + 4 for offset in record["data_offsets"]]
 
 
 def torch_archive(folder: Path) -> None:
     torch.save({"state": Payload(folder)}, folder / TENSORS_FILE)
-    sign(folder, TENSORS_FILE)
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -263,14 +330,125 @@ def swap_seeds(content: dict) -> None:
 
 def exchange_factors(folder: Path) -> None:
     """Orthonormal, finite, of the right shapes: but not those that the adapter was trained with."""
-    found = load_file(folder / FACTORS_FILE)
-    save_file({name: tensor.flip(0).contiguous() for name, tensor in found.items()}, folder / FACTORS_FILE)
+    file = folder / FACTORS_FILE if (folder / FACTORS_FILE).exists() else folder / TENSORS_FILE
+    found, _ = split(file.read_bytes())
+    flipped = {n: t.flip(0).contiguous() if n.endswith((".U", ".Vh")) else t for n, t in load_file(file).items()}
+    file.write_bytes(save(flipped, found["__metadata__"]))
 
 
 def pending(folder: Path) -> None:
     """As after a crash of a write, but the tensors are a terabyte."""
     shutil.copy(folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE)
-    os.truncate(folder / TENSORS_FILE, 2**40)
+    hole({f"{Q}.S": (2**38,)})(folder)
+
+
+def module(**changes) -> Damage:
+    """Change the record of the first module."""
+    return config(lambda c: c["modules"][0].update(changes))
+
+
+def module_shape(shape: object) -> Damage:
+    return config(lambda c: c["modules"][0]["parameters"].update(weight=shape))
+
+
+def buffer_shape(shape: object) -> Damage:
+    return config(lambda c: c["modules"][0]["buffers"].update({"0.num_batches_tracked": shape}))
+
+
+def buffer_dtype(dtype: object) -> Damage:
+    return config(lambda c: c["modules"][0]["dtypes"].update({"0.num_batches_tracked": dtype}))
+
+
+def rows(number: int = 0, **changes) -> Damage:
+    """Change a record of tokens."""
+    return config(lambda c: c["tokens"][number].update(changes))
+
+
+def unsigned(name: str) -> Damage:
+    """Change a tensor, and leave the digest."""
+
+    def damage(folder: Path) -> None:
+        header, _ = split((folder / TENSORS_FILE).read_bytes())
+        found = changed(load_file(folder / TENSORS_FILE), lambda t: t.update({name: t[name] + 1}))
+        (folder / TENSORS_FILE).write_bytes(save(found, header["__metadata__"]))
+
+    return damage
+
+
+HEAD_WEIGHT, COUNT, MEAN = "classifier.weight", "classifier.0.num_batches_tracked", "classifier.0.running_mean"
+ROWS_KEY = "model.embed_tokens.trainable_tokens"
+ONE = torch.ones(1)
+NORM = {"name": "model.norm", "parameters": {"weight": [24]}}
+EMPTY = {"name": "dropout", "parameters": {}}
+ROWS = {"name": "lm_head", "indices": [3, 5], "width": 24, "trained": True}
+TIED_HEAD = {"name": "lm_head", "parameters": {"weight": [40, 24]}}
+TIED_ROWS = {"name": "lm_head", "indices": [3, 5], "width": 24, "trained": False}
+
+
+@tensors
+def big_head(found: dict) -> None:
+    """A head of other sizes, with a row for each of a thousand classes."""
+    found["classifier.weight"] = torch.ones(1000, 24)
+
+
+more_parameters = both(
+    config(lambda c: c["modules"][0]["parameters"].update(more=[1])),
+    tensors(lambda found: found.update({"classifier.more": torch.ones(1)})),
+)
+fewer_parameters = both(
+    config(lambda c: c["modules"][0]["parameters"].pop("bias")), tensors(lambda found: found.pop("classifier.bias"))
+)
+same_name = module(buffers={"weight": [3, 24]}, dtypes={"weight": "float32"})
+# The pooler, and once more a module in it, whose parameters are then the same.
+nested_modules = both(
+    config(
+        lambda c: c["modules"].extend(
+            [
+                {"name": "bert.pooler", "parameters": {"dense.weight": [24, 24], "dense.bias": [24]}},
+                {
+                    "name": "bert.pooler.dense",
+                    "parameters": {},
+                    "ties": {"weight": "bert.pooler.dense.weight", "bias": "bert.pooler.dense.bias"},
+                },
+            ]
+        )
+    ),
+    tensors(
+        lambda found: found.update(
+            {"bert.pooler.dense.weight": torch.ones(24, 24), "bert.pooler.dense.bias": torch.ones(24)}
+        )
+    ),
+)
+module_with_a_site = both(
+    config(
+        lambda c: c["modules"].append(
+            {"name": "bert.encoder.layer.0.attention.self.query", "parameters": {"weight": [24, 24], "bias": [24]}}
+        )
+    ),
+    tensors(
+        lambda found: found.update(
+            {
+                "bert.encoder.layer.0.attention.self.query.weight": torch.ones(24, 24),
+                "bert.encoder.layer.0.attention.self.query.bias": torch.ones(24),
+            }
+        )
+    ),
+)
+rows_of_a_module = both(
+    config(lambda c: c.update(modules=[{"name": "model.embed_tokens", "parameters": {"weight": [40, 24]}}])),
+    tensors(lambda found: found.update({"model.embed_tokens.weight": torch.ones(40, 24)})),
+)
+tied_rows = both(
+    config(lambda c: c["tokens"].append(TIED_ROWS)),
+    tensors(lambda found: found.update({"lm_head.trainable_tokens": torch.ones(2, 24)})),
+)
+# The adapter trains both embeddings in full, it says, and so all the rows that the base lacks.
+big_vocabulary = config(
+    lambda c: c.update(
+        modules=[{"name": name, "parameters": {"weight": [10**9, 24]}} for name in ("model.embed_tokens", "lm_head")],
+        base={**c["base"], "vocab_size": 10**9},
+    )
+)
 
 
 def taken_name(folder: Path) -> None:
@@ -299,41 +477,110 @@ class Case(NamedTuple):
 
 
 SARA, MO_SARA, FACTORS = ("sara",), ("mo_sara",), ("factors",)
+# Adapters of the first format, without and with saved factors.
+FIRST, FIRST_FACTORS = ("format1-sara",), ("format1-factors",)
+# Adapters with parts: a head, a head with buffers, trained rows of an embedding, and rows of one that is tied.
+HEAD, BUFFERS, TOKENS, TIED = ("head",), ("buffers",), ("tokens",), ("tied",)
 # A case that takes a second is run once.
 ONCE = {"kinds": SARA, "loaders": ("load",)}
 WITH_BASE = {"loaders": ("from_hub",)}
-DAMAGED = rf"{CONFIG_FILE} is damaged: "
+LOAD = ("load",)
+NO_MODULE = r"trains .*, which this \w+ does not have"
+OTHER_TENSORS = "the adapter in .* trains it with the tensors"
+WRONG_SHAPES = "the shapes or the dtypes of the module 'classifier' are wrong"
+NOT_RISING = "are not different row numbers in rising order"
+NO_ROWS = "which is no such embedding of this model"
+DAMAGED = rf"The config in the header of .*{TENSORS_FILE} is damaged: "
+FILE_DAMAGED = rf"{CONFIG_FILE} is damaged: "
 BROKEN = rf"{TENSORS_FILE} is damaged: "
 
 CASES = [
-    # -- the config as a file --
+    # -- the config as a text in the header --
     Case("config: empty", text(lambda t: ""), DAMAGED + "it is not JSON"),
     Case("config: not JSON", text(lambda t: "not json"), DAMAGED + "it is not JSON"),
     Case("config: cut off", text(lambda t: t[:-40]), DAMAGED + "it is not JSON"),
     Case("config: more behind it", text(lambda t: t + "{}"), DAMAGED + r"it is not JSON \(Extra data"),
     Case("config: a list", text(lambda t: "[1, 2]"), DAMAGED + "it is not a JSON object"),
     Case("config: byte order mark", text(lambda t: "\ufeff" + t), DAMAGED + r"it is not JSON \(Unexpected UTF-8 BOM"),
-    Case("config: UTF-16", text(lambda t: t.encode("utf-16")), DAMAGED + "it is not JSON .*can't decode"),
-    Case("config: Latin-1", text(lambda t: t.replace("model", "modèl").encode("latin-1")), "can't decode byte 0xe8"),
+    Case("config: half a character", text(lambda t: t + "\ud800"), BROKEN),
     Case("config: deep lists", text(lambda t: nested(10**5, "[", "]")), DAMAGED + "it is not JSON .*recursion"),
     Case("config: deep objects", text(lambda t: nested(10**5, '{"a":', "")), DAMAGED + "it is not JSON .*recursion"),
-    Case("config: deep in a field", text(lambda t: t.replace("1,", nested(10**5, "[", "]") + ",", 1)), "recursion"),
-    Case("config: 200 MB", instead(CONFIG_FILE, sparse(200 * 2**20)), DAMAGED + "it has more than 8,388,608 bytes"),
-    Case("config: a terabyte", instead(CONFIG_FILE, sparse(2**40)), DAMAGED + "it has more than 8,388,608 bytes"),
+    Case("config: deep in a field", text(lambda t: t.replace("2,", nested(10**5, "[", "]") + ",", 1)), "recursion"),
+    Case("config: 9 MB", text(lambda t: t + " " * 9_000_000), DAMAGED + "it has more than 8,388,608 bytes", **ONCE),
+    Case("config: 40 MB", text(lambda t: " " * 40_000_000), BROKEN + "its header claims to have 40,", **ONCE),
     Case("config: millions of lists", text(lambda t: f"[{'[],' * 2_700_000}0]"), "it is not a JSON object", **ONCE),
-    Case("config: a pickle", pickled(CONFIG_FILE, CONFIG_FILE), DAMAGED + "it is not JSON"),
-    Case("config: missing", instead(CONFIG_FILE, lambda path: None), f"it has no {CONFIG_FILE}"),
-    Case("config: a folder", instead(CONFIG_FILE, Path.mkdir), f"it has no {CONFIG_FILE}"),
-    Case("config: a pipe", instead(CONFIG_FILE, os.mkfifo), f"it has no {CONFIG_FILE}"),
-    Case("config: a device", instead(CONFIG_FILE, lambda p: p.symlink_to("/dev/zero")), f"it has no {CONFIG_FILE}"),
-    Case("config: a link to itself", instead(CONFIG_FILE, lambda p: p.symlink_to(p)), f"it has no {CONFIG_FILE}"),
-    Case("config: a link outside", instead(CONFIG_FILE, secret), DAMAGED + "it is not JSON"),
-    Case(
-        "pending config: damaged",
-        lambda folder: (folder / PENDING_CONFIG_FILE).write_text(nested(10**5, "[", "]")),
-        rf"{PENDING_CONFIG_FILE} is damaged: it is not JSON",
+    Case("config: not in the header", header(lambda h: h.pop("__metadata__")), "its format version is 2, and 1 belo"),
+    Case("config: under another name", header(lambda h: h.update(__metadata__={"config": "{}"})), "version is 2, and"),
+    Case("config: not text", header(lambda h: h["__metadata__"].update({CONFIG_KEY: {"format_version": 2}})), BROKEN),
+    # -- the config of the first format, which is a file --
+    *(
+        Case(f"first format: {name}", damage, message, FIRST)
+        for name, damage, message in (
+            ("empty", file_text(lambda t: ""), FILE_DAMAGED + "it is not JSON"),
+            ("not JSON", file_text(lambda t: "not json"), FILE_DAMAGED + "it is not JSON"),
+            ("cut off", file_text(lambda t: t[:-40]), FILE_DAMAGED + "it is not JSON"),
+            ("a list", file_text(lambda t: "[1, 2]"), FILE_DAMAGED + "it is not a JSON object"),
+            (
+                "byte order mark",
+                file_text(lambda t: "\ufeff" + t),
+                FILE_DAMAGED + r"it is not JSON \(Unexpected UTF-8",
+            ),
+            ("UTF-16", file_text(lambda t: t.encode("utf-16")), FILE_DAMAGED + "it is not JSON .*can't decode"),
+            ("Latin-1", file_text(lambda t: t.replace("model", "modèl").encode("latin-1")), "can't decode byte 0xe8"),
+            ("deep lists", file_text(lambda t: nested(10**5, "[", "]")), FILE_DAMAGED + "it is not JSON .*recursion"),
+            ("200 MB", instead(CONFIG_FILE, sparse(200 * 2**20)), FILE_DAMAGED + "it has more than 8,388,608 bytes"),
+            ("a terabyte", instead(CONFIG_FILE, sparse(2**40)), FILE_DAMAGED + "it has more than 8,388,608 bytes"),
+            ("a pickle", pickled(CONFIG_FILE, CONFIG_FILE), FILE_DAMAGED + "it is not JSON"),
+            ("missing", instead(CONFIG_FILE, lambda path: None), f"it has no {CONFIG_FILE}"),
+            ("a folder", instead(CONFIG_FILE, Path.mkdir), f"it has no {CONFIG_FILE}"),
+            ("a pipe", instead(CONFIG_FILE, os.mkfifo), f"it has no {CONFIG_FILE}"),
+            ("a device", instead(CONFIG_FILE, lambda p: p.symlink_to("/dev/zero")), f"it has no {CONFIG_FILE}"),
+            ("a link to itself", instead(CONFIG_FILE, lambda p: p.symlink_to(p)), f"it has no {CONFIG_FILE}"),
+            ("a link outside", instead(CONFIG_FILE, secret), FILE_DAMAGED + "it is not JSON"),
+            (
+                "pending config damaged",
+                lambda folder: (folder / PENDING_CONFIG_FILE).write_text(nested(10**5, "[", "]")),
+                rf"{PENDING_CONFIG_FILE} is damaged: it is not JSON",
+            ),
+            ("a terabyte beside a pending config", pending, rf"{BROKEN}|it has 1,099,511,6.* bytes"),
+            ("a terabyte of tensors", hole({f"{Q}.S": (2**38,)}), BROKEN + "|it has 1,099,511,6.* bytes"),
+            (
+                "version two",
+                file_config(lambda c: c.update(format_version=2)),
+                "its format version is 2, and 1 belongs",
+            ),
+            ("a later version", file_config(lambda c: c.update(format_version=3)), "version 3; .*Update hf_sara"),
+            ("version zero", file_config(lambda c: c.update(format_version=0)), "its format version is 0, and 1 belo"),
+            ("one bit flipped", flip_a_bit, BROKEN + "its SHA-256 is not the one"),
+            ("another digest", file_config(lambda c: c.update(tensors_sha256="0" * 64)), "its SHA-256 is not the one"),
+            ("a tensor fewer", file_tensors(lambda t: t.pop(f"{Q}.S")), rf"Missing: {Q}\.S"),
+            (
+                "k another",
+                file_config(lambda c: c["sites"][0].update(k=c["sites"][0]["k"] + 1)),
+                r"q_proj\.\w+: the te",
+            ),
+            # It had neither modules nor tokens.
+            ("modules", file_config(lambda c: c.update(modules=[NORM])), "modules"),
+            ("tokens", file_config(lambda c: c.update(tokens=[{**ROWS, "trained": False}])), "tokens"),
+        )
     ),
-    Case("pending config: for a terabyte of tensors", pending, BROKEN + "it has 1,099,511,627,776 bytes"),
+    Case(
+        "first format: factors missing", instead(FACTORS_FILE, lambda p: None), "factors.* is missing", FIRST_FACTORS
+    ),
+    *(
+        Case(f"first format: factors {name}", damage, message, FIRST_FACTORS)
+        for name, damage, message in (
+            ("a pipe", instead(FACTORS_FILE, os.mkfifo), f"{FACTORS_FILE} is missing"),
+            ("a pickle", pickled(FACTORS_FILE, FACTORS_FILE), f"{FACTORS_FILE} is damaged"),
+            ("a terabyte", lambda f: os.truncate(f / FACTORS_FILE, 2**40), "is damaged: it has 1,099,511,627,776 by"),
+            ("NaN", file_factors(lambda t: t * torch.nan), rf"{Q}\.U: .*NaN"),
+            ("shorter", file_factors(lambda t: t[:-1]), rf"{Q}\.U: .* shape \(23, "),
+            ("integers", file_factors(lambda t: t.int()), "has dtype I32"),
+            ("more", file_tensors(lambda t: t.update(x=torch.ones(1)), FACTORS_FILE), "unexpected: x"),
+            ("exchanged", exchange_factors, f"{FACTORS_FILE} is damaged: its SHA"),
+            ("without a digest", file_config(lambda c: c.pop("factors_sha256")), "it has to have factors_sha256 if"),
+        )
+    ),
     # -- the config as JSON --
     Case("number: NaN", config(lambda c: c.update(threshold=float("nan"))), DAMAGED + ".*number NaN is not finite"),
     Case("number: Infinity", arguments(dropout=float("inf")), DAMAGED + ".*number Infinity is not finite"),
@@ -341,12 +588,19 @@ CASES = [
     Case("number: 5000 digits", text(lambda t: t.replace("0.05", "9" * 5000)), DAMAGED + "it is not JSON .*digits"),
     Case("duplicate: a field", text(lambda t: t.replace("{", '{"method": "sara",', 1)), "'method' stands twice"),
     Case("duplicate: of a site", text(lambda t: t.replace('{"name"', '{"k":1,"name"', 1)), "'k' stands twice"),
-    Case("version: a later one", config(lambda c: c.update(format_version=2, new=1)), "version 2; .*Update hf_sara"),
-    Case("version: zero", config(lambda c: c.update(format_version=0)), DAMAGED + "there is no format version 0"),
+    Case("version: a later one", config(lambda c: c.update(format_version=3, new=1)), "version 3; .*Update hf_sara"),
+    *(
+        Case(
+            f"version: {version}",
+            config(lambda c, version=version: c.update(format_version=version)),
+            DAMAGED + f"its format version is {version}, and 2 belongs there",
+        )
+        for version in (0, 1, -(10**30))
+    ),
     Case(
         "version: true", config(lambda c: c.update(format_version=True)), "format_version=True.* not of the type int"
     ),
-    Case("version: text", config(lambda c: c.update(format_version="1")), "format_version='1'.* not of the type int"),
+    Case("version: text", config(lambda c: c.update(format_version="2")), "format_version='2'.* not of the type int"),
     *(
         Case(
             f"missing: {name}",
@@ -463,6 +717,15 @@ CASES = [
     Case("base: pad token", base(pad_token_id="0"), "pad_token_id='0'.* not of the type"),
     Case("base: eos tokens", base(eos_token_id=[0, "x"]), "eos_token_id=.* not of the type"),
     Case("base: labels", base(id2label=["a"]), "id2label=.* not of the type"),
+    Case("base: problem_type", base(problem_type=["x"]), "problem_type=.* not of the type"),
+    *(
+        Case(f"base: vocab_size {size!r}", base(vocab_size=size), "vocab_size=.* not of the type")
+        for size in (True, 40.0, "40", [40])
+    ),
+    Case("base: vocab_size negative", base(vocab_size=-1), "vocab_size|-1 tokens"),
+    Case("base: vocab_size zero", base(vocab_size=0), "vocab_size|0 tokens"),
+    Case("base: vocab_size 10^12", base(vocab_size=10**12), "was trained with 1000000000000 tokens"),
+    Case("base: vocab_size 10^9, as of two modules", big_vocabulary, r"1000000000|Missing: model\.embed_tokens"),
     Case("base: not on the Hub", base(model_id=None), "not on the Hub. Give it as base_model", **WITH_BASE),
     Case("base: not to be had", base(model_id="someone/else"), "base 'someone/else' .*cannot be had", **WITH_BASE),
     Case("base: commit not to be had", base(revision="f" * 40), "base 'someone/base' .* cannot be had", **WITH_BASE),
@@ -482,12 +745,13 @@ CASES = [
     Case("tensors: zeros behind them", content(lambda whole: whole + bytes(8)), BROKEN),
     Case("tensors: a pickle", pickled(TENSORS_FILE, TENSORS_FILE), BROKEN),
     Case("tensors: an archive of torch", torch_archive, BROKEN),
-    Case("tensors: one bit flipped", flip_a_bit, BROKEN + "its SHA-256 is not the one"),
-    Case("tensors: wrong digest", config(lambda c: c.update(tensors_sha256="0" * 64)), "its SHA-256 is not the one"),
-    Case("tensors: no digest", config(lambda c: c.update(tensors_sha256="none")), "'none' is not a SHA-256"),
+    Case("tensors: one bit flipped", flip_a_bit, BROKEN + "the SHA-256 of its tensors is not the one"),
     Case(
-        "tensors: a terabyte", lambda f: os.truncate(f / TENSORS_FILE, 2**40), BROKEN + "it has 1,099,511,627,776 by"
+        "tensors: wrong digest", config(lambda c: c.update(tensors_sha256="0" * 64)), "SHA-256 of its tensors is not"
     ),
+    Case("tensors: no digest", config(lambda c: c.update(tensors_sha256="none")), "'none' is not a SHA-256"),
+    Case("tensors: a terabyte", lambda f: os.truncate(f / TENSORS_FILE, 2**40), BROKEN),
+    Case("tensors: a terabyte, as the header says", hole({f"{Q}.S": (2**38,)}), rf"{BROKEN}|Missing: {Q}"),
     Case("tensors: missing", instead(TENSORS_FILE, lambda path: None), f"it has no {TENSORS_FILE}"),
     Case("tensors: a folder", instead(TENSORS_FILE, Path.mkdir), f"it has no {TENSORS_FILE}"),
     Case("tensors: a pipe", instead(TENSORS_FILE, os.mkfifo), f"it has no {TENSORS_FILE}"),
@@ -498,18 +762,21 @@ CASES = [
         for name in ("pytorch_model.bin", "adapter_model.bin", "sara_adapter.bin", "sara_adapter.pt")
     ),
     # -- its header --
+    *(Case(f"header: claims {n} bytes", claimed(n), BROKEN) for n in (0, 1)),
     *(
-        Case(f"header: claims {n} bytes", claimed(n), BROKEN)
-        for n in (0, 1, 2**31, 2**40, 2**60, 2**63 + 5, 2**64 - 1)
+        Case(f"header: claims {n} bytes", claimed(n), BROKEN + f"its header claims to have {n:,} bytes")
+        for n in (2**26, 2**31, 2**40, 2**60, 2**63 + 5, 2**64 - 1)
     ),
+    Case("header: claims 30 MB", claimed(30 * 2**20), BROKEN),
     Case("header: claims the whole file", content(lambda w: struct.pack("<Q", len(w) - 8) + w[8:]), BROKEN),
     Case("header: not JSON", content(lambda whole: whole[:8] + b"[" + whole[9:]), BROKEN),
     Case("header: a list", raw_header(b"[]"), BROKEN),
-    Case("header: empty", raw_header(b"{}"), "Missing: model.layers.0"),
+    Case("header: empty", raw_header(b"{}"), "its format version is 2, and 1 belongs there"),
+    Case("header: only the config", header(lambda h: [h.pop(name) for name in {**h} if "_" != name[0]]), BROKEN),
     Case("header: not UTF-8", raw_header(b'{"\xff\xfe": 1}'), BROKEN),
     Case("header: deep", raw_header(b'{"a":' + b"[" * 900), BROKEN),
-    Case("header: 90 MB", raw_header(b"{" + b" " * 90_000_000 + b"}"), BROKEN + "it has 90,000,010 bytes", **ONCE),
-    Case("header: 100,000 tensors", many_tensors, BROKEN + "it has .* bytes, the tensors of the", **ONCE),
+    Case("header: 90 MB", raw_header(b"{" + b" " * 90_000_000 + b"}"), BROKEN + "its header claims to ", **ONCE),
+    Case("header: 100,000 tensors", many_tensors, "tensors in .* Missing: none; unexpected: t", **ONCE),
     Case("header: hostile metadata", header(lambda h: h.update(__metadata__={"format": 1})), BROKEN),
     *(
         Case(f"header: dtype {dtype}", entry(dtype=dtype), BROKEN)
@@ -528,7 +795,7 @@ CASES = [
     Case("header: offsets backwards", header(lambda h: h[f"{Q}.S"]["data_offsets"].reverse()), BROKEN),
     Case("header: offsets negative", entry(data_offsets=[-8, 0]), BROKEN),
     Case("header: offsets overlap", overlap, BROKEN),
-    Case("header: a gap", gap, BROKEN),
+    Case("header: a gap", both(shift, content(lambda whole: whole + bytes(4))), BROKEN),
     # -- its tensors --
     Case("tensor: missing", tensors(lambda t: t.pop(f"{Q}.S")), rf"Missing: {Q}\.S"),
     Case("tensor: all missing", tensors(lambda t: t.clear() or t.update(x=torch.ones(1))), "Missing: .*unexpected: x"),
@@ -581,18 +848,191 @@ CASES = [
     Case("seed: clusters with fractions", site(clusters=[[0.5, 2]]), "clusters=.* not of the type list", MO_SARA),
     Case("seed: clusters not a list", site(clusters=5), "clusters=5.* not of the type list", MO_SARA),
     # -- saved factors --
-    Case("factors: missing", instead(FACTORS_FILE, lambda path: None), f"{FACTORS_FILE} is missing", FACTORS),
-    Case("factors: a pipe", instead(FACTORS_FILE, os.mkfifo), f"{FACTORS_FILE} is missing", FACTORS),
-    Case("factors: a pickle", pickled(FACTORS_FILE, FACTORS_FILE), f"{FACTORS_FILE} is damaged", FACTORS),
-    Case("factors: a terabyte", lambda f: os.truncate(f / FACTORS_FILE, 2**40), f"{FACTORS_FILE} is damaged", FACTORS),
-    Case("factors: NaN", tensor(lambda t: t * torch.nan, f"{Q}.U", FACTORS_FILE), rf"{Q}\.U: .*NaN", FACTORS),
-    Case("factors: shorter", tensor(lambda t: t[:-1], f"{Q}.U", FACTORS_FILE), rf"{Q}\.U: .* shape \(23, ", FACTORS),
-    Case("factors: integers", tensor(lambda t: t.int(), f"{Q}.U", FACTORS_FILE), "has dtype I32", FACTORS),
-    Case("factors: extra", tensors(lambda t: t.update(x=torch.ones(1)), FACTORS_FILE), "unexpected: x", FACTORS),
-    Case("factors: exchanged", exchange_factors, f"{FACTORS_FILE} is damaged: its SHA", FACTORS),
+    Case("factors: missing", tensors(lambda t: t.pop(f"{Q}.U")), rf"Missing: {Q}\.U", FACTORS),
+    Case("factors: NaN", tensor(lambda t: t * torch.nan, f"{Q}.U"), rf"{Q}\.U: .*NaN", FACTORS),
+    Case("factors: shorter", tensor(lambda t: t[:-1], f"{Q}.U"), rf"{Q}\.U: .* shape \(23, ", FACTORS),
+    Case("factors: integers", tensor(lambda t: t.int(), f"{Q}.U"), "has dtype I32", FACTORS),
+    Case("factors: extra", tensors(lambda t: t.update({"x.U": torch.ones(1)})), r"unexpected: x\.U", FACTORS),
+    Case("factors: exchanged", exchange_factors, BROKEN + "the SHA-256 of its tensors", FACTORS),
+    Case("factors: wrong digest", config(lambda c: c.update(factors_sha256="0" * 64)), "SHA-256 of its ten", FACTORS),
     Case("factors: no digest", config(lambda c: c.pop("factors_sha256")), "it has to have factors_sha256 if", FACTORS),
     Case("factors: promised", arguments(factors="save"), "it has to have factors_sha256 if", MO_SARA),
     Case("factors: of SARA", config(lambda c: c.update(factors_sha256="0" * 64)), "has to have factors_sha256", SARA),
+    # -- modules that are trained in full --
+    Case("modules: an object", config(lambda c: c.update(modules={"0": 1})), "modules=.* not of the type list", HEAD),
+    Case("modules: null", config(lambda c: c.update(modules=None)), "modules=None.* not of the type list", HEAD),
+    Case("modules: text", config(lambda c: c["modules"].append("x")), "record of module 1 is not a JSON obj", HEAD),
+    Case("modules: one twice", config(lambda c: c["modules"].append(c["modules"][0])), "two of its tensors one", HEAD),
+    Case("modules: one more", config(lambda c: c["modules"].append(NORM)), NO_MODULE, HEAD),
+    Case("modules: none", config(lambda c: c.pop("modules")), r"unexpected: classifier", HEAD),
+    Case("module: one without tensors, twice", config(lambda c: c["modules"].extend([EMPTY, EMPTY])), "dropout", HEAD),
+    Case("module: inside of another", nested_modules, r"bert\.pooler", HEAD),
+    Case("module: with a site in it", module_with_a_site, r"bert\.encoder", HEAD),
+    Case("module: the base itself", module(name=""), "The adapter in", HEAD),
+    Case("module: tied to another", config(lambda c: c.update(modules=[TIED_HEAD])), "lm_head", TIED, LOAD),
+    Case("module: without name", config(lambda c: c["modules"][0].pop("name")), "'name' is missing in the rec", HEAD),
+    Case(
+        "module: without parameters", config(lambda c: c["modules"][0].pop("parameters")), "'parameters' is mi", HEAD
+    ),
+    Case("module: unknown field", module(__class__="evil"), "'__class__' in the record of module 0 is unkn", HEAD),
+    Case("module: another of the base", module(name="bert.pooler"), r"bert\.pooler: the adapter in .* trains", HEAD),
+    *(
+        Case(f"module name: {name[:40]!r}", module(name=name), NO_MODULE, HEAD, LOAD)
+        for name in (
+            *("nowhere", ".", "..", "../../x", "/etc/passwd", "classifier.", ".classifier", "classifier.weight", "%s"),
+            *("classifier.sara", "bert.encoder.layer.9", "bert.encoder.layer.-1", "__class__", "__init__.__globals__"),
+            *("forward", "config", "classifier\0", "\ud800", "\x1b[2J", "x" * 10**6, "x." * 10**5),
+        )
+    ),
+    Case("module name: a number", module(name=7), "name=7.* not of the type str", HEAD),
+    *(
+        Case(f"module shape: {shape}", module_shape(shape), message, HEAD, LOAD)
+        for shape, message in (
+            *(([-3, 24], WRONG_SHAPES), ([3, -1], WRONG_SHAPES), ([-(10**30), 24], WRONG_SHAPES)),
+            *(([0, 24], OTHER_TENSORS), ([24, 3], OTHER_TENSORS), ([3], OTHER_TENSORS), ([], OTHER_TENSORS)),
+            *(([10**9, 10**9], OTHER_TENSORS), ([2**63, 24], OTHER_TENSORS), ([10**30, 24], OTHER_TENSORS)),
+            *(([3.0, 24], "parameters=.* not of the type"), ([True, 24], "parameters=.* not of the type")),
+            *(
+                (24, "parameters=.* not of the type"),
+                ("3", "parameters=.* not of the type"),
+                (None, "parameters=.* n"),
+            ),
+        )
+    ),
+    Case("module: a thousand classes, in the file too", both(module_shape([1000, 24]), big_head), OTHER_TENSORS, HEAD),
+    Case("module: parameters a list", module(parameters=[3, 24]), "parameters=.* not of the type dict", HEAD),
+    Case("module: a parameter more", more_parameters, OTHER_TENSORS, HEAD),
+    Case("module: a parameter fewer", fewer_parameters, OTHER_TENSORS, HEAD),
+    Case("module: other ties", module(ties={"weight": "bert.pooler.dense.weight"}), OTHER_TENSORS, HEAD),
+    Case("module: ties not text", module(ties={"weight": 1}), "ties=.* not of the type", HEAD),
+    Case(
+        "module: a buffer that the base lacks", module(buffers={"m": [3]}, dtypes={"m": "int64"}), OTHER_TENSORS, HEAD
+    ),
+    Case("module: a buffer with a name of a parameter", same_name, "gives two of its tensors one name", HEAD),
+    Case("module: dtypes without buffers", module(dtypes={"mean": "float32"}), WRONG_SHAPES, HEAD),
+    Case("module: tensor missing", tensors(lambda t: t.pop("classifier.bias")), r"Missing: classifier\.bias", HEAD),
+    Case(
+        "module: tensor unexpected", tensors(lambda t: t.update({"classifier.x": ONE})), r"unexpected: classif", HEAD
+    ),
+    Case("module: tensor shorter", tensor(lambda t: t[:-1], HEAD_WEIGHT), r"weight: the tensor has the shape", HEAD),
+    Case("module: tensor turned round", tensor(lambda t: t.t(), HEAD_WEIGHT), r"the shape \(24, 3\), expected", HEAD),
+    Case("module: tensor empty", tensor(lambda t: t[:0], HEAD_WEIGHT), r"weight: the tensor is empty", HEAD),
+    Case("module: tensor NaN", tensor(lambda t: t * torch.nan, HEAD_WEIGHT), r"weight: .*NaN or infinite", HEAD),
+    Case("module: tensor changed", unsigned(HEAD_WEIGHT), "SHA-256 of its tensors is not", HEAD),
+    *(
+        Case(
+            f"module: tensor {dtype}",
+            tensor(lambda t, dtype=dtype: t.to(dtype), HEAD_WEIGHT),
+            rf"classifier\.weight: the file has dtype {name}, expected \['F32', 'F64'\]",
+            HEAD,
+            LOAD,
+        )
+        for dtype, name in (
+            (torch.float16, "F16"),
+            (torch.bfloat16, "BF16"),
+            (torch.int64, "I64"),
+            (torch.bool, "BOOL"),
+        )
+    ),
+    # -- their buffers --
+    *(
+        Case(
+            f"buffer: recorded as {dtype}", buffer_dtype(dtype), "has a buffer of a dtype that none can", BUFFERS, LOAD
+        )
+        for dtype in ("complex64", "os.system", "", "float8_e4m3fn", "I64", "torch.int64", "quint8")
+    ),
+    Case("buffer: dtype not text", buffer_dtype(7), "dtypes=.* not of the type", BUFFERS, LOAD),
+    Case("buffer: no dtype", config(lambda c: c["modules"][0]["dtypes"].popitem()), WRONG_SHAPES, BUFFERS, LOAD),
+    Case("buffer: dtypes missing", config(lambda c: c["modules"][0].pop("dtypes")), WRONG_SHAPES, BUFFERS, LOAD),
+    Case("buffer: negative shape", buffer_shape([-1]), WRONG_SHAPES, BUFFERS, LOAD),
+    Case("buffer: huge shape", buffer_shape([10**9, 10**9]), OTHER_TENSORS, BUFFERS, LOAD),
+    Case("buffer: shape of an array", buffer_shape([1]), OTHER_TENSORS, BUFFERS, LOAD),
+    *(
+        Case(
+            f"buffer: a count as {dtype}",
+            tensor(lambda t, dtype=dtype: t.to(dtype), COUNT),
+            rf"num_batches_tracked: the file has dtype {name}, expected \['I64'\]",
+            BUFFERS,
+            LOAD,
+        )
+        for dtype, name in ((torch.int32, "I32"), (torch.uint8, "U8"), (torch.float32, "F32"), (torch.bool, "BOOL"))
+    ),
+    Case(
+        "buffer: a count as int32, and so it is recorded",
+        both(tensor(lambda t: t.int(), COUNT), buffer_dtype("int32")),
+        OTHER_TENSORS,
+        BUFFERS,
+        LOAD,
+    ),
+    Case("buffer: a mean as int64", tensor(lambda t: t.long(), MEAN), "mean: the file has dtype I64", BUFFERS, LOAD),
+    Case("buffer: a mean as float64", tensor(lambda t: t.double(), MEAN), "mean: the file has dt", BUFFERS, LOAD),
+    Case("buffer: a mean of NaN", tensor(lambda t: t * torch.nan, MEAN), "running_mean: .*NaN or inf", BUFFERS, LOAD),
+    Case("buffer: a mean shorter", tensor(lambda t: t[:-1], MEAN), r"mean: the tensor has the shape", BUFFERS, LOAD),
+    Case("buffer: missing", tensors(lambda t: t.pop(COUNT)), r"Missing: classifier\.0\.num_batches", BUFFERS, LOAD),
+    Case(
+        "buffer: unexpected", tensors(lambda t: t.update({"classifier.0.x": ONE})), "unexpected: clas", BUFFERS, LOAD
+    ),
+    # -- rows of embeddings --
+    Case("tokens: an object", config(lambda c: c.update(tokens={})), r"tokens=\{\}.* not of the type list", TOKENS),
+    Case("tokens: text", config(lambda c: c.update(tokens=["x"])), "record of tokens 0 is not a JSON object", TOKENS),
+    Case("tokens: twice", config(lambda c: c["tokens"].append(c["tokens"][0])), "two of its tensors one name", TOKENS),
+    Case("tokens: none", config(lambda c: c.pop("tokens")), r"unexpected: lm_head\.trainable_tokens", TOKENS),
+    Case("tokens: of a module that is trained in full", rows_of_a_module, r"embed_tokens", TOKENS),
+    Case(
+        "tokens: twice in one weight", config(lambda c: c["tokens"].append(TIED_ROWS)), "lm_head|Missing", TIED, LOAD
+    ),
+    Case("tokens: twice in one weight, in the file too", tied_rows, "lm_head", TIED, LOAD),
+    *(
+        Case(
+            f"tokens: without {name}",
+            config(lambda c, n=name: c["tokens"][0].pop(n)),
+            f"'{name}' is miss",
+            TOKENS,
+            LOAD,
+        )
+        for name in ("name", "indices", "width", "trained")
+    ),
+    Case("tokens: unknown field", rows(shape=[2, 24]), "'shape' in the record of tokens 0 is unknown", TOKENS),
+    *(
+        Case(f"tokens: {indices}", rows(indices=indices), message, TOKENS, LOAD)
+        for indices, message in (
+            *(([], NOT_RISING), ([5, 3], NOT_RISING), ([3, 3], NOT_RISING), ([-1, 3], NOT_RISING)),
+            *(([-(10**30), 3], NOT_RISING), ([3, 40], NO_ROWS), ([3, 10**12], NO_ROWS), ([3, 10**30], NO_ROWS)),
+            *((["3", "5"], "indices=.* not of the type"), ([3.0, 5], "indices=.* not of the type")),
+            *(([True, 5], "indices=.* not of the type"), (3, "indices=3 .* not of the type"), (None, "indices=None")),
+            *(([3], r"\(2, 24\), expected \(1, 24\)"), ([3, 5, 7], r"shape \(2, 24\), expected \(3, 24\)")),
+        )
+    ),
+    Case("tokens: a million", rows(indices=list(range(10**6))), NO_ROWS, TOKENS, LOAD),
+    *(
+        Case(f"tokens: width {width}", rows(width=width), message, TOKENS, LOAD)
+        for width, message in (
+            *((0, NOT_RISING), (-1, NOT_RISING), (25, NO_ROWS), (10**18, NO_ROWS), (10**30, NO_ROWS)),
+            *(
+                ("24", "width='24'.* not of the type int"),
+                (True, "width=True.* not of"),
+                (24.0, "width=24.0.* not of"),
+            ),
+        )
+    ),
+    *(
+        Case(f"tokens: of {name[:40]!r}", rows(name=name), NO_ROWS, TOKENS, LOAD)
+        for name in ("nowhere", "", "model", "model.norm", "model.embed_tokens.weight", Q, "__class__", "\ud800", "..")
+    ),
+    Case("tokens: name a number", rows(name=1), "name=1 .* not of the type str", TOKENS),
+    Case("tokens: trained as text", rows(trained="yes"), "trained='yes'.* not of the type bool", TOKENS),
+    Case("tokens: trained as a number", rows(trained=1), "trained=1 .* not of the type bool", TOKENS),
+    Case("tokens: input rows that do not train", rows(trained=False), NO_ROWS, TOKENS),
+    Case("tokens: output rows that train", rows(1, trained=True), NO_ROWS, TOKENS),
+    Case("tokens: rows missing", tensors(lambda t: t.pop(ROWS_KEY)), f"Missing: {ROWS_KEY}", TOKENS),
+    Case("tokens: other rows", tensors(lambda t: t.update({"x.trainable_tokens": ONE})), r"unexpected: x\.tr", TOKENS),
+    Case(
+        "tokens: a row fewer", tensor(lambda t: t[:1], ROWS_KEY), r"tokens: the tensor has the shape \(1, 24", TOKENS
+    ),
+    Case("tokens: shorter rows", tensor(lambda t: t[:, 1:], ROWS_KEY), r"tokens: the tensor has the shape", TOKENS),
+    Case("tokens: NaN", tensor(lambda t: t * torch.nan, ROWS_KEY), "tokens: .*NaN or infinite", TOKENS),
+    Case("tokens: integers", tensor(lambda t: t.long(), ROWS_KEY), "tokens: the file has dtype I64, expected", TOKENS),
+    Case("tokens: changed", unsigned(ROWS_KEY), "SHA-256 of its tensors is not", TOKENS),
 ]
 
 
@@ -653,13 +1093,27 @@ def watch():
     return Watch()
 
 
+# The families of the bases that are not llama's, by the kind of adapter.
+FAMILIES = {"head": "bert", "buffers": "bert", "tied": "gpt2"}
+
+
+def make_base(kind: str):
+    """The base of a kind of adapter. One has a head with buffers, which no model of transformers here has."""
+    model = make_model(FAMILIES.get(kind, "llama"))
+    if kind == "buffers":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 3)).eval()
+    return model
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A cache of the Hub with the base, and with a base that wants to run code of its own."""
+    """A cache of the Hub with two bases, and with a base that wants to run code of its own."""
     folder = tmp_path_factory.mktemp("hub")
-    for name in ("base", "remote"):
+    for name, kind in (("base", "sara"), ("head", "head"), ("remote", "sara")):
         snapshot = folder / f"models--someone--{name}" / "snapshots" / COMMIT
-        make_model().save_pretrained(snapshot)
+        make_base(kind).save_pretrained(snapshot)
         (folder / f"models--someone--{name}" / "refs").mkdir()
         (folder / f"models--someone--{name}" / "refs" / "main").write_text(COMMIT)
     found = json.loads((snapshot / "config.json").read_text())
@@ -671,18 +1125,36 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """Trained adapters to damage: one of each method, and one with saved factors."""
+    """
+    Trained adapters to damage: one of each method, one with saved factors, one with each kind of part, and two of the
+    first format.
+    """
     folder = tmp_path_factory.mktemp("good")
-    for name, changes in {"sara": {}, "mo_sara": {}, "factors": {"factors": "save"}}.items():
-        model = make_model()
-        model.config._name_or_path, model.config._commit_hash = BASE, COMMIT
-        attach_trained(model, "sara" if name == "sara" else "mo_sara", **changes).save_pretrained(folder / name)
+    changes = {"factors": {"factors": "save"}, "tokens": {"trainable_token_indices": [3, 5]}}
+    changes["tied"] = changes["tokens"]
+    for kind in ("sara", "mo_sara", "factors", "head", "buffers", "tokens", "tied"):
+        model = make_base(kind)
+        model.config._name_or_path, model.config._commit_hash = "someone/head" if kind == "head" else BASE, COMMIT
+        method = "mo_sara" if kind in ("mo_sara", "factors") else "sara"
+        attach_trained(model, method, **changes.get(kind, {})).save_pretrained(folder / kind)
+    for kind, source in (("format1-sara", "sara-llama"), ("format1-factors", "mo_sara-save-llama")):
+        shutil.copytree(FORMAT1 / source, folder / kind)
+        file_config(lambda c: c["base"].update(model_id=BASE, revision=COMMIT))(folder / kind)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_model()
+def models():
+    """A base for each kind of adapter."""
+    llama = make_base("sara")
+    others = {kind: make_base(kind) for kind in FAMILIES}
+    kinds = ("sara", "mo_sara", "factors", "tokens", "format1-sara", "format1-factors")
+    return {**dict.fromkeys(kinds, llama), **others}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["sara"]
 
 
 def describe(model) -> tuple:
@@ -697,11 +1169,11 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def loaders(model, hub):
+def loaders(hub):
     """The ways to load an adapter: onto a model, and together with the base that it names."""
     return {
-        "load": lambda folder: SaraAdapter.load(model, folder),
-        "from_hub": lambda folder: from_hub(folder, cache_dir=hub),
+        "load": lambda folder, model: SaraAdapter.load(model, folder),
+        "from_hub": lambda folder, _: from_hub(folder, cache_dir=hub),
     }
 
 
@@ -710,25 +1182,28 @@ def _elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_undamaged_adapters_load(good, loaders):
+def test_the_undamaged_adapters_load(good, loaders, models):
     # Which also imports and computes, once, what the other tests then do not.
-    for kind in ("sara", "mo_sara", "factors"):
-        loaders["load"](good / kind).detach()
-        loaders["from_hub"](good / kind)
+    for kind, model in models.items():
+        before = describe(model)
+        loaders["load"](good / kind, model).detach()
+        assert describe(model) == before
+        if kind not in ("buffers", "tied"):
+            loaders["from_hub"](good / kind, None)
 
 
 @pytest.mark.parametrize(
     ("case", "kind"), [pytest.param(case, kind, id=f"{kind}-{case.name}") for case in CASES for kind in case.kinds]
 )
-def test_a_hostile_adapter_is_refused(case, kind, good, hub, loaders, model, watch, tmp_path):
-    folder = tmp_path / "adapter"
+def test_a_hostile_adapter_is_refused(case, kind, good, hub, loaders, models, watch, tmp_path):
+    folder, model = tmp_path / "adapter", models[kind]
     shutil.copytree(good / kind, folder)
     case.damage(folder)
     before, files = describe(model), listing(tmp_path)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in case.loaders:
+    for name in case.loaders if kind not in ("buffers", "tied") else LOAD:
         with watch.nothing_happens(), bounded(), pytest.raises((AdapterError, FileNotFoundError)) as caught:
-            loaders[name](folder)
+            loaders[name](folder, model)
         error = str(caught.value)
         assert re.search(case.message, error), error
         assert type(caught.value) in (AdapterError, FileNotFoundError)
@@ -758,11 +1233,13 @@ def test_what_lies_beside_an_adapter_is_never_opened(good, hub, loaders, model, 
         (folder / name).write_text(json.dumps(hostile))
     (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     (folder / "tokenizer.json").write_text(nested(10**5, "[", "]"))
+    # These are files of the first format.
     os.mkfifo(folder / PENDING_CONFIG_FILE)
+    os.mkfifo(folder / FACTORS_FILE)
     files = listing(tmp_path)
     with watch.nothing_happens(), bounded():
-        adapter = loaders["load"](folder)
-        loaded = loaders["from_hub"](folder)
+        adapter = loaders["load"](folder, model)
+        loaded = loaders["from_hub"](folder, None)
     assert torch.equal(logits(loaded), logits(model))
     adapter.detach()
     assert listing(tmp_path) == files
@@ -773,11 +1250,56 @@ def test_code_beside_the_base_is_not_run(good, hub, loaders, watch, tmp_path):
     shutil.copytree(good / "sara", folder)
     base(model_id="someone/remote")(folder)
     with watch.nothing_happens():
-        assert type(loaders["from_hub"](folder)).__module__.startswith("transformers.")
+        assert type(loaders["from_hub"](folder, None)).__module__.startswith("transformers.")
     assert not (hub / "marker").exists()
 
 
-def test_the_table_has_sixty_cases_and_more():
+COPIES = {
+    "missing": (instead(CONFIG_FILE, lambda path: None), False),
+    "a folder": (instead(CONFIG_FILE, Path.mkdir), False),
+    "a pipe": (instead(CONFIG_FILE, os.mkfifo), False),
+    "a device": (instead(CONFIG_FILE, lambda path: path.symlink_to("/dev/zero")), False),
+    "a link to itself": (instead(CONFIG_FILE, lambda path: path.symlink_to(path)), False),
+    "with other ends of lines": (file_text(lambda t: t.replace("\n", "\r\n").encode()), False),
+    "empty": (file_text(lambda t: ""), True),
+    "a terabyte": (instead(CONFIG_FILE, sparse(2**40)), True),
+    "the config and a terabyte": (lambda folder: os.truncate(folder / CONFIG_FILE, 2**40), True),
+    "deep": (file_text(lambda t: nested(10**5, "[", "]")), True),
+    "a pickle": (pickled(CONFIG_FILE, CONFIG_FILE), True),
+    "a link outside": (instead(CONFIG_FILE, secret), True),
+    "not UTF-8": (file_text(lambda t: b"\xff\xfe" + t.encode()), True),
+    "with another method": (file_config(lambda c: c.update(method="mo_sara", arguments={"method": "mo_sara"})), True),
+    "with another rank": (file_config(lambda c: c["sites"][0].update(k=1)), True),
+    "with another base": (file_config(lambda c: c["base"].update(model_id="someone/remote")), True),
+    "of a later version": (file_config(lambda c: c.update(format_version=3)), True),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_config_beside_the_adapter_is_a_copy_that_nothing_follows(
+    copy, good, loaders, model, watch, tmp_path, caplog
+):
+    folder = tmp_path / "adapter"
+    shutil.copytree(good / "sara", folder)
+    damage, differs = COPIES[copy]
+    damage(folder)
+    files, expected = listing(tmp_path), storage.read(good / "sara")
+    with watch.nothing_happens(), bounded(), caplog.at_level("WARNING", "hf_sara"):
+        adapter = loaders["load"](folder, model)
+        loaded = loaders["from_hub"](folder, None)
+    assert (adapter.args, adapter.sites, adapter.threshold) == (expected.args, expected.sites, expected.threshold)
+    assert same_bits(adapter.state_dict(), {name: expected.tensors[name] for name in adapter.state_dict()})
+    assert torch.equal(logits(loaded), logits(model))
+    adapter.detach()
+    warnings = [record.getMessage() for record in caplog.records if record.name == "hf_sara.storage"]
+    assert len(warnings) == (2 if differs else 0)
+    assert all(f"{CONFIG_FILE} is not the config of the adapter beside it" in warning for warning in warnings)
+    assert SECRET not in caplog.text
+    assert listing(tmp_path) == files
+    assert not (tmp_path / "marker").exists()
+
+
+def test_the_table_has_hundreds_of_cases_with_a_name_of_their_own():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    assert len(names) >= 60
+    assert len(names) >= 400

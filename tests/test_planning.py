@@ -117,7 +117,7 @@ def attach_at_rank(config, k, **arguments):
         model = AutoModelForCausalLM.from_config(config)
         args = SaraArguments(**arguments)
         sites = [PlannedSite.of(site, k) for site in find_sites(model, args)]
-        return SaraAdapter(model, AdapterSpec(args, 0.5, sites))
+        return SaraAdapter(model, AdapterSpec(args, 0.5, sites, []))
 
 
 @pytest.mark.parametrize(

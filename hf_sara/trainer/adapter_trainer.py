@@ -4,7 +4,6 @@ Trainer has special cases for PEFT's own model class only. None of them holds fo
 SARA adapter, so Trainer alone would write the whole base at every checkpoint.
 """
 
-import json
 import logging
 import os
 from contextlib import contextmanager
@@ -22,9 +21,10 @@ from transformers.trainer_utils import HPSearchBackend, enable_full_determinism
 from .. import storage
 from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
-from ..attached import unwrap
+from ..carrier import adapters_on, unwrap
 from ..hub import TRAINING_ARGS_FILE
 from .frozen_base import FrozenBaseMixin
+from .reference import reference_for
 from .resuming import output_dir_of
 
 logger = logging.getLogger(__name__)
@@ -41,28 +41,38 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 
     hp_space: Any
 
-    def __init__(self, model=None, args=None, *positional, sara_args: SaraArguments | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *positional,
+        sara_args: SaraArguments | None = None,
+        adapter_name: str | None = None,
+        **kwargs,
+    ):
         self.sara_args = sara_args
+        self._sara_adapter_name = adapter_name
         self._sara_trial_overrides: dict[str, Any] = {}
         if model is not None and not isinstance(model, str):
             if args is not None:
                 # Trainer sets the seed only later, but the adapter's random start has to follow from the seed too.
                 enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
-        # A trainer's constructor may change the tokenizer: TRL's set its pad token and its template as `args` say.
-        tokenizer_state = _tokenizer_state(kwargs.get("processing_class"))
-        with _pose_as_peft(model):
+        with _pose_as_peft(model), reference_for(self, model, args, kwargs):
             super().__init__(model, args, *positional, **kwargs)
         if isinstance(model, str):
             self._attach(self.model)
-        self._sara_tokenizer_state = tokenizer_state or _tokenizer_state(self.processing_class)
 
     # ---- the adapter ----
 
     @property
     def sara_adapter(self) -> SaraAdapter:
-        """The adapter that is trained."""
-        adapter = SaraAdapter.of(self.accelerator.unwrap_model(self.model))
+        """The adapter that is trained, also `model.sara_adapter` during the training."""
+        return self.choose_adapter(self.accelerator.unwrap_model(self.model))
+
+    def choose_adapter(self, model: Any) -> SaraAdapter:
+        """The adapter of a model that this trainer trains."""
+        adapter = SaraAdapter.of(unwrap(model), self._sara_adapter_name)
         if adapter is None:
             raise ValueError("The model carries no SARA adapter any more. It was detached while the trainer had it.")
         return adapter
@@ -72,14 +82,27 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         return self.sara_adapter.trained()
 
     def _attach(self, model: Any) -> None:
-        adapter = SaraAdapter.of(model)
+        """Attach the adapter, or find it on the model, and let nothing else train."""
+        model = unwrap(model)
+        names, name = list(adapters_on(model)), self._sara_adapter_name
+        if name is None and len(names) > 1:
+            raise ValueError(
+                f"The model carries the adapters {', '.join(map(repr, names))}, and a trainer trains one of them. Say "
+                f"which: adapter_name={names[0]!r}."
+            )
         wanted = self.sara_args
         if wanted is not None and self._sara_trial_overrides:
             wanted = replace(wanted, **self._sara_trial_overrides)
         elif self._sara_trial_overrides:
             wanted = SaraArguments(**self._sara_trial_overrides)
+        adapter = SaraAdapter.of(model, name)
+        if adapter is None and names and wanted is None:
+            raise ValueError(
+                f"The model carries no adapter {name!r}, but {', '.join(map(repr, names))}. Choose one of these, or "
+                "give sara_args to attach a new one of that name."
+            )
         if adapter is None:
-            SaraAdapter.attach(model, wanted)
+            adapter = SaraAdapter.attach(model, wanted, name or "default")
         elif wanted is not None and wanted != adapter.args:
             raise ValueError(
                 f"The model already carries the adapter {adapter!r}, made with {adapter.args}, which is not what "
@@ -87,6 +110,29 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             )
         elif adapter.merged:
             raise ValueError(f"The adapter {adapter.name!r} is merged into the weights. Unmerge it before training.")
+        # Another adapter may be attached later, and this trainer goes on to train its own one.
+        self._sara_adapter_name = adapter.name
+        adapter.train_alone()
+
+    def train(self, *args, **kwargs):
+        """Train the adapter as Trainer trains a model. The model's other adapters do not train meanwhile."""
+        if self.model is not None:
+            self.sara_adapter.train_alone()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.model is not None:
+                self.sara_adapter.mirror_rows()
+
+    def _on_train_begin(self) -> None:
+        super()._on_train_begin()
+        self.sara_adapter.refuse_others()
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self._sara_checked_gradients:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with self.sara_adapter.watch_rows():
+            return super().training_step(model, inputs, *args, **kwargs)
 
     # ---- model_init and hyperparameter search ----
 
@@ -134,7 +180,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return adapter.state_dict(), adapter.saved_factors()
         import deepspeed
 
-        tensors = [tensor for _, delta in adapter.deltas() for tensor in delta.parameters()]
+        tensors = [*adapter.trained().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
         with deepspeed.zero.GatheredParameters(tensors):
             return adapter.state_dict(), adapter.saved_factors()
 
@@ -147,8 +193,9 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if not self.args.should_save:
             return
         output_dir = output_dir_of(self) if output_dir is None else output_dir
+        self.sara_adapter.refuse_others()
         storage.write(output_dir, self.sara_adapter.manifest(), *contents)
-        if self.processing_class is not None and _tokenizer_state(self.processing_class) != self._sara_tokenizer_state:
+        if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every access token by a placeholder.
         Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
@@ -198,6 +245,9 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             for name in {**there, **here}
             if there.get(name) != here.get(name)
         ]
+        parts = [[(part.name, part.title) for part in parts] for parts in (saved.parts, adapter.parts)]
+        if parts[0] != parts[1]:
+            differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
         if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
             differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
         if differences:
@@ -205,7 +255,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
                 f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
                 "Use the SaraArguments of its training, or another output_dir."
             )
-        tensors = saved.read_tensors()
+        tensors = saved.tensors
         if self.is_deepspeed_enabled:
             import deepspeed
 
@@ -248,12 +298,3 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
-
-
-def _tokenizer_state(processing_class: Any) -> tuple | None:
-    """The parts of a tokenizer that training may change: its added tokens, special tokens and template."""
-    if processing_class is None or not hasattr(processing_class, "get_added_vocab"):
-        return None
-    tokens = tuple(sorted(processing_class.get_added_vocab().items()))
-    special = json.dumps(processing_class.special_tokens_map, default=str, sort_keys=True)
-    return tokens, special, str(getattr(processing_class, "chat_template", None))

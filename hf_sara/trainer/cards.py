@@ -62,9 +62,14 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         sara_args ([`SaraArguments`], *optional*):
             The adapter to attach to the model, or to each new model of `model_init`. If it is left out, a model that
             carries an adapter keeps it, and a model without one gets the default, SARA at threshold 0.01.
+        adapter_name (`str`, *optional*):
+            The adapter to train, for a model that carries several, or the name of a new one. The tensors of the others
+            do not train.
 
     Raises:
-        `ValueError`: If `sara_args` contradict the adapter that the model carries, or that adapter is merged.
+        `ValueError`: If `sara_args` contradict the adapter that the model carries, that adapter is merged, the model
+            carries several and `adapter_name` does not say which is meant, or a parameter trains that the adapter does
+            not hold.
     """
 
     hub_model_id: Any

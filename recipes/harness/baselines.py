@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import enable_full_determinism
 
 from hf_sara import storage
+from hf_sara.manifest import current_versions
 from hf_sara.model_card import hardware
 from hf_sara.planning import count_base
 from hf_sara.targets import find_sites
@@ -322,7 +323,7 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         **costs,
         "train_seconds": trainer.training_seconds,
         **_peak_memory(),
-        "versions": {**storage.current_versions(), **({"peft": version("peft")} if method in PEFT_METHODS else {})},
+        "versions": {**current_versions(), **({"peft": version("peft")} if method in PEFT_METHODS else {})},
         "hardware": hardware(),
     }
 

@@ -1,0 +1,308 @@
+"""The tensors of an adapter on a model: updates as child modules of linears, one forward hook per linear, and parts.
+
+Nothing here knows of files or of the Hub.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .arguments import SaraArguments
+from .carrier import adapters_on, check_name, drop_hooks, set_adapters
+from .copies import ModuleCopy, TokenRows, attach_parts
+from .factors import Factors
+from .methods import Delta
+from .methods.products import is_plain
+from .parts import Part, parts_collide, refuse_overlap
+from .planning import AdapterSpec
+from .sites import PlannedSite, is_of_update
+from .tensor_files import check_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """
+    The forward hook of a linear, which adds the enabled updates to its output. It captures no state, so that a copy of
+    the model uses its own updates.
+    """
+    # This is true if the output is that of the frozen linear itself, which no other hook can have seen or changed.
+    own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
+    linear = module if own else None
+    for delta in module.sara.values():
+        if delta.enabled:
+            output = delta(args[0], output, linear)
+            linear = None
+    return output
+
+
+def insert_delta(module: Any, key: str, delta: Delta) -> None:
+    """Put an update on a linear, beside the updates that it already has."""
+    if not hasattr(module, "sara"):
+        module.sara = nn.ModuleDict()
+        module.register_forward_hook(add_deltas)
+    module.sara[key] = delta.train(module.training)
+
+
+def remove_delta(module: Any, key: str) -> None:
+    """Take an update off a linear. The hook is removed together with the last update."""
+    del module.sara[key]
+    if not len(module.sara):
+        del module.sara
+        drop_hooks(module, (add_deltas,))
+
+
+class AdapterContents:
+    """
+    The tensors of one adapter on a model, under one name: updates of linears, and parts.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model. Its parameters are frozen.
+        spec ([`AdapterSpec`]): The arguments and the sites of the adapter.
+        factors (`Mapping[str, Factors]`): The frozen factors by site, for a method that has some.
+        name (`str`): The adapter's name on this model, which can carry several adapters.
+
+    Raises:
+        `ValueError`: If the model already carries an adapter of that name, or the name has other characters than
+            allowed. The model is then left as it was.
+    """
+
+    def __init__(self, model: nn.Module, spec: AdapterSpec, factors: Mapping[str, Factors], name: str = "default"):
+        check_name(model, name)
+        self.model = model
+        self.spec = spec
+        self.name = name
+        self._resting = False
+        _refuse_mixture(model, spec)
+        self._unfrozen = _freeze(model, spec)
+        method = self.spec.method
+        for site in self.sites:
+            module = site.linear(self.model)
+            delta = method.make_delta(site, self.model, factors.get(site.name))
+            if site.name in factors:
+                delta.follow_weight(module)
+            insert_delta(module, self._key(site), delta)
+        attach_parts(self.model, self.spec.parts, self.name)
+        self._initial = self._versions()
+        set_adapters(self.model, {**adapters_on(self.model), self.name: self})
+
+    @property
+    def args(self) -> SaraArguments:
+        """The adapter's arguments."""
+        return self.spec.args
+
+    @property
+    def threshold(self) -> float:
+        """The threshold in force."""
+        return self.spec.threshold
+
+    @property
+    def sites(self) -> list[PlannedSite]:
+        """The adapted weights, each with `.name`, `.shape` (d_in, d_out) and `.k`."""
+        return self.spec.sites
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is trained beside the updates: modules in full, and rows of embeddings."""
+        return self.spec.parts
+
+    def _key(self, site: PlannedSite) -> str:
+        return f"{self.name}:{site.label}" if site.label else self.name
+
+    # ---- contents ----
+
+    def delta(self, site: PlannedSite) -> Delta:
+        """The update's module at one site."""
+        module: Any = self.model.get_submodule(site.module)
+        return module.sara[self._key(site)]
+
+    def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
+        """All sites with their updates' modules."""
+        return ((site, self.delta(site)) for site in self.sites)
+
+    def copies(self) -> list[tuple[nn.Module, ModuleCopy | TokenRows]]:
+        """The parts on the model, each with the module that it belongs to."""
+        hosts: list[Any] = [self.model.get_submodule(part.name) for part in self.parts]
+        return [(host, host.sara[self.name]) for host in hosts]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, named `"<site>.<tensor>"`, and those of the parts by their own full names."""
+        found = {f"{s.name}.{name}": tensor for s, delta in self.deltas() for name, tensor in delta.trained().items()}
+        return {
+            **found,
+            **{name: tensor for host, copy in self.copies() for name, tensor in copy.trained(host).items()},
+        }
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer for host, copy in self.copies() for name, buffer in copy.buffers_of(host).items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`], and of the buffers of modules
+        that are trained in full. If FSDP shards the model, the copies are whole tensors all the same, and every
+        process has to call this.
+        """
+        self.mirror_rows()
+        trained = {name: _widened(_whole_copy(tensor)) for name, tensor in self.trained().items()}
+        return {**trained, **{name: _whole_copy(buffer) for name, buffer in self._buffers().items()}}
+
+    def mirror_rows(self) -> None:
+        """Write the trained rows of embeddings into the weights, where a user may look for them after a training."""
+        for host, copy in self.copies():
+            if isinstance(copy, TokenRows):
+                copy.mirror(host)
+
+    def frozen_factors(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of the frozen factors, named `"<site>.U"` and `"<site>.Vh"`, for a method that has some. For a sharded
+        model, see [`SaraAdapter.state_dict`].
+        """
+        return {
+            f"{site.name}.{name}": _whole_copy(delta.get_parameter(name))
+            for site, delta in self.deltas()
+            for name in self.spec.method.frozen_shapes(site.shape, site.k)
+        }
+
+    def saved_factors(self) -> dict[str, torch.Tensor]:
+        """The frozen factors that are saved with the adapter. There are none if seeds are saved instead."""
+        return self.frozen_factors() if self.spec.method.saves_factors else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter."""
+        check_tensors(tensors, self.spec.state_shapes())
+        for name, tensor in {**self.trained(), **self._buffers()}.items():
+            value = tensors[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                # This process holds a shard of the tensor, see `state_dict`.
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
+        self.mirror_rows()
+
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(tensor.numel() for tensor in self.trained().values())
+
+    # ---- training ----
+
+    def _versions(self) -> dict[str, int]:
+        return {name: tensor._version for name, tensor in self.trained().items()}
+
+    def is_untrained(self) -> bool:
+        """Whether no value was written into the trained tensors since the adapter was attached to this model."""
+        return self._versions() == self._initial
+
+    def train_alone(self) -> None:
+        """
+        Let the tensors of this adapter train, and those of the model's other adapters not. `model.sara_adapter` is
+        this adapter then.
+        """
+        for other in adapters_on(self.model).values():
+            if other is not self:
+                _let_train(other, False)
+                other._resting = True
+        if self._resting:
+            _let_train(self, True)
+            self._resting = False
+        cast(Any, self.model).sara_adapter = self
+
+    def refuse_others(self) -> None:
+        """Raise a `ValueError` if a parameter trains that no adapter of the model holds, so that it would be lost."""
+        held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
+        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if lost:
+            raise ValueError(
+                f"These parameters train, and the adapter {self.name!r} does not hold them, so they would be lost: "
+                f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. Name their modules in modules_to_save, or "
+                "freeze them: parameter.requires_grad_(False)."
+            )
+
+    @contextlib.contextmanager
+    def watch_rows(self) -> Iterator[None]:
+        """
+        Raise a `RuntimeError` if a module that shares the weight of trained rows runs no forward within a `with`
+        block, because what reads the weight in another way gives the rows no gradient.
+        """
+        rows = {id(copy): copy for _, copy in self.copies() if isinstance(copy, TokenRows) and copy.part.trained}
+        idle = {
+            name: module
+            for name, module in self.model.named_modules()
+            if any(id(child) in rows for child in getattr(module, "sara", nn.ModuleDict()).values())
+        }
+
+        def saw(module: nn.Module, *_: Any) -> None:
+            for name in [name for name, other in idle.items() if other is module]:
+                del idle[name]
+
+        watched = [module.register_forward_hook(saw) for module in idle.values()]
+        try:
+            yield
+        finally:
+            for handle in watched:
+                handle.remove()
+        if idle:
+            raise RuntimeError(
+                f"{', '.join(idle)} shares the weight of the trained rows, and the training reads the weight without "
+                "calling the module, so that the rows have no gradient from there. Use modules_to_save in place of "
+                "trainable_token_indices."
+            )
+
+
+def _freeze(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """
+    Freeze the base and return the names of the parameters that were trainable. Random ones of them are warned of.
+    """
+    held = {id(tensor) for adapter in adapters_on(model).values() for tensor in adapter.trained().values()}
+    names = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held
+    }
+    for parameter in names.values():
+        parameter.requires_grad_(False)
+    # transformers marks the parameters that it found in a checkpoint.
+    loaded = [name for name, parameter in names.items() if hasattr(parameter, "_is_hf_initialized")]
+    trained = {name for part in spec.parts for name in part.held()}
+    random = [name for name in names if name not in loaded and name not in trained]
+    if loaded and random:
+        logger.warning(
+            "These parameters are not in the checkpoint of the base, so they are random, and attaching the adapter "
+            "freezes them: %s. Name their modules in modules_to_save to train and save them.",
+            ", ".join(random),
+        )
+    return list(names)
+
+
+def _refuse_mixture(model: nn.Module, spec: AdapterSpec) -> None:
+    """Raise a `ValueError` if a part of an adapter cannot stand beside its sites, or beside the model's adapters."""
+    refuse_overlap(model, spec.parts, spec.sites)
+    for name, other in adapters_on(model).items():
+        refuse_overlap(model, other.parts, spec.sites)
+        refuse_overlap(model, spec.parts, other.sites)
+        in_use = {id(copy.part) for _, copy in other.copies() if copy.is_enabled()}
+        for part in spec.parts:
+            for theirs in other.parts:
+                if parts_collide(model, part, theirs) and (part.name != theirs.name or id(theirs) in in_use):
+                    raise ValueError(
+                        f"{part.name} cannot be trained in this adapter while the adapter {name!r} trains "
+                        f"{theirs.name}, because a module can have one trained copy at a time. Disable or detach that "
+                        f"adapter first: SaraAdapter.of(model, {name!r}).disable()."
+                    )
+
+
+def _let_train(adapter: AdapterContents, trains: bool) -> None:
+    for tensor in adapter.trained().values():
+        tensor.requires_grad_(trains)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A trained tensor in at least float32, in which it is saved, also after `model.half()`."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone().contiguous()

@@ -1,0 +1,303 @@
+"""The parts of an adapter on a model: trained copies of modules, and trained rows of embeddings.
+
+A copy takes the place of the base's own parameters in their module, where everything that reads the module finds it.
+The base's tensors keep their bits in a child module meanwhile, and come back when the adapter is switched off or
+removed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .carrier import drop_hooks
+from .parts import ModulePart, Part, TokenPart, row_owners, row_scale
+
+# What stands for a dot in the name of a parameter that a module of torch can have.
+DOT = ":"
+
+
+def attach_parts(model: nn.Module, parts: Sequence[Part], key: str) -> None:
+    """Put an adapter's parts on a model, and switch them on. Parts that share a parameter share its copy."""
+    made: dict[int, nn.Parameter] = {}
+    for part in parts:
+        host: Any = model.get_submodule(part.name)
+        if isinstance(part, TokenPart):
+            rows = TokenRows(host, part)
+            for owner in row_owners(model, host):
+                # Rows that do not train need no gradient, so that the weight, which has their values, is enough.
+                _insert(owner, key, rows, {"forward": use_rows} if part.trained else {})
+        else:
+            hooks = {"pre_forward": cast_inputs, "forward": cast_output}
+            _insert(host, key, ModuleCopy(host, part, made), hooks)
+        host.sara[key].switch(host, True)
+
+
+def remove_parts(model: nn.Module, parts: Sequence[Part], key: str) -> None:
+    """Give the base its own tensors back, and take an adapter's parts off a model."""
+    for part in parts:
+        host: Any = model.get_submodule(part.name)
+        host.sara[key].switch(host, False)
+        for module in row_owners(model, host) if isinstance(part, TokenPart) else [host]:
+            _remove(module, key)
+
+
+def _insert(module: Any, key: str, child: nn.Module, hooks: Mapping[str, Any]) -> None:
+    if not hasattr(module, "sara"):
+        module.sara = nn.ModuleDict()
+        if "pre_forward" in hooks:
+            module.register_forward_pre_hook(hooks["pre_forward"], with_kwargs=True)
+        if "forward" in hooks:
+            module.register_forward_hook(hooks["forward"], with_kwargs=True)
+    module.sara[key] = child
+
+
+def _remove(module: Any, key: str) -> None:
+    del module.sara[key]
+    if not len(module.sara):
+        del module.sara
+        drop_hooks(module, (cast_inputs, cast_output, use_rows))
+
+
+# ---- modules that are trained in full ----
+
+
+class ModuleCopy(nn.Module):
+    """
+    One of two sets of a module's tensors, that of the base or the trained one, while the other is in the module.
+
+    Args:
+        host (`nn.Module`): The module, with the base's tensors.
+        part ([`ModulePart`]): Its description.
+        made (`dict[int, nn.Parameter]`): By the id of a parameter of the base, its copy, if an earlier part has made
+            it.
+    """
+
+    def __init__(self, host: nn.Module, part: ModulePart, made: dict[int, nn.Parameter]):
+        super().__init__()
+        self.part = part
+        self._enabled = False
+        for name in (*part.parameters, *part.ties):
+            base = host.get_parameter(name)
+            if id(base) not in made:
+                # Small steps would be lost in a smaller dtype.
+                dtype = torch.promote_types(base.dtype, torch.float32)
+                made[id(base)] = nn.Parameter(base.detach().to(dtype, copy=True))
+            self.register_parameter(name.replace(".", DOT), made[id(base)])
+        for name in part.buffers:
+            self.register_buffer(name.replace(".", DOT), host.get_buffer(name).clone())
+
+    def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
+        """The trained parameters, by their full names."""
+        return {f"{self.part.name}.{name}": cast(nn.Parameter, self._get(host, name)) for name in self.part.parameters}
+
+    def buffers_of(self, host: nn.Module) -> dict[str, torch.Tensor]:
+        """The buffers that belong to the trained parameters, by their full names."""
+        return {f"{self.part.name}.{name}": self._get(host, name) for name in self.part.buffers}
+
+    def _get(self, host: nn.Module, name: str) -> torch.Tensor:
+        """A trained tensor, wherever it is now."""
+        owner, leaf = _owner(host, name) if self._enabled else (self, name.replace(".", DOT))
+        return getattr(owner, leaf)
+
+    def is_enabled(self) -> bool:
+        """Whether the trained tensors are in the module."""
+        return self._enabled
+
+    def switch(self, host: nn.Module, enabled: bool) -> None:
+        """Put the trained tensors, or the base's, into the module."""
+        if enabled == self._enabled:
+            return
+        others = [other for other in host.sara.values() if other is not self and other.is_enabled()]  # type: ignore
+        if enabled and others:
+            raise ValueError(
+                f"{self.part.name} can have one adapter's trained copy at a time, and another adapter's is in use. "
+                "Disable that adapter first."
+            )
+        for name in (*self.part.parameters, *self.part.ties, *self.part.buffers):
+            owner, leaf = _owner(host, name)
+            aside = name.replace(".", DOT)
+            here, there = getattr(owner, leaf), getattr(self, aside)
+            if isinstance(here, DTensor) or hasattr(here, "ds_id"):
+                raise ValueError(
+                    f"{self.part.name} is trained in full, and FSDP or DeepSpeed spreads it over the processes. It "
+                    "can neither be switched off nor merged then. Do this on a model that is whole."
+                )
+            setattr(owner, leaf, there)
+            setattr(self, aside, here)
+        self._enabled = enabled
+
+    @torch.no_grad()
+    def merged(self, host: nn.Module) -> dict[str, torch.Tensor]:
+        """The trained tensors by name, in the dtypes of the base, or a `ValueError` if one cannot be rounded to it."""
+        found = {}
+        for name in (*self.part.parameters, *self.part.ties, *self.part.buffers):
+            base = getattr(self, name.replace(".", DOT)) if self._enabled else getattr(*_owner(host, name))
+            found[name] = self._get(host, name).to(base.dtype)
+            if not torch.isfinite(found[name]).all():
+                raise ValueError(
+                    f"{self.part.name}.{name}: the trained values leave the range of {base.dtype}. Use a wider dtype."
+                )
+        return found
+
+    @torch.no_grad()
+    def write(self, host: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Switch the copy off and write values into the base's tensors. Returns the bits that these had before."""
+        self.switch(host, False)
+        tensors = {name: getattr(*_owner(host, name)) for name in values}
+        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            tensor.data.copy_(values[name])
+        return before
+
+    def cast(self, host: nn.Module) -> tuple[torch.dtype, torch.dtype] | None:
+        """The dtypes of the trained parameters and of the base's, if they differ while the trained ones are in use."""
+        name = next(iter((*self.part.parameters, *self.part.ties)), None)
+        if not self._enabled or name is None:
+            return None
+        trained, base = self._get(host, name).dtype, getattr(self, name.replace(".", DOT)).dtype
+        return None if trained == base else (trained, base)
+
+
+def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return host.get_submodule(path), leaf
+
+
+def cast_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    The forward pre-hook of a module whose trained copy has a wider dtype than the base: its inputs take this dtype.
+    """
+    dtypes = _dtypes(module)
+    if dtypes is None:
+        return None
+    return tuple(_to(value, dtypes[0]) for value in args), {key: _to(v, dtypes[0]) for key, v in kwargs.items()}
+
+
+def cast_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook of such a module: its output takes the dtype of the base."""
+    dtypes = _dtypes(module)
+    return output if dtypes is None else _to(output, dtypes[1])
+
+
+def _dtypes(module: Any) -> tuple[torch.dtype, torch.dtype] | None:
+    return next((found for child in module.sara.values() if (found := child.cast(module)) is not None), None)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_to(item, dtype) for item in value)
+    return value
+
+
+# ---- rows of embeddings ----
+
+
+class TokenRows(nn.Module):
+    """
+    Trained rows of an embedding's weight. The weight of the base is frozen, and holds their values while they are in
+    use, so that whatever reads it finds them; a hook on each module that has this weight gives them their gradient.
+
+    Args:
+        host (`nn.Embedding` or `nn.Linear`): The input embedding, or the output embedding.
+        part ([`TokenPart`]): The description of the rows.
+    """
+
+    def __init__(self, host: nn.Embedding | nn.Linear, part: TokenPart):
+        super().__init__()
+        self.part = part
+        self._enabled = False
+        device = host.weight.device
+        self.register_buffer("indices", torch.tensor(part.indices, device=device), persistent=False)
+        base = host.weight.detach()[self.get_buffer("indices")].clone()
+        self.register_buffer("base", base, persistent=False)
+        values = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        self.rows = nn.Parameter(values, requires_grad=part.trained)
+
+    def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
+        """The rows by their full name, if they train."""
+        return {self.part.key: self.rows} if self.part.trained else {}
+
+    def buffers_of(self, host: nn.Module) -> dict[str, torch.Tensor]:
+        """The rows by their full name, if they do not train."""
+        return {} if self.part.trained else {self.part.key: self.rows}
+
+    def is_enabled(self) -> bool:
+        """Whether the rows are in use."""
+        return self._enabled
+
+    def switch(self, host: Any, enabled: bool) -> None:
+        """Put the trained rows, or the base's, into the weight."""
+        others = [other for other in host.sara.values() if other is not self and other.is_enabled()]
+        if enabled and any(set(self.part.indices) & set(other.part.indices) for other in others):
+            raise ValueError(
+                f"{self.part.name} has rows that another adapter in use trains too. Disable that adapter first."
+            )
+        self._enabled = enabled
+        self.mirror(host)
+
+    @torch.no_grad()
+    def mirror(self, host: Any) -> None:
+        """
+        Write the rows that are in use into the weight, unless it is spread over processes, which only hooks reach.
+        """
+        weight = host.weight
+        if isinstance(weight, DTensor) or isinstance(self.rows, DTensor) or hasattr(weight, "ds_id") or weight.is_meta:
+            return
+        # `data` is written, because autograd would take a change of the weight between forward and backward for an
+        # error. The columns of an output that this concerns are computed from the rows themselves, so it is none.
+        rows = self.rows if self._enabled else self.get_buffer("base")
+        weight.data[self.get_buffer("indices")] = rows.to(weight.dtype)
+
+    @torch.no_grad()
+    def merged(self, host: Any) -> dict[str, torch.Tensor]:
+        """The trained rows in the dtype of the weight, or a `ValueError` if they cannot be rounded to it."""
+        rows = self.rows.to(host.weight.dtype)
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"{self.part.name}: the trained rows leave the range of {host.weight.dtype}. Use a wider dtype."
+            )
+        return {"rows": rows}
+
+    @torch.no_grad()
+    def write(self, host: Any, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Switch the rows off and write values into the base's ones. Returns the bits that these had before."""
+        self.switch(host, False)
+        before = {"rows": self.get_buffer("base").clone()}
+        self.get_buffer("base").copy_(values["rows"])
+        self.mirror(host)
+        return before
+
+    def cast(self, host: nn.Module) -> None:
+        """Rows are cast where they are used."""
+
+    def in_embedding(self, embedding: Any, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output of an embedding, with the trained rows at their tokens."""
+        indices = self.get_buffer("indices")
+        place = torch.searchsorted(indices, tokens).clamp_(max=len(indices) - 1)
+        ours = (indices[place] == tokens).unsqueeze(-1)
+        rows = self.rows.to(embedding.weight.dtype) * row_scale(embedding)
+        return torch.where(ours, nn.functional.embedding(place, rows).to(output.dtype), output)
+
+    def in_linear(self, linear: nn.Linear, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output of a linear with the same weight, with the columns of the trained rows."""
+        indices = self.get_buffer("indices")
+        bias = None if linear.bias is None else linear.bias[indices]
+        columns = nn.functional.linear(x, self.rows.to(linear.weight.dtype), bias)
+        return output.index_copy(-1, indices, columns.to(output.dtype))
+
+
+def use_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    """
+    The forward hook of an embedding, and of a linear with its weight, which puts the trained rows into the output.
+    """
+    x = args[0] if args else kwargs["input"]
+    for rows in module.sara.values():
+        if isinstance(rows, TokenRows) and rows.is_enabled():
+            use = rows.in_embedding if isinstance(module, nn.Embedding) else rows.in_linear
+            output = use(module, x, output)
+    return output

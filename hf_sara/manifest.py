@@ -1,0 +1,206 @@
+"""The manifest of an adapter: everything that its files hold besides tensors, its text, and its strict reading.
+
+A config has exactly the known fields. Its shapes are used only after they were compared with the base.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, get_type_hints
+
+from .arguments import SaraArguments
+from .base_model import BaseRecord
+from .files import check_digest
+from .methods import Method
+from .parts import ModulePart, Part, TokenPart
+from .planning import AdapterSpec
+from .records import check_fields
+from .seeds import SEED_FIELDS, Seed
+from .sites import OutputSlice, PlannedSite
+from .spectrum import check_threshold
+from .tensor_files import BUFFER_DTYPES
+
+# A config has about 200 bytes per site, so this is enough for forty thousand sites. There is a limit, because a parsed
+# config may take 20 times as much memory.
+MAX_CONFIG_BYTES = 8 * 2**20
+
+# The fields of a config and the types of their values.
+CONFIG_FIELDS = {
+    "format_version": int,
+    "method": str,
+    "threshold": float,
+    "arguments": dict,
+    "dtype": str,
+    "tensors_sha256": str,
+    "factors_sha256": str,
+    "base": dict,
+    "versions": dict[str, str],
+    "modules": list,
+    "tokens": list,
+    "sites": list,
+}
+SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict}
+MODULE_FIELDS = {
+    "name": str,
+    "parameters": dict[str, list[int]],
+    "buffers": dict[str, list[int]],
+    "dtypes": dict[str, str],
+    "ties": dict[str, str],
+}
+TOKEN_FIELDS = {"name": str, "indices": list[int], "width": int, "trained": bool}
+
+
+@dataclass(frozen=True)
+class Manifest(AdapterSpec):
+    """
+    The description of an adapter that its files hold besides its tensors. Writing takes it, and reading returns it.
+
+    Args:
+        args ([`SaraArguments`]): The adapter's arguments.
+        threshold (`float`): The threshold in force.
+        sites (`list[PlannedSite]`): The sites with their ranks.
+        parts (`list[ModulePart or TokenPart]`): What is trained beside the updates.
+        seeds (`dict[str, Seed]`): The seeds of the frozen factors by site; empty for a method that has none.
+        base ([`BaseRecord`]): The base model of the training.
+        versions (`dict[str, str]`): Versions of the packages that made the adapter.
+    """
+
+    seeds: dict[str, Seed]
+    base: BaseRecord
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Config(Manifest):
+    """
+    A manifest as it was read, with what its text says of the tensors beside it.
+
+    Args:
+        dtype (`str`): Dtype of the trained tensors.
+        tensors_sha256 (`str`): Digest of the saved tensors.
+        factors_sha256 (`str`, *optional*): Digest of the frozen factors, if they are saved.
+    """
+
+    dtype: str
+    tensors_sha256: str
+    factors_sha256: str | None = None
+
+
+def current_versions() -> dict[str, str]:
+    """The versions that an adapter records: those of packages and of Python."""
+    packages = {name: version(name) for name in ("hf_sara", "transformers", "torch")}
+    return {**packages, "python": platform.python_version()}
+
+
+def config_text(manifest: Manifest, format_version: int, dtype: str, digests: Mapping[str, str]) -> str:
+    """The config as JSON with one line per site, so that it is small, and people can compare two of them."""
+    config: dict[str, Any] = {
+        "format_version": format_version,
+        "method": manifest.args.method,
+        "threshold": manifest.threshold,
+        "arguments": manifest.args.to_dict(),
+        "dtype": dtype,
+        **digests,
+        "base": manifest.base.to_json(),
+        "versions": manifest.versions,
+    }
+    for key, kind in (("modules", ModulePart), ("tokens", TokenPart)):
+        parts = [part.to_json() for part in manifest.parts if isinstance(part, kind)]
+        if parts:
+            config[key] = parts
+    records = []
+    for site in manifest.sites:
+        record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
+        if site.slice is not None:
+            record["slice"] = asdict(site.slice)
+        if site.name in manifest.seeds:
+            record.update(manifest.seeds[site.name].to_json())
+        records.append("    " + json.dumps(record, separators=(",", ":")))
+    head = json.dumps(config, indent=2).removesuffix("\n}")
+    return head + ',\n  "sites": [\n' + ",\n".join(records) + "\n  ]\n}\n"
+
+
+def parse_config(config: Any, format_version: int) -> Config:
+    """
+    The config in a parsed JSON object.
+
+    Raises:
+        `ValueError`: If a field is missing, unknown or wrong, or the config is of another format version.
+    """
+    check_fields("the config", config, CONFIG_FIELDS, optional={"factors_sha256", "modules", "tokens"})
+    if config["format_version"] != format_version:
+        raise ValueError(f"its format version is {config['format_version']}, and {format_version} belongs there")
+    hints = get_type_hints(SaraArguments)
+    check_fields("its arguments", config["arguments"], hints, optional=hints)
+    args = SaraArguments(**config["arguments"])
+    method = args.resolved_method()
+    if config["method"] != args.method:
+        raise ValueError(f"its method {config['method']!r} is not that of its arguments")
+    if config["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"trained tensors cannot have the dtype {config['dtype']!r}")
+    check_threshold(config["threshold"])
+    check_digest("its tensors_sha256", config["tensors_sha256"])
+    if ("factors_sha256" in config) != method.saves_factors:
+        raise ValueError("it has to have factors_sha256 if, and only if, the frozen factors are saved")
+    if "factors_sha256" in config:
+        check_digest("its factors_sha256", config["factors_sha256"])
+    base = BaseRecord.from_json(config["base"])
+    records = config["sites"]
+    sites = [_read_site(f"the record of site {number}", record, method) for number, record in enumerate(records)]
+    if not sites or len({site.name for site in sites}) != len(sites):
+        raise ValueError("it names no sites, or one twice")
+    seeds = {}
+    if method.has_factors:
+        seeds = {site.name: Seed.from_json(record, site) for site, record in zip(sites, records, strict=True)}
+    found = Config(
+        args=args,
+        threshold=config["threshold"],
+        sites=sites,
+        parts=_read_parts(config),
+        seeds=seeds,
+        base=base,
+        versions=config["versions"],
+        dtype=config["dtype"],
+        tensors_sha256=config["tensors_sha256"],
+        factors_sha256=config.get("factors_sha256"),
+    )
+    numbers = [len(method.trained_shapes(site.shape, site.k)) for site in sites]
+    numbers += [len(part.trained_shapes()) + len(part.buffer_shapes()) for part in found.parts]
+    if len(found.state_shapes()) != sum(numbers):
+        raise ValueError("it gives two of its tensors one name")
+    return found
+
+
+def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
+    hints = {**SITE_FIELDS, **SEED_FIELDS} if method.has_factors else SITE_FIELDS
+    check_fields(what, record, hints, optional={"slice", "clusters"})
+    name, shape, k, part = record["name"], tuple(record["shape"]), record["k"], None
+    if "slice" in record:
+        check_fields(f"the slice of {name!r}", record["slice"], get_type_hints(OutputSlice))
+        part = OutputSlice(**record["slice"])
+    if len(shape) != 2 or not 1 <= k <= min(shape):
+        raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
+    return PlannedSite(name, name.rsplit(".", 1)[0] if part else name, shape, part, k=k)
+
+
+def _read_parts(config: Mapping[str, Any]) -> list[Part]:
+    parts: list[Part] = []
+    for number, record in enumerate(config.get("modules", [])):
+        check_fields(f"the record of module {number}", record, MODULE_FIELDS, optional={"buffers", "dtypes", "ties"})
+        shapes = {key: {n: tuple(s) for n, s in record.get(key, {}).items()} for key in ("parameters", "buffers")}
+        dtypes = record.get("dtypes", {})
+        sizes = [size for found in shapes.values() for shape in found.values() for size in shape]
+        if any(size < 0 for size in sizes) or set(dtypes) != set(shapes["buffers"]):
+            raise ValueError(f"the shapes or the dtypes of the module {record['name']!r} are wrong")
+        if not set(dtypes.values()) <= set(BUFFER_DTYPES):
+            raise ValueError(f"the module {record['name']!r} has a buffer of a dtype that none can have: {dtypes}")
+        parts.append(ModulePart(record["name"], **shapes, dtypes=dtypes, ties=record.get("ties", {})))
+    for number, record in enumerate(config.get("tokens", [])):
+        check_fields(f"the record of tokens {number}", record, TOKEN_FIELDS)
+        indices = record["indices"]
+        if not indices or indices != sorted(set(indices)) or indices[0] < 0 or record["width"] < 1:
+            raise ValueError(f"the rows of {record['name']!r} are not different row numbers in rising order")
+        parts.append(TokenPart(**{**record, "indices": tuple(indices)}))
+    return parts

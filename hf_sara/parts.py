@@ -1,0 +1,348 @@
+"""The parts of a model that an adapter trains beside its updates: whole modules, and rows of embeddings.
+
+Every parameter that trains is saved with the adapter. So a head that a task makes anew is trained and saved unless the
+arguments say otherwise, and every other part is named in `modules_to_save` or `trainable_token_indices`.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .arguments import SaraArguments
+from .sites import Site, is_of_update
+from .targets import matches
+
+Shapes = dict[str, tuple[int, ...]]
+
+# A model for one of these tasks has a head of its own, which the checkpoint of a pretrained model does not have.
+TASKS_WITH_A_NEW_HEAD = re.compile(
+    r"For(Sequence|Token|Image|Audio|AudioFrame|Video)Classification|ForQuestionAnswering|ForMultipleChoice"
+    r"|ForXVector|Reward"
+)
+
+
+@dataclass(frozen=True)
+class ModulePart:
+    """
+    A module that is trained in full.
+
+    Args:
+        name (`str`): Its name in the model.
+        parameters (`dict[str, tuple[int, ...]]`): The shapes of its parameters by their names in the module.
+        buffers (`dict[str, tuple[int, ...]]`): The same for its saved buffers, such as statistics of a BatchNorm.
+        dtypes (`dict[str, str]`): The dtypes of its buffers.
+        ties (`dict[str, str]`): By name, parameters that are the same as one of an earlier part, and its full name.
+    """
+
+    name: str
+    parameters: Shapes
+    buffers: Shapes = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """How it is trained, in the tables of a plan."""
+        return "trained in full"
+
+    def trained_shapes(self) -> Shapes:
+        """Full names and shapes of its trained tensors."""
+        return {f"{self.name}.{name}": shape for name, shape in self.parameters.items()}
+
+    def buffer_shapes(self) -> Shapes:
+        """Full names and shapes of its buffers."""
+        return {f"{self.name}.{name}": shape for name, shape in self.buffers.items()}
+
+    def held(self) -> set[str]:
+        """The full names of the base's tensors that the adapter brings."""
+        return {f"{self.name}.{name}" for name in (*self.parameters, *self.buffers, *self.ties)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The part's record in an adapter's config."""
+        return {key: value for key, value in vars(self).items() if value or key in ("name", "parameters")}
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """
+    Rows of an embedding: those of the input embedding, which train there and in every module that shares its weight,
+    or those of an output embedding with a weight of its own, which do not train, but have to come back.
+
+    Args:
+        name (`str`): Name of the embedding in the model.
+        indices (`tuple[int, ...]`): The rows, in rising order.
+        width (`int`): Length of a row.
+        trained (`bool`): Whether they train.
+    """
+
+    name: str
+    indices: tuple[int, ...]
+    width: int
+    trained: bool = True
+
+    @property
+    def title(self) -> str:
+        """How it is trained, in the tables of a plan."""
+        return f"{len(self.indices)} rows {'trained' if self.trained else 'kept'}"
+
+    def trained_shapes(self) -> Shapes:
+        """Full name and shape of the trained rows: (number of rows, width)."""
+        return self._shapes() if self.trained else {}
+
+    def buffer_shapes(self) -> Shapes:
+        """Full name and shape of the rows that do not train."""
+        return {} if self.trained else self._shapes()
+
+    def _shapes(self) -> Shapes:
+        return {self.key: (len(self.indices), self.width)}
+
+    @property
+    def key(self) -> str:
+        """The full name of the rows."""
+        return f"{self.name}.trainable_tokens"
+
+    def held(self) -> set[str]:
+        """The base has every tensor itself, so the adapter brings none."""
+        return set()
+
+    def to_json(self) -> dict[str, Any]:
+        """The part's record in an adapter's config."""
+        return {**vars(self), "indices": list(self.indices)}
+
+
+Part = ModulePart | TokenPart
+
+
+def count(part: Part) -> int:
+    """Number of trained parameters of a part."""
+    return sum(math.prod(shape) for shape in part.trained_shapes().values())
+
+
+# ---- the choice of parts ----
+
+
+def find_parts(model: nn.Module, args: SaraArguments, sites: Sequence[Site]) -> list[Part]:
+    """
+    The parts that an adapter's arguments choose.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        args ([`SaraArguments`]): The arguments. Only `modules_to_save` and `trainable_token_indices` are read.
+        sites (`Sequence[Site]`): The adapter's sites, which no part may contain.
+
+    Raises:
+        `ValueError`: If a name matches nothing, a part is quantized, shares a weight with a module that is not
+            trained, or contains a site.
+    """
+    names = default_heads(model) if args.modules_to_save is None else _chosen(model, args.modules_to_save)
+    parts: list[Part] = [*module_parts(model, names)]
+    if args.trainable_token_indices is not None:
+        parts += token_parts(model, args.trainable_token_indices, names)
+    refuse_overlap(model, parts, sites)
+    return parts
+
+
+def default_heads(model: nn.Module) -> list[str]:
+    """The modules of the head that the model's task makes anew, or none for another task."""
+    kind = next((k.__name__ for k in type(model).__mro__ if TASKS_WITH_A_NEW_HEAD.search(k.__name__)), None)
+    if kind is None:
+        return []
+    heads = [name for name, child in model.named_children() if _is_head(model, name, child)]
+    if not heads:
+        raise ValueError(
+            f"The head of this {kind} cannot be told from its body. Name the modules of the head in modules_to_save, "
+            "or say modules_to_save=[] to leave it as it is."
+        )
+    return heads
+
+
+def _is_head(model: Any, name: str, child: nn.Module) -> bool:
+    """A head is a child with parameters that is not the body: no model of its own, and without a list of layers."""
+    is_body = name == getattr(model, "base_model_prefix", "") or isinstance(child, PreTrainedModel)
+    layered = any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in child.modules())
+    return not is_body and not layered and any(True for _ in _own_parameters(child))
+
+
+def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """The outermost modules that the patterns match, in the order of the model."""
+    offered = [
+        name
+        for name, module in model.named_modules()
+        if name and not is_of_update(name) and any(True for _ in _own_parameters(module))
+    ]
+    found: list[str] = []
+    for pattern in patterns:
+        if not any(matches(name, pattern, "modules_to_save") for name in offered):
+            raise ValueError(f"modules_to_save={pattern!r} matches no module with parameters. {_offer(offered)}")
+    for name in offered:
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and any(matches(name, pattern, "modules_to_save") for pattern in patterns):
+            found.append(name)
+    return found
+
+
+def _offer(names: Sequence[str]) -> str:
+    leaves = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    return f"The model has: {', '.join(leaf for leaf in leaves if not leaf.isdigit())}."
+
+
+# ---- their description ----
+
+
+def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
+    """The parts of these modules, as the model has them. An attached copy is described as the module itself is."""
+    owners = weight_owners(model)
+    first: dict[int, str] = {}
+    parts = []
+    for name in names:
+        module = model.get_submodule(name)
+        parameters: Shapes = {}
+        ties: dict[str, str] = {}
+        for key, parameter in _own_parameters(module):
+            full = f"{name}.{key}"
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{full}: the weight is quantized ({parameter.dtype}), so it cannot be trained. Load the base "
+                    f"with this module unquantized (llm_int8_skip_modules), or leave {name} out of modules_to_save."
+                )
+            others = [o for o in owners[id(parameter)] if not any(_is_inside(o, other) for other in names)]
+            if others:
+                raise ValueError(
+                    f"{full} is tied to {', '.join(others)}, so both would change. Name both modules in "
+                    "modules_to_save, or load the base with tie_word_embeddings=False."
+                )
+            if id(parameter) in first:
+                ties[key] = first[id(parameter)]
+            else:
+                first[id(parameter)] = full
+                parameters[key] = tuple(parameter.shape)
+        buffers = dict(_own_buffers(module))
+        shapes = {key: tuple(buffer.shape) for key, buffer in buffers.items()}
+        dtypes = {key: str(buffer.dtype).removeprefix("torch.") for key, buffer in buffers.items()}
+        parts.append(ModulePart(name, parameters, shapes, dtypes, ties))
+    return parts
+
+
+def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> list[TokenPart]:
+    """The parts of these rows of the model's embeddings, beside modules that are trained as a whole."""
+    embedding = input_embedding(model)
+    if embedding is None:
+        raise ValueError(
+            f"trainable_token_indices: this {type(model).__name__} has no input embedding of tokens. Leave it out."
+        )
+    rows, width = embedding.num_embeddings, embedding.embedding_dim
+    if max(indices) >= rows:
+        raise ValueError(
+            f"trainable_token_indices names the token {max(indices)}, and the input embedding has {rows} rows. Call "
+            "model.resize_token_embeddings(len(tokenizer)) first."
+        )
+    names = {module: name for name, module in model.named_modules()}
+    name = names[embedding]
+    if name in whole:
+        raise ValueError(
+            f"trainable_token_indices: {name} is in modules_to_save, so all of its rows train. Leave one out."
+        )
+    for owner in row_owners(model, embedding):
+        if not isinstance(owner, (nn.Embedding, nn.Linear)):
+            raise ValueError(
+                f"trainable_token_indices: a {type(owner).__name__} shares the weight of {name}, and its rows cannot "
+                "be trained. Use modules_to_save, or load the base with tie_word_embeddings=False."
+            )
+        if isinstance(owner, nn.Embedding) and not _looks_up_rows(owner):
+            raise ValueError(
+                f"trainable_token_indices: {name} is a {type(owner).__name__}, which computes more than rows of its "
+                "weight. Use modules_to_save to train it in full."
+            )
+    rows_of = tuple(sorted(indices))
+    parts = [TokenPart(name, rows_of, width)]
+    output = model.get_output_embeddings()
+    own_weight = isinstance(output, nn.Linear) and output.weight is not embedding.weight
+    if own_weight and names[output] not in whole and output.out_features == rows:
+        # The base may lack them: the rows of new tokens are random there.
+        parts.append(TokenPart(names[output], rows_of, output.in_features, trained=False))
+    return parts
+
+
+def input_embedding(model: Any) -> nn.Embedding | None:
+    """The input embedding of tokens, or `None` for a model that has none."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def row_owners(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The embedding, and all modules that share its weight."""
+    weight = embedding.get_parameter("weight")
+    return [m for m in model.modules() if any(p is weight for p in m.parameters(recurse=False))]
+
+
+def _looks_up_rows(embedding: nn.Embedding) -> bool:
+    """Whether an output of the embedding is a row of its weight, maybe times its scale."""
+    weight = embedding.weight.detach()
+    if weight.is_meta or embedding.max_norm is not None:
+        return embedding.max_norm is None
+    token = torch.zeros(1, dtype=torch.long, device=weight.device)
+    with torch.no_grad():
+        return torch.equal(nn.Embedding.__call__(embedding, token)[0], weight[0] * row_scale(embedding))
+
+
+def row_scale(embedding: Any) -> Any:
+    """The number by which some models' embeddings multiply their rows, in the dtype of the weight."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return scale.to(embedding.weight.dtype) if isinstance(scale, torch.Tensor) else scale
+
+
+def refuse_overlap(model: nn.Module, parts: Sequence[Part], sites: Sequence[Site]) -> None:
+    """Raise a `ValueError` if a site's weight is also that of a part."""
+    taken: dict[int, str] = {}
+    for part in parts:
+        module = model.get_submodule(part.name)
+        taken |= {id(parameter): part.name for parameter in module.parameters()}
+    for site in sites:
+        part_name = taken.get(id(site.linear(model).weight))
+        if part_name is not None:
+            raise ValueError(
+                f"{site.name} cannot have a low-rank update, because {part_name} is trained beside it and has the "
+                "same weight. Leave it out of target_modules, or out of modules_to_save and trainable_token_indices."
+            )
+
+
+def parts_collide(model: nn.Module, part: Part, other: Part) -> bool:
+    """Whether two parts, maybe of two adapters, train the same numbers."""
+    if isinstance(part, TokenPart) and isinstance(other, TokenPart):
+        return part.name == other.name and not set(part.indices).isdisjoint(other.indices)
+    ours, theirs = ({id(p) for p in model.get_submodule(name).parameters()} for name in (part.name, other.name))
+    return not ours.isdisjoint(theirs)
+
+
+def weight_owners(model: nn.Module) -> Mapping[int, list[str]]:
+    """By the id of a parameter, all its full names. A tied parameter has several."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_of_update(name):
+            owners[id(parameter)].append(name)
+    return owners
+
+
+def _is_inside(parameter_name: str, module_name: str) -> bool:
+    return parameter_name.startswith(f"{module_name}.")
+
+
+def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters(remove_duplicate=False) if not is_of_update(f".{name}"))
+
+
+def _own_buffers(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """The buffers that are part of the module's state. Others are computed anew when the module is made."""
+    saved = module.state_dict(keep_vars=True)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return ((name, buffer) for name, buffer in buffers if name in saved and not is_of_update(f".{name}"))

@@ -1,0 +1,89 @@
+"""The reference model of trainers that compare a policy with it, such as TRL's for DPO, KTO and GRPO.
+
+With a new adapter, the reference is the base. With an adapter that came trained, it is that adapter as it came. TRL
+would load the bare base in both cases. The reference shares the frozen weights of the policy, so that it takes the
+memory of an adapter only.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapter import SaraAdapter
+from ..carrier import adapters_on
+from ..copies import TokenRows
+
+# TRL's function that loads a reference by the name of the base, in trainers whose constructors do not take one.
+LOADER = "create_model_from_path"
+
+
+def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
+    """
+    A frozen copy of an adapted model: with the adapter as it is now, or without it if it is untrained.
+
+    Args:
+        adapter ([`SaraAdapter`]): The adapter.
+        share (`bool`, *optional*, defaults to `True`): Whether the copy shares the frozen tensors of the model.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The copy. Its modules and its trained tensors are its own.
+    """
+    model: Any = adapter.model
+    own = {id(tensor) for other in adapters_on(model).values() for tensor in other.trained().values()}
+    # Trained rows of an embedding are written into its weight.
+    own |= {id(m.weight) for m in model.modules() for c in getattr(m, "sara", {}).values() if isinstance(c, TokenRows)}
+    memo = {id(tensor): tensor for tensor in model.parameters() if share and id(tensor) not in own}
+    reference = copy.deepcopy(model, memo)
+    if adapter.is_untrained():
+        reference.sara_adapters[adapter.name].detach()
+    return reference.requires_grad_(False).eval()
+
+
+@contextmanager
+def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """
+    Give a trainer its reference while its constructor runs: as the argument `ref_model`, or in place of the model that
+    it would load. A trainer without a reference, or with one that the user gave, is left alone.
+
+    Raises:
+        `ValueError`: If the reference has to follow the policy, or the trainer made another one by itself.
+    """
+    wanted = _takes_reference(trainer) or hasattr(args, "sync_ref_model")
+    if not wanted or kwargs.get("ref_model") is not None or not isinstance(model, PreTrainedModel):
+        yield
+        return
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True writes the policy's weights into the reference, which shares the base with it. Load "
+            "a second model and give it as ref_model, or leave sync_ref_model out."
+        )
+    adapter = trainer.choose_adapter(model)
+    was_trained = not adapter.is_untrained()
+    reference = make_reference(adapter, share=getattr(args, "deepspeed_plugin", None) is None)
+    with ExitStack() as stack:
+        if _takes_reference(trainer):
+            kwargs["ref_model"] = reference
+        else:
+            for module in {sys.modules[kind.__module__] for kind in type(trainer).__mro__}:
+                if hasattr(module, LOADER):
+                    stack.enter_context(patch.object(module, LOADER, lambda *_, **__: reference))
+        yield
+    found = getattr(trainer, "ref_model", None)
+    if was_trained and found is not None and trainer.accelerator.unwrap_model(found) is not reference:
+        raise ValueError(
+            f"The adapter {adapter.name!r} came trained, and {type(trainer).__name__} made a reference model without "
+            "it. Give the reference as ref_model."
+        )
+
+
+def _takes_reference(trainer: Any) -> bool:
+    """Whether the constructor of a trainer takes a `ref_model`."""
+    constructors = [kind.__dict__["__init__"] for kind in type(trainer).__mro__ if "__init__" in kind.__dict__]
+    return any("ref_model" in inspect.signature(constructor).parameters for constructor in constructors)
