@@ -10,7 +10,7 @@ import torch
 from conftest import same_bits
 from torch.utils.data import DataLoader, IterableDataset
 from training import TWO_PROCESSES, At, dataset, log_of, make_trainer, run_script
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_sara.trainer import RUNNING_LOSS_FILE
 
@@ -167,6 +167,22 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_within_it(whole, tmp_pat
     # Trainer saves at the stop as at the end of an epoch.
     train(tmp_path, shuffled(), stop_at=SECOND, save_strategy="epoch")
     check_same_end(train(tmp_path, shuffled(), True), whole)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_an_epoch_that_a_callback_ended_is_over_for_the_resumed_run_too(strategy, tmp_path):
+    class EndEpoch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step % 3 == 0
+
+    def ended_early(folder, resume=None):
+        trainer = streaming_trainer(folder, shuffled(), save_strategy=strategy, max_steps=7)
+        trainer.add_callback(EndEpoch())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = ended_early(tmp_path / "whole")
+    check_same_end(ended_early(tmp_path / "parts", str(checkpoint(whole, 3))), whole)
 
 
 def test_a_finished_run_that_is_resumed_needs_no_place_in_the_data(whole, tmp_path):

@@ -79,17 +79,21 @@ class DataPlaceMixin(TrainerBase):
 
     def _on_epoch_end(self) -> None:
         """Note that the next epoch follows. A run that a callback stops within an epoch stays where it is."""
-        if self._sara_place.over or self.control.should_epoch_stop:
+        if self._sara_place.over:
             self._sara_place = DataPlace(self._sara_place.epoch + 1)
 
     # ---- saving and restoring ----
 
     def _sara_place_to_save(self) -> dict[str, Any]:
+        place = self._sara_place
+        if self.control.should_epoch_stop and place.batches:
+            # A callback ends the epoch here.
+            place = DataPlace(place.epoch + 1)
         # After the last batches of an epoch, their gradients may wait for the first step of the next one.
         waiting = not self.accelerator.sync_gradients
         persistent = self.args.dataloader_persistent_workers
         layout = self._sara_data_layout()
-        return {**vars(self._sara_place), "waiting": waiting, "persistent": persistent, "layout": layout}
+        return {**vars(place), "waiting": waiting, "persistent": persistent, "layout": layout}
 
     def _sara_data_layout(self) -> dict[str, int]:
         """What decides which examples are in a batch, and which batches are in a step."""
@@ -123,7 +127,7 @@ class DataPlaceMixin(TrainerBase):
             # The data have a length, and this is the end of an epoch. Trainer would not ask for another batch in it,
             # and it restores the random numbers only after it has asked for one.
             saved = {"epoch": saved["epoch"] + 1, "batches": 0, "over": False}
-        self._sara_batch_due_in = saved["epoch"] + (saved["over"] and saved["batches"] > 0)
+        self._sara_batch_due_in = saved["epoch"] + saved["over"]
         return saved["epoch"], saved["batches"]
 
     def _sara_why_not_exactly(self, saved: dict[str, Any]) -> str | None:
