@@ -139,7 +139,7 @@ class SaraAdapter(AttachedUpdates):
 
     def manifest(self) -> Manifest:
         """The description of the adapter that its files hold besides its tensors."""
-        base, versions = BaseRecord.of(self.model), current_versions()
+        base, versions = BaseRecord.of(self.model, self.base_dtype()), current_versions()
         return Manifest(self.args, self.threshold, self.sites, self.parts, self.seeds, base, versions)
 
     def save_pretrained(self, folder: str | PathLike) -> None:

@@ -84,8 +84,8 @@ class BaseRecord:
     vocab_size: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "BaseRecord":
-        """The record of a model in memory."""
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> "BaseRecord":
+        """The record of a model in memory, whose dtype may be another one while trained copies are in it."""
         config = getattr(model, "config", None)
         model_id = hub_id(getattr(config, "_name_or_path", None))
         commit = getattr(config, "_commit_hash", None) or (cached_commit(model_id) if model_id else None)
@@ -100,7 +100,7 @@ class BaseRecord:
             revision=commit if commit and is_commit(commit) else None,
             class_name=kind.__name__,
             model_type=getattr(config, "model_type", None),
-            dtype=str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+            dtype=str(dtype or getattr(model, "dtype", torch.float32)).removeprefix("torch."),
             pad_token_id=getattr(config, "pad_token_id", None),
             eos_token_id=getattr(config, "eos_token_id", None),
             id2label=None if labels is None else {str(key): str(label) for key, label in labels.items()},

@@ -157,6 +157,12 @@ class AdapterContents:
             if isinstance(copy, TokenRows):
                 copy.mirror(host)
 
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of the base. A copy that is trained in its place may have a wider one."""
+        held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
+        base = ((n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in held)
+        return next(parameter.dtype for name, parameter in base if not is_of_update(name))
+
     def frozen_factors(self) -> dict[str, torch.Tensor]:
         """
         Copies of the frozen factors, named `"<site>.U"` and `"<site>.Vh"`, for a method that has some. For a sharded

@@ -102,18 +102,18 @@ class SavedAdapter(Config):
     def parts_on(self, model: nn.Module) -> list[Part]:
         """Check that the model has each part with the same tensors, and as many tokens; returns the parts."""
         modules = [part for part in self.parts if isinstance(part, ModulePart)]
-        for part in modules:
+        for module in modules:
             try:
-                model.get_submodule(part.name)
+                model.get_submodule(module.name)
             except AttributeError as error:
                 raise AdapterError(
-                    f"The adapter in {self.folder} trains {part.name!r}, which this {type(model).__name__} does not "
+                    f"The adapter in {self.folder} trains {module.name!r}, which this {type(model).__name__} does not "
                     f"have. It was trained on {self.base}."
                 ) from error
-        for part, there in zip(modules, module_parts(model, [part.name for part in modules]), strict=True):
-            if part != there:
+        for module, there in zip(modules, module_parts(model, [part.name for part in modules]), strict=True):
+            if module != there:
                 raise AdapterError(
-                    f"{part.name}: the adapter in {self.folder} trains it with the tensors {_tensors_text(part)}, and "
+                    f"{module.name}: the adapter in {self.folder} trains it with the tensors {_tensors_text(module)}, and "
                     f"this model's has {_tensors_text(there)}. Load the base with the same labels and vocabulary: "
                     f"{self.base}."
                 )
@@ -124,8 +124,9 @@ class SavedAdapter(Config):
                 f"The adapter in {self.folder} was trained with {self.base.vocab_size} tokens, and this model's input "
                 f"embedding has {rows} rows. Call model.resize_token_embeddings({self.base.vocab_size}) first."
             )
-        for rows in (part for part in self.parts if isinstance(part, TokenPart)):
-            self._check_rows(model, rows)
+        for part in self.parts:
+            if isinstance(part, TokenPart):
+                self._check_rows(model, part)
         return self.parts
 
     def fit_vocabulary(self, model: Any, name: str) -> None:
@@ -155,10 +156,8 @@ class SavedAdapter(Config):
 
     def _check_rows(self, model: nn.Module, part: TokenPart) -> None:
         there = dict(model.named_modules()).get(part.name)
-        embedding: nn.Module | None = (
-            input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
-        )
-        shape = tuple(there.get_parameter("weight").shape) if there is not None and there is embedding else (0, 0)
+        embedding = input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
+        shape = tuple(there.get_parameter("weight").shape) if there and there is embedding else (0, 0)
         if part.indices[-1] >= shape[0] or part.width != shape[1]:
             raise AdapterError(
                 f"The adapter in {self.folder} has rows of {part.width} numbers up to the token {part.indices[-1]} "

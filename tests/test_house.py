@@ -15,8 +15,8 @@ FLOORS = (
     *("sites", "seeds", "methods.base", "methods.products", "methods.sara", "methods.mo_sara", "methods"),
     *("arguments", "targets", "parts", "planning", "base_model", "manifest", "format1", "storage"),
     *("card_text", "model_card", "hub", "carrier", "copies", "merging", "contents", "attached", "adapter", "export"),
-    *("plain_model", "merge_files", "sharing", "analysis", "trainer.resuming", "trainer.frozen_base"),
-    *("trainer.reference", "trainer.adapter_trainer", "trainer.cards", "trainer"),
+    *("plain_model", "merge_files", "sharing", "analysis", "trainer.streaming", "trainer.resuming"),
+    *("trainer.frozen_base", "trainer.reference", "trainer.adapter_trainer", "trainer.cards", "trainer"),
     *("cli", "tasks.data", "tasks.instruct", "tasks.math", "tasks.commonsense", "tasks.e2e", "tasks.e2e_metrics"),
 )
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_CLASS, LARGEST_SHARE = 450, 250, 0.15

@@ -1,11 +1,8 @@
 import json
 import logging
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,26 +13,13 @@ import torch.nn.functional as F
 from conftest import base_state, logits, make_inputs, make_model, same_bits, sara_arguments
 from datasets import Dataset
 from torch import nn
-from training import STEPS, At, dataset, log_of, make_trainer, training_arguments
+from training import STEPS, TWO_PROCESSES, At, dataset, log_of, make_trainer, run_script, training_arguments
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
 from hf_sara.hub import TRAINING_ARGS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
 from hf_sara.trainer import RUNNING_LOSS_FILE, last_complete_checkpoint
-
-SCRIPT = Path(__file__).with_name("training.py")
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def run_script(*arguments, launcher=(sys.executable,), **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*launcher, str(SCRIPT), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def stopped_at(step: int, folder, method: str, **changes):

@@ -15,6 +15,8 @@ SIGNATURES = {
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
     "_get_train_sampler": "(self, train_dataset=None)",
     "_hp_search_setup": "(self, trial)",
+    "_init_training_state": "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, "
+    "trial)",
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
@@ -26,6 +28,7 @@ SIGNATURES = {
     "call_model_init": "(self, trial=None)",
     "create_model_card": "(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, "
     "tasks=None, dataset_tags=None, dataset=None, dataset_args=None)",
+    "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
     "get_decay_parameter_names": "(self, model)",
     "init_hf_repo": "(self, token=None, private=None)",
     "push_to_hub": "(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, "
@@ -35,7 +38,7 @@ SIGNATURES = {
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
 }
 # Attributes and functions of the Trainer that the mixins read or set.
-ATTRIBUTES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+ATTRIBUTES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_train_batch_size")
 
 
 def plain(signature: inspect.Signature) -> str:

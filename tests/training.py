@@ -6,7 +6,9 @@ python training.py OUTPUT_DIR METHOD [--kill_at STEP] [TrainingArguments as a JS
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
@@ -17,6 +19,18 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_sara import SaraTrainer
 
 STEPS = 7
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def run_script(*arguments, launcher=(sys.executable,), **environment) -> subprocess.CompletedProcess:
+    """Run this file as a script."""
+    return subprocess.run(
+        [*launcher, str(Path(__file__)), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def dataset(size: int = 24, seed: int = 0) -> Dataset:
@@ -89,7 +103,10 @@ if __name__ == "__main__":
     if "fsdp" in arguments:
         shard_on_cpu()
     sara_args = sara_arguments(method, **arguments.pop("sara_args", {"dropout": 0.1}))
+    streamed = arguments.pop("streamed", False)
     trainer = make_trainer(folder, sara_args=sara_args, **arguments)
+    if streamed:
+        trainer.train_dataset = dataset(16).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=5)
     assert trainer.is_fsdp_enabled == ("fsdp" in arguments)
     assert trainer.is_deepspeed_enabled == ("deepspeed" in arguments)
     if kill_at:

@@ -1,8 +1,8 @@
 """Exact resuming for any `transformers.Trainer`: an interrupted run ends with the same bits and the same log.
 
 Trainer restores the optimizer, the schedule and the random numbers. This module also restores the loss between two log
-lines, the order of batches that are grouped by length, and the time of the whole training. A finished run that is
-resumed trains no further step.
+lines, the order of batches that are grouped by length, the place in streamed data, and the time of the whole training.
+A finished run that is resumed trains no further step.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -18,15 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import sort_checkpoints
 
+from .streaming import DataPlaceMixin
+
 logger = logging.getLogger(__name__)
 
 RUNNING_LOSS_FILE = "running_loss.json"
-
-if TYPE_CHECKING:
-    # The mixins stand before a subclass of Trainer, and a type checker has to know what `super()` offers them.
-    TrainerBase = Trainer
-else:
-    TrainerBase = object
 
 
 class EpochSeededSampler(LengthGroupedSampler):
@@ -42,7 +38,7 @@ class EpochSeededSampler(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class ExactResumeMixin(TrainerBase):
+class ExactResumeMixin(DataPlaceMixin):
     """A mixin that makes a [`~transformers.Trainer`] resume exactly: `class MyTrainer(ExactResumeMixin, Trainer)`."""
 
     _tr_loss: torch.Tensor
@@ -52,7 +48,7 @@ class ExactResumeMixin(TrainerBase):
         self._sara_started: float | None = None
         self._sara_seconds = 0.0
         super().__init__(*args, **kwargs)
-        self.add_callback(_OnTrainBegin(self))
+        self.add_callback(_Events(self))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
@@ -68,6 +64,7 @@ class ExactResumeMixin(TrainerBase):
             # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
             path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
             self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
+        self._sara_saved_place = (self._sara_resumed_loss or {}).get("data")
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -119,6 +116,7 @@ class ExactResumeMixin(TrainerBase):
                 "logged": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
                 "seconds": self.training_seconds,
+                "data": self._sara_place_to_save(),
             }
             Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
 
@@ -147,14 +145,17 @@ def output_dir_of(trainer: Trainer) -> str:
     return str(trainer.args.output_dir)
 
 
-class _OnTrainBegin(TrainerCallback):
-    """Calls `_on_train_begin`. Trainer has no method to override at that moment, but an event for callbacks."""
+class _Events(TrainerCallback):
+    """Calls the trainer's own methods at moments for which Trainer has no method to override, but an event."""
 
     def __init__(self, trainer: ExactResumeMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._on_train_begin()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer._on_epoch_end()
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
