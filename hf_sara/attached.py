@@ -3,11 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
-
 from .carrier import adapters_on, set_adapters
-from .contents import AdapterContents, remove_delta
-from .copies import ModuleCopy, TokenRows, remove_parts
+from .contents import AdapterContents, refuse_in_use, remove_delta
+from .copies import remove_parts
 from .merging import MergedWeights
 
 
@@ -43,16 +41,10 @@ class AttachedUpdates(AdapterContents):
                 copy.switch(host, enabled)
 
     def _set_enabled(self, enabled: bool) -> None:
-        # Only a part can refuse, so the parts come first, and a refusal leaves everything as it was.
-        done: list[tuple[nn.Module, ModuleCopy | TokenRows]] = []
-        try:
-            for host, copy in self.copies():
-                copy.switch(host, enabled)
-                done.append((host, copy))
-        except ValueError:
-            for host, copy in done:
-                copy.switch(host, not enabled)
-            raise
+        if enabled:
+            refuse_in_use(self.model, self.parts, self)
+        for host, copy in self.copies():
+            copy.switch(host, enabled)
         for _, delta in self.deltas():
             delta.enabled = enabled
 

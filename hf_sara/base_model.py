@@ -5,8 +5,6 @@ have to be loaded.
 """
 
 import json
-import math
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +26,9 @@ from .planning import Plan, plan_with
 from .records import check_fields
 from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name
 from .sites import Site
+from .tensor_files import MAX_HEADER_BYTES, Entry, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# This is enough for a quarter of a million tensors, in the header of a file or in the index of all files.
-MAX_HEADER_BYTES = 32 * 2**20
-ENTRY_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
 # The fields of a base in an adapter's config, and the types of their values.
 BASE_FIELDS = {
     "model_id": str | None,
@@ -128,6 +124,8 @@ class BaseRecord:
             raise ValueError(f"its base {model_id!r} is not a Hub id")
         if revision is not None and not is_commit(revision):
             raise ValueError(f"its base's revision {revision!r} is not a commit")
+        if record.get("vocab_size") is not None and record["vocab_size"] < 1:
+            raise ValueError(f"its base's vocab_size {record['vocab_size']} is not a number of tokens")
         if not class_name.isidentifier():
             raise ValueError(f"its base's class {class_name!r} is not the name of a class")
         if not all(key.isdecimal() for key in record["id2label"] or {}):
@@ -230,17 +228,6 @@ def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> 
     return names
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The place of a tensor: its file, and the dtype, shape and byte range that the file's header gives."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 class BaseWeights:
     """
     A model's configuration, its modules without values, and its weights on demand.
@@ -278,38 +265,26 @@ class BaseWeights:
     def weight(self, site: Site) -> torch.Tensor:
         """The weight W of a site, of shape (d_in, d_out)."""
         module = site.linear(self.model)
-        entry = self._by_name.get(f"{site.module}.weight")
-        if entry is None:
+        name, entry = self._by_name.get(f"{site.module}.weight", (None, None))
+        if name is None or entry is None:
             raise ValueError(f"{site.name}: the checkpoint has no tensor for it. Load the model, and plan on that.")
         if entry.dtype not in DTYPES or entry.shape != tuple(module.weight.shape):
             raise ValueError(
                 f"{site.name}: the file has {entry.dtype} of shape {entry.shape}, and the configuration asks for a "
                 f"floating-point weight of shape {tuple(module.weight.shape)}."
             )
-        with self._open(entry.file) as file:
+        with self._open(name) as file:
             file.seek(entry.start)
             content = bytearray(file.read(entry.stop - entry.start))
         if len(content) != entry.stop - entry.start:
-            raise ValueError(f"{entry.file} is damaged: it ends before {site.name} does.")
+            raise ValueError(f"{name} is damaged: it ends before {site.name} does.")
         return site.orient(torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape), module)
 
-    def _entries(self, name: str) -> Iterator[tuple[str, Entry]]:
-        """The tensors of one file. It has the header's length in eight bytes, the header as JSON, then the tensors."""
+    def _entries(self, name: str) -> Iterator[tuple[str, tuple[str, Entry]]]:
+        """The tensors of one file, each with the name of the file."""
         with self._open(name) as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise ValueError(f"{name} is damaged: it is not a safetensors file.")
-            header = _parse(file.read(length), name)
-        for key, record in header.items():
-            if key == "__metadata__":
-                continue
-            check_fields(f"{key!r} of {name}", record, ENTRY_FIELDS)
-            start, stop = record["data_offsets"]
-            entry = Entry(name, record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
-            size = DTYPES[entry.dtype].itemsize * math.prod(entry.shape) if entry.dtype in DTYPES else None
-            if size is not None and (start < 0 or stop - start != size):
-                raise ValueError(f"{name} is damaged: {key} has {stop - start} bytes, its shape asks for {size}.")
-            yield key, entry
+            entries, _ = read_header(file, name)
+        return ((key, (name, entry)) for key, entry in entries.items())
 
     def _exists(self, name: str) -> bool:
         return (self.folder / name).is_file() if self.folder else self._files.exists(f"{self._remote}/{name}")

@@ -97,7 +97,14 @@ def drop_hooks(module: nn.Module, ours: Sequence[Any]) -> None:
     for hooks, with_kwargs in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._state_dict_hooks, {}),
+        (module._load_state_dict_pre_hooks, {}),
     ):
-        for handle in [handle for handle, hook in hooks.items() if hook in ours]:
+        for handle in [handle for handle, hook in hooks.items() if _function(hook) in ours]:
             del hooks[handle]
             with_kwargs.pop(handle, None)
+
+
+def _function(hook: Any) -> Any:
+    """The function of a hook, which may have its first argument bound, or be wrapped by torch."""
+    return getattr(hook, "func", getattr(hook, "hook", hook))

@@ -223,8 +223,13 @@ def generate(
     with _errors():
         from transformers import AutoTokenizer
 
+        from . import hub, storage
+        from .own_tokenizer import has_own_tokenizer
+
         model = _load(adapter, base, revision)
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
+        own = has_own_tokenizer(folder, storage.read(folder).base)
+        tokenizer = AutoTokenizer.from_pretrained(folder if own else model.config._name_or_path)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

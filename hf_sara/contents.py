@@ -5,7 +5,7 @@ Nothing here knows of files or of the Hub.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
-from .copies import ModuleCopy, TokenRows, attach_parts
+from .copies import ModuleCopy, TokenRows, attach_parts, part_on
 from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
@@ -127,8 +127,7 @@ class AdapterContents:
 
     def copies(self) -> list[tuple[nn.Module, ModuleCopy | TokenRows]]:
         """The parts on the model, each with the module that it belongs to."""
-        hosts: list[Any] = [self.model.get_submodule(part.name) for part in self.parts]
-        return [(host, host.sara[self.name]) for host in hosts]
+        return [part_on(self.model, part, self.name) for part in self.parts]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained tensors, named `"<site>.<tensor>"`, and those of the parts by their own full names."""
@@ -288,15 +287,26 @@ def _refuse_mixture(model: nn.Module, spec: AdapterSpec) -> None:
     for name, other in adapters_on(model).items():
         refuse_overlap(model, other.parts, spec.sites)
         refuse_overlap(model, spec.parts, other.sites)
-        in_use = {id(copy.part) for _, copy in other.copies() if copy.is_enabled()}
         for part in spec.parts:
             for theirs in other.parts:
-                if parts_collide(model, part, theirs) and (part.name != theirs.name or id(theirs) in in_use):
+                if part.name != theirs.name and parts_collide(model, part, theirs):
                     raise ValueError(
-                        f"{part.name} cannot be trained in this adapter while the adapter {name!r} trains "
-                        f"{theirs.name}, because a module can have one trained copy at a time. Disable or detach that "
-                        f"adapter first: SaraAdapter.of(model, {name!r}).disable()."
+                        f"{part.name} cannot be trained in an adapter beside the adapter {name!r}, which trains "
+                        f"{theirs.name}: they have tensors in common. Detach that adapter first."
                     )
+    refuse_in_use(model, spec.parts, None)
+
+
+def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterContents | None) -> None:
+    """Raise a `ValueError` if another adapter's trained copy of one of these parts is in use."""
+    for name, other in adapters_on(model).items():
+        theirs = [copy.part for _, copy in other.copies() if other is not adapter and copy.is_enabled()]
+        for part in parts:
+            if any(parts_collide(model, part, one) for one in theirs):
+                raise ValueError(
+                    f"{part.name} can have one trained copy at a time, and that of the adapter {name!r} is in use. "
+                    f"Disable that adapter first: SaraAdapter.of(model, {name!r}).disable()."
+                )
 
 
 def _let_train(adapter: AdapterContents, trains: bool) -> None:

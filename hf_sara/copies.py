@@ -1,11 +1,12 @@
 """The parts of an adapter on a model: trained copies of modules, and trained rows of embeddings.
 
 A copy takes the place of the base's own parameters in their module, where everything that reads the module finds it.
-The base's tensors keep their bits in a child module meanwhile, and come back when the adapter is switched off or
+The base's tensors keep their bits in a child of the model meanwhile, and come back when the adapter is switched off or
 removed.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,36 +20,122 @@ from .parts import ModulePart, Part, TokenPart, row_owners, row_scale
 DOT = ":"
 
 
-def attach_parts(model: nn.Module, parts: Sequence[Part], key: str) -> None:
+def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
     """Put an adapter's parts on a model, and switch them on. Parts that share a parameter share its copy."""
     made: dict[int, nn.Parameter] = {}
+    if parts and not any(hook is show_base for hook in model._state_dict_hooks.values()):
+        model._register_state_dict_hook(show_base)
+        model._register_load_state_dict_pre_hook(load_base, with_module=True)
     for part in parts:
         host: Any = model.get_submodule(part.name)
         if isinstance(part, TokenPart):
-            rows = TokenRows(host, part)
+            rows = TokenRows(host, part, name)
             for owner in row_owners(model, host):
                 # Rows that do not train need no gradient, so that the weight, which has their values, is enough.
-                _insert(owner, key, rows, {"forward": use_rows} if part.trained else {})
-        else:
-            hooks = {"pre_forward": cast_inputs, "forward": cast_output}
-            _insert(host, key, ModuleCopy(host, part, made), hooks)
-        host.sara[key].switch(host, True)
+                _insert(owner, name, rows, {"forward": use_rows} if part.trained else {})
+            rows.switch(host, True)
+            continue
+        copy = ModuleCopy(host, part, made)
+        _store(model)[_store_key(part, name)] = copy
+        if copy.base_dtype is not None and not _has_hook(host, cast_inputs):
+            inputs, output = (functools.partial(hook, copy.base_dtype) for hook in (cast_inputs, cast_output))
+            host.register_forward_pre_hook(inputs, with_kwargs=True)
+            host.register_forward_hook(output, with_kwargs=True)
+        copy.switch(host, True)
 
 
-def remove_parts(model: nn.Module, parts: Sequence[Part], key: str) -> None:
+def part_on(model: Any, part: Part, name: str) -> tuple[nn.Module, "ModuleCopy | TokenRows"]:
+    """The module of an attached part, and what is attached there."""
+    host: Any = model.get_submodule(part.name)
+    return host, host.sara[name] if isinstance(part, TokenPart) else _store(model)[_store_key(part, name)]
+
+
+def remove_parts(model: Any, parts: Sequence[Part], name: str) -> None:
     """Give the base its own tensors back, and take an adapter's parts off a model."""
     for part in parts:
-        host: Any = model.get_submodule(part.name)
-        host.sara[key].switch(host, False)
-        for module in row_owners(model, host) if isinstance(part, TokenPart) else [host]:
-            _remove(module, key)
+        host, attached = part_on(model, part, name)
+        attached.switch(host, False)
+        if isinstance(part, TokenPart):
+            for owner in row_owners(model, host):
+                _remove(owner, name)
+            continue
+        store = _store(model)
+        del store[_store_key(part, name)]
+        if not any(copy.part.name == part.name for copy in store.values()):
+            drop_hooks(host, (cast_inputs, cast_output))
+        if not len(store):
+            del model.sara_parts
+    if not hasattr(model, "sara_parts") and not any(_rows_in_use(model)):
+        drop_hooks(model, (show_base, load_base))
+
+
+def _store(model: Any) -> Any:
+    """
+    The copies on a model, by adapter and part. They are children of the model, because a module like nn.Sequential
+    calls all of its own children.
+    """
+    if not hasattr(model, "sara_parts"):
+        # As with updates, the full name of each tensor has `.sara.` in it.
+        model.sara_parts = nn.ModuleDict({"sara": nn.ModuleDict()})
+    return model.sara_parts.sara
+
+
+def _rows_in_use(model: nn.Module) -> Iterator[tuple[str, "TokenRows"]]:
+    """The trained rows that are in a weight now, each with a name of this weight."""
+    for name, module in model.named_modules():
+        for child in getattr(module, "sara", nn.ModuleDict()).values():
+            if isinstance(child, TokenRows) and child.is_enabled():
+                yield f"{name}.weight", child
+
+
+# In the state dict of a model, the names of the base stand for the tensors of the base, also while copies are in their
+# places, so that the state of the base is the same with and without an adapter.
+
+
+def show_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The state-dict hook of a model with parts."""
+    _exchange(model, state, prefix)
+    for name, rows in _rows_in_use(model):
+        weight = state.get(prefix + name)
+        if weight is not None and not isinstance(weight, DTensor):
+            state[prefix + name] = rows.replaced(weight, rows.get_buffer("base"))
+
+
+def load_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The hook that takes such a state apart again when it is loaded."""
+    _exchange(model, state, prefix)
+    for name, rows in _rows_in_use(model):
+        weight = state.get(prefix + name)
+        if weight is not None and not isinstance(weight, DTensor):
+            rows.get_buffer("base").copy_(weight[rows.get_buffer("indices").to(weight.device)])
+            trained = state.get(f"{prefix}{name.removesuffix('weight')}sara.{rows.key}.rows", rows.rows)
+            state[prefix + name] = rows.replaced(weight, trained.detach())
+
+
+def _exchange(model: Any, state: dict[str, Any], prefix: str) -> None:
+    for key, copy in _store(model).items() if hasattr(model, "sara_parts") else ():
+        if copy.is_enabled():
+            for name in (*copy.part.parameters, *copy.part.ties, *copy.part.buffers):
+                one = f"{prefix}{copy.part.name}.{name}"
+                other = f"{prefix}sara_parts.sara.{key}.{name.replace('.', DOT)}"
+                if one in state and other in state:
+                    state[one], state[other] = state[other], state[one]
+                elif one in state:
+                    # A state of the base alone is loaded.
+                    state[other] = state.pop(one)
+
+
+def _store_key(part: Part, name: str) -> str:
+    return f"{name}{DOT}{part.name.replace('.', DOT)}"
+
+
+def _has_hook(module: nn.Module, function: Any) -> bool:
+    return any(getattr(hook, "func", None) is function for hook in module._forward_pre_hooks.values())
 
 
 def _insert(module: Any, key: str, child: nn.Module, hooks: Mapping[str, Any]) -> None:
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
-        if "pre_forward" in hooks:
-            module.register_forward_pre_hook(hooks["pre_forward"], with_kwargs=True)
         if "forward" in hooks:
             module.register_forward_hook(hooks["forward"], with_kwargs=True)
     module.sara[key] = child
@@ -58,7 +145,7 @@ def _remove(module: Any, key: str) -> None:
     del module.sara[key]
     if not len(module.sara):
         del module.sara
-        drop_hooks(module, (cast_inputs, cast_output, use_rows))
+        drop_hooks(module, (use_rows,))
 
 
 # ---- modules that are trained in full ----
@@ -79,8 +166,12 @@ class ModuleCopy(nn.Module):
         super().__init__()
         self.part = part
         self._enabled = False
+        # A module whose parameters are of a narrower dtype than their copies needs hooks for its inputs and outputs.
+        self.base_dtype: torch.dtype | None = None
         for name in (*part.parameters, *part.ties):
             base = host.get_parameter(name)
+            if self.base_dtype is None and torch.promote_types(base.dtype, torch.float32) != base.dtype:
+                self.base_dtype = base.dtype
             if id(base) not in made:
                 # Small steps would be lost in a smaller dtype.
                 dtype = torch.promote_types(base.dtype, torch.float32)
@@ -110,12 +201,6 @@ class ModuleCopy(nn.Module):
         """Put the trained tensors, or the base's, into the module."""
         if enabled == self._enabled:
             return
-        others = [other for other in host.sara.values() if other is not self and other.is_enabled()]  # type: ignore
-        if enabled and others:
-            raise ValueError(
-                f"{self.part.name} can have one adapter's trained copy at a time, and another adapter's is in use. "
-                "Disable that adapter first."
-            )
         for name in (*self.part.parameters, *self.part.ties, *self.part.buffers):
             owner, leaf = _owner(host, name)
             aside = name.replace(".", DOT)
@@ -152,38 +237,30 @@ class ModuleCopy(nn.Module):
             tensor.data.copy_(values[name])
         return before
 
-    def cast(self, host: nn.Module) -> tuple[torch.dtype, torch.dtype] | None:
-        """The dtypes of the trained parameters and of the base's, if they differ while the trained ones are in use."""
-        name = next(iter((*self.part.parameters, *self.part.ties)), None)
-        if not self._enabled or name is None:
-            return None
-        trained, base = self._get(host, name).dtype, getattr(self, name.replace(".", DOT)).dtype
-        return None if trained == base else (trained, base)
-
 
 def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return host.get_submodule(path), leaf
 
 
-def cast_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cast_inputs(base: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
-    The forward pre-hook of a module whose trained copy has a wider dtype than the base: its inputs take this dtype.
+    The forward pre-hook of a module that may have a trained copy of a wider dtype than the base's: its inputs take the
+    dtype of the copy.
     """
-    dtypes = _dtypes(module)
-    if dtypes is None:
+    dtype = _dtype_of(module)
+    if dtype == base:
         return None
-    return tuple(_to(value, dtypes[0]) for value in args), {key: _to(v, dtypes[0]) for key, v in kwargs.items()}
+    return tuple(_to(value, dtype) for value in args), {key: _to(value, dtype) for key, value in kwargs.items()}
 
 
-def cast_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def cast_output(base: torch.dtype, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of such a module: its output takes the dtype of the base."""
-    dtypes = _dtypes(module)
-    return output if dtypes is None else _to(output, dtypes[1])
+    return output if _dtype_of(module) == base else _to(output, base)
 
 
-def _dtypes(module: Any) -> tuple[torch.dtype, torch.dtype] | None:
-    return next((found for child in module.sara.values() if (found := child.cast(module)) is not None), None)
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters())
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
@@ -205,11 +282,13 @@ class TokenRows(nn.Module):
     Args:
         host (`nn.Embedding` or `nn.Linear`): The input embedding, or the output embedding.
         part ([`TokenPart`]): The description of the rows.
+        key (`str`): The name of the adapter.
     """
 
-    def __init__(self, host: nn.Embedding | nn.Linear, part: TokenPart):
+    def __init__(self, host: nn.Embedding | nn.Linear, part: TokenPart, key: str):
         super().__init__()
         self.part = part
+        self.key = key
         self._enabled = False
         device = host.weight.device
         self.register_buffer("indices", torch.tensor(part.indices, device=device), persistent=False)
@@ -232,13 +311,14 @@ class TokenRows(nn.Module):
 
     def switch(self, host: Any, enabled: bool) -> None:
         """Put the trained rows, or the base's, into the weight."""
-        others = [other for other in host.sara.values() if other is not self and other.is_enabled()]
-        if enabled and any(set(self.part.indices) & set(other.part.indices) for other in others):
-            raise ValueError(
-                f"{self.part.name} has rows that another adapter in use trains too. Disable that adapter first."
-            )
         self._enabled = enabled
         self.mirror(host)
+
+    def replaced(self, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of the weight with other values in these rows."""
+        changed = weight.detach().clone()
+        changed[self.get_buffer("indices").to(weight.device)] = rows.to(weight.device, weight.dtype)
+        return changed
 
     @torch.no_grad()
     def mirror(self, host: Any) -> None:
@@ -271,9 +351,6 @@ class TokenRows(nn.Module):
         self.get_buffer("base").copy_(values["rows"])
         self.mirror(host)
         return before
-
-    def cast(self, host: nn.Module) -> None:
-        """Rows are cast where they are used."""
 
     def in_embedding(self, embedding: Any, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The output of an embedding, with the trained rows at their tokens."""

@@ -30,14 +30,11 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from . import model_card, storage
 from .card_text import take_over
 from .files import write_file
+from .own_tokenizer import TOKENIZER_FILES, has_own_tokenizer
 from .repos import NETWORK_ERRORS, hub_id
 
 # This readable file with masked tokens replaces training_args.bin, which is a pickle with the Hub token in clear text.
 TRAINING_ARGS_FILE = "training_args.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
-)
 # Only files of these names may leave the machine.
 UPLOAD_FILES = (
     *storage.ADAPTER_FILES,
@@ -58,6 +55,7 @@ def fetch_adapter(
     token: str | bool | None = None,
     cache_dir: str | PathLike | None = None,
     local_files_only: bool = False,
+    tokenizer: bool = False,
 ) -> Path:
     """
     Find the folder of an adapter: the given one, or that of a Hub repository in the cache. Files that the cache lacks
@@ -70,6 +68,7 @@ def fetch_adapter(
             `hf auth login`.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads; defaults to huggingface_hub's.
         local_files_only (`bool`, *optional*, defaults to `False`): Whether to use the cache only, and no network.
+        tokenizer (`bool`, *optional*, defaults to `False`): Whether to fetch the files of a tokenizer too.
 
     Returns:
         `Path`: A folder for [`~hf_sara.storage.read`].
@@ -90,7 +89,7 @@ def fetch_adapter(
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=list(storage.ADAPTER_FILES),
+            allow_patterns=[*storage.ADAPTER_FILES, *(TOKENIZER_FILES if tokenizer else ())],
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
@@ -117,7 +116,7 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Push the adapter in a folder: its own files, its card, a tokenizer that training changed, and nothing else. The
+    Push the adapter in a folder: its own files, its card, a tokenizer that is not the base's, and nothing else. The
     text that people wrote on the card on the Hub is kept. The other arguments are those of
     [`SaraAdapter.push_to_hub`].
 
@@ -191,7 +190,9 @@ def _commit(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         keep_remote_text(api, folder, repo_id, revision)
-        present = {name: folder / name for name in UPLOAD_FILES if (folder / name).is_file()}
+        with_tokenizer = has_own_tokenizer(folder, storage.read(folder).base)
+        names = [name for name in UPLOAD_FILES if with_tokenizer or name not in TOKENIZER_FILES]
+        present = {name: folder / name for name in names if (folder / name).is_file()}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(name, path) for name, path in {**present, **state}.items()
         ]

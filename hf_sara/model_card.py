@@ -19,6 +19,7 @@ from .arguments import SaraArguments
 from .card_text import cells, duration, fenced, inline, join_card, listed, number
 from .files import write_file
 from .manifest import Manifest
+from .own_tokenizer import has_own_tokenizer
 from .repos import hub_id
 from .sites import sites_by_kind
 from .storage import size_on_disk
@@ -114,6 +115,7 @@ def write_card(
         base_parameters,
         training=training,
         size=size_on_disk(folder),
+        own_tokenizer=has_own_tokenizer(folder, manifest.base),
         figures=figures,
         existing=path.read_text(encoding="utf-8") if path.is_file() else None,
         **card,
@@ -126,6 +128,7 @@ def make_card(
     base_parameters: int,
     *,
     size: int = 0,
+    own_tokenizer: bool = False,
     figures: Sequence[str] = (),
     repo_id: str | None = None,
     title: str | None = None,
@@ -146,6 +149,7 @@ def make_card(
         manifest ([`~hf_sara.manifest.Manifest`]): The adapter.
         base_parameters (`int`): Parameters of the base model, for the share that is trained.
         size (`int`, *optional*): Bytes of the adapter's files; 0 if it is not saved.
+        own_tokenizer (`bool`, *optional*): Whether a tokenizer that is not the base's lies beside the card.
         figures (`Sequence[str]`, *optional*): Which of `RANKS_FILE` and `LOSS_FILE` lie beside the card.
         repo_id (`str`, *optional*): The repository from which the snippet loads the adapter.
         title (`str`, *optional*): Heading; defaults to the name of the repository.
@@ -203,7 +207,9 @@ def make_card(
             tuple(map(inline, (r.dataset_name, r.metric_name or r.metric_type, number(r.metric_value))))
             for r in results
         ],
-        snippet=snippet(repo_id or "path/to/this/adapter", base, pipeline, sample.prompt if sample else None),
+        snippet=snippet(
+            repo_id or "path/to/this/adapter", base, pipeline, sample.prompt if sample else None, own_tokenizer
+        ),
         sample_output=fenced(sample.output) if sample else None,
         ranks_figure=RANKS_FILE if RANKS_FILE in figures else None,
         loss_figure=LOSS_FILE if LOSS_FILE in figures else None,
@@ -229,10 +235,12 @@ def pipeline_of(class_name: str) -> str | None:
     return next((task for ending, task in PIPELINES.items() if class_name.endswith(ending)), None)
 
 
-def snippet(repo_id: str, base: str | None, pipeline: str | None, prompt: str | None = None) -> str:
+def snippet(
+    repo_id: str, base: str | None, pipeline: str | None, prompt: str | None = None, own_tokenizer: bool = False
+) -> str:
     """Code that loads an adapter and uses it on a prompt. A test runs this code."""
     own = "" if base else ', base_model="path/to/the/base"'
-    source = base or "path/to/the/base"
+    source = repo_id if own_tokenizer else base or "path/to/the/base"
     lines = ["from hf_sara import from_hub", "", f'model = from_hub("{repo_id}"{own})']
     if pipeline == "text-generation":
         lines[0] = "from transformers import AutoTokenizer\n\nfrom hf_sara import from_hub"

@@ -319,7 +319,8 @@ def refuse_overlap(model: nn.Module, parts: Sequence[Part], sites: Sequence[Site
 def parts_collide(model: nn.Module, part: Part, other: Part) -> bool:
     """Whether two parts, maybe of two adapters, train the same numbers."""
     if isinstance(part, TokenPart) and isinstance(other, TokenPart):
-        return part.name == other.name and not set(part.indices).isdisjoint(other.indices)
+        weights = [model.get_submodule(name).get_parameter("weight") for name in (part.name, other.name)]
+        return weights[0] is weights[1] and not set(part.indices).isdisjoint(other.indices)
     ours, theirs = ({id(p) for p in model.get_submodule(name).parameters()} for name in (part.name, other.name))
     return not ours.isdisjoint(theirs)
 

@@ -10,6 +10,7 @@ Loading is strict and pickle-free. A config has exactly the known fields, its sh
 checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from .files import write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
-from .parts import ModulePart, Part, TokenPart, input_embedding, module_parts
+from .parts import ModulePart, Part, TokenPart, input_embedding, module_parts, parts_collide, refuse_overlap
 from .records import parse_json
 from .seeds import Seed
 from .sites import PlannedSite, Site, all_sites
@@ -45,6 +46,9 @@ CONFIG_KEY = "sara_config"
 
 class Files(Protocol):
     """The files of an adapter in which its tensors lie."""
+
+    def check(self, config: Config) -> None:
+        """Compare the names, shapes and dtypes of the tensors with the config, without reading them."""
 
     def read_state(self, config: Config) -> dict[str, torch.Tensor]:
         """Read and check the tensors that are saved."""
@@ -102,20 +106,30 @@ class SavedAdapter(Config):
     def parts_on(self, model: nn.Module) -> list[Part]:
         """Check that the model has each part with the same tensors, and as many tokens; returns the parts."""
         modules = [part for part in self.parts if isinstance(part, ModulePart)]
-        for module in modules:
-            try:
-                model.get_submodule(module.name)
-            except AttributeError as error:
+        names = dict(model.named_modules())
+        for name in (part.name for part in self.parts):
+            if not name or name not in names:
                 raise AdapterError(
-                    f"The adapter in {self.folder} trains {module.name!r}, which this {type(model).__name__} does not "
-                    f"have. It was trained on {self.base}."
-                ) from error
-        for module, there in zip(modules, module_parts(model, [part.name for part in modules]), strict=True):
+                    f"The adapter in {self.folder} trains {name!r}, which this {type(model).__name__} does not have. "
+                    f"It was trained on {self.base}."
+                )
+        try:
+            found = module_parts(model, [module.name for module in modules])
+            refuse_overlap(model, self.parts, self.sites)
+        except ValueError as error:
+            raise AdapterError(f"The adapter in {self.folder} does not fit to this model: {error}") from error
+        for module, there in zip(modules, found, strict=True):
             if module != there:
                 raise AdapterError(
-                    f"{module.name}: the adapter in {self.folder} trains it with the tensors {_tensors_text(module)}, and "
-                    f"this model's has {_tensors_text(there)}. Load the base with the same labels and vocabulary: "
+                    f"{module.name}: the adapter in {self.folder} trains it with {_tensors_text(module)}, and this "
+                    f"model's has {_tensors_text(there)}. Load the base with the same labels and vocabulary: "
                     f"{self.base}."
+                )
+        for one, other in itertools.combinations(self.parts, 2):
+            nested = f"{one.name}.".startswith(f"{other.name}.") or f"{other.name}.".startswith(f"{one.name}.")
+            if nested or (parts_collide(model, one, other) and not (_ties(one) or _ties(other))):
+                raise AdapterError(
+                    f"The adapter in {self.folder} is damaged: its parts {one.name!r} and {other.name!r} are one."
                 )
         embedding = input_embedding(model)
         rows = None if embedding is None else embedding.num_embeddings
@@ -134,6 +148,9 @@ class SavedAdapter(Config):
         embedding, size = input_embedding(model), self.base.vocab_size
         if embedding is None or size is None or embedding.num_embeddings == size:
             return
+        # A config that claims more rows than its file has would make the base take any amount of memory.
+        assert self.files is not None
+        self.files.check(self)
         missing = range(embedding.num_embeddings, size)
         if missing:
             held = {part.name: set(part.indices) for part in self.parts if isinstance(part, TokenPart)}
@@ -156,8 +173,8 @@ class SavedAdapter(Config):
 
     def _check_rows(self, model: nn.Module, part: TokenPart) -> None:
         there = dict(model.named_modules()).get(part.name)
-        embedding = input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
-        shape = tuple(there.get_parameter("weight").shape) if there and there is embedding else (0, 0)
+        embedding: Any = input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
+        shape = tuple(embedding.weight.shape) if there is not None and there is embedding else (0, 0)
         if part.indices[-1] >= shape[0] or part.width != shape[1]:
             raise AdapterError(
                 f"The adapter in {self.folder} has rows of {part.width} numbers up to the token {part.indices[-1]} "
@@ -204,8 +221,15 @@ def _shape_text(site: Site) -> str:
     return str(site.shape) if site.slice is None else f"{site.shape} in the columns {site.slice}"
 
 
+def _ties(part: Part) -> bool:
+    return isinstance(part, ModulePart) and bool(part.ties)
+
+
 def _tensors_text(part: ModulePart) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in {**part.parameters, **part.buffers}.items()) or "none"
+    tensors = [f"{name} {shape}" for name, shape in part.parameters.items()]
+    tensors += [f"{name} {shape} {part.dtypes[name]}" for name, shape in part.buffers.items()]
+    tensors += [f"{name} tied to {other}" for name, other in part.ties.items()]
+    return f"the tensors {', '.join(tensors)}" if tensors else "no tensors"
 
 
 # ---- writing ----
@@ -276,7 +300,7 @@ def read(folder: str | PathLike) -> SavedAdapter:
     file = TensorFile(path)
     text = file.metadata.get(CONFIG_KEY)
     if text is None:
-        config, files = format1.read(folder)
+        config, files = format1.read(file)
         return SavedAdapter(**vars(config), folder=folder, files=files)
     try:
         parsed = parse_json(text.encode(), MAX_CONFIG_BYTES)
@@ -291,10 +315,14 @@ def read(folder: str | PathLike) -> SavedAdapter:
 
 
 def _compare_copy(copy: Path, text: str, path: Path) -> None:
-    if not copy.is_file():
+    try:
+        if not copy.is_file():
+            return
+        with open(copy, "rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError:
+        # Nothing depends on the copy.
         return
-    with open(copy, "rb") as file:
-        content = file.read(MAX_CONFIG_BYTES + 1)
     if content.replace(b"\r\n", b"\n") != text.encode():
         logger.warning(
             "%s is not the config of the adapter beside it: it was changed, or a save was interrupted. What counts is "
@@ -310,24 +338,28 @@ class _OneFile:
     def __init__(self, file: TensorFile):
         self.file = file
 
-    def read_state(self, config: Config) -> dict[str, torch.Tensor]:
-        return self._read(config, config.state_shapes(), config.tensors_sha256)
-
-    def read_factors(self, config: Config) -> dict[str, torch.Tensor]:
-        return self._read(config, config.saved_factor_shapes(), config.factors_sha256)
-
-    def _read(self, config: Config, wanted: dict[str, tuple[int, ...]], sha256: str | None) -> dict[str, torch.Tensor]:
+    def check(self, config: Config) -> None:
+        """Compare the file's tensors with the config, without reading them. So no config claims more than there is."""
         dtypes = {name: {config.dtype} for name in config.trained_shapes()}
         for part in config.parts:
             # Updates have the dtype of the base or a wider one, and a head may have another dtype than its body.
             dtypes |= {name: {"float32", "float64"} for name in {**part.trained_shapes(), **part.buffer_shapes()}}
-        for part in config.parts:
             if isinstance(part, ModulePart):
                 dtypes |= {f"{part.name}.{name}": {dtype} for name, dtype in part.dtypes.items()}
         factors = config.saved_factor_shapes()
         dtypes |= {name: set(SAFETENSORS_DTYPES) for name in factors}
         self.file.check({**config.state_shapes(), **factors}, dtypes)
-        tensors = self.file.read(wanted)
+
+    def read_state(self, config: Config) -> dict[str, torch.Tensor]:
+        self.check(config)
+        return self._read(config.state_shapes(), config.tensors_sha256)
+
+    def read_factors(self, config: Config) -> dict[str, torch.Tensor]:
+        self.check(config)
+        return self._read(config.saved_factor_shapes(), config.factors_sha256)
+
+    def _read(self, shapes: dict[str, tuple[int, ...]], sha256: str | None) -> dict[str, torch.Tensor]:
+        tensors = self.file.read(shapes)
         if tensors_digest(tensors) != sha256:
             raise AdapterError(
                 f"{self.file.path} is damaged: the SHA-256 of its tensors is not the one in its config. Take the file "

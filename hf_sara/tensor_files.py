@@ -1,23 +1,28 @@
 """Strict reading of safetensors files: they have exactly the expected names, shapes and dtypes, and finite values."""
 
 import hashlib
+import math
+import os
 import struct
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from .errors import AdapterError
+from .records import check_fields, parse_json
 
 # The dtypes that a weight, or a trained tensor, may have, and safetensors' names for them.
 SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
 # The dtypes that a buffer may have besides.
 BUFFER_DTYPES = {**SAFETENSORS_DTYPES, "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
 BUFFER_DTYPES["bool"] = "BOOL"
-# A header holds a config of 8 MB at most, whose quotes are escaped in it, and about 150 bytes for each tensor.
+WIDTHS = {short: getattr(torch, name).itemsize for name, short in BUFFER_DTYPES.items()}
+ENTRY_FIELDS = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
+# This is enough for a quarter of a million tensors, or for a config whose quotes are escaped in it.
 MAX_HEADER_BYTES = 32 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,6 +45,46 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Entry:
+    """The place of a tensor in a file, as the file's header gives it: dtype, shape and range of bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(file: IO[bytes], name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """
+    The tensors of an open safetensors file, and the texts in its header. Nothing else is read.
+
+    Raises:
+        `ValueError`: If it is not a safetensors file, or its header is larger than any can be.
+    """
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"{name} is damaged: its header claims to have {length:,} bytes.")
+    if length < 2:
+        raise ValueError(f"{name} is damaged: it is not a safetensors file.")
+    try:
+        header = parse_json(file.read(length), MAX_HEADER_BYTES)
+        metadata = header.pop("__metadata__", {})
+        check_fields("the metadata of its header", metadata, dict.fromkeys(metadata, str))
+        entries = {}
+        for key, record in header.items():
+            check_fields(f"the record of {key!r}", record, ENTRY_FIELDS)
+            start, stop = record["data_offsets"]
+            entry = Entry(record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
+            width = WIDTHS.get(entry.dtype)
+            if start < 0 or (width is not None and stop - start != width * math.prod(entry.shape)):
+                raise ValueError(f"{key} has {stop - start} bytes, which its shape {entry.shape} does not have")
+            entries[key] = entry
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is damaged: {error}.") from error
+    return entries, metadata
+
+
 class TensorFile:
     """
     A safetensors file that stays open, so that everything that is read from it is of one moment, also if another
@@ -50,22 +95,35 @@ class TensorFile:
 
     Attributes:
         metadata (`dict[str, str]`): The texts in its header.
+        size (`int`): Its size in bytes.
 
     Raises:
-        [`AdapterError`]: If it is not a safetensors file. Its header is bounded before it is read.
+        [`AdapterError`]: If it is not a safetensors file. Only its header is read.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if length > MAX_HEADER_BYTES:
-            raise AdapterError(f"{path} is damaged: its header claims to have {length:,} bytes.")
+        self._file = open(path, "rb")  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-        except SafetensorError as error:
-            raise AdapterError(f"{path} is damaged: {error}.") from error
+            self.entries, self.metadata = read_header(self._file, str(path))
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+        end = self._file.tell()
+        for entry in sorted(self.entries.values(), key=lambda entry: (entry.start, entry.stop)):
+            if entry.start != end:
+                raise AdapterError(f"{path} is damaged: its tensors overlap, or have holes between them.")
+            end = entry.stop
+        if end != self.size:
+            raise AdapterError(f"{path} is damaged: it has {self.size:,} bytes, and its header describes {end:,}.")
+
+    def __del__(self):
+        self._file.close()
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the whole file."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def check(self, shapes: Shapes, dtypes: Mapping[str, Collection[str]]) -> None:
         """
@@ -78,23 +136,25 @@ class TensorFile:
         Raises:
             [`AdapterError`]: If a tensor is missing, unexpected, misshaped or of another dtype.
         """
-        keys = list(self._file.keys())
-        _check_names(keys, shapes, self.path)
-        for key in keys:
-            part = self._file.get_slice(key)
-            _check_shape(key, tuple(part.get_shape()), shapes[key])
+        _check_names(self.entries, shapes, self.path)
+        for key, entry in self.entries.items():
+            _check_shape(key, entry.shape, shapes[key])
             allowed = sorted(BUFFER_DTYPES[dtype] for dtype in dtypes[key])
-            if part.get_dtype() not in allowed:
-                raise AdapterError(f"{key}: the file has dtype {part.get_dtype()}, expected {allowed}.")
+            if entry.dtype not in allowed:
+                raise AdapterError(f"{key}: the file has dtype {entry.dtype}, expected {allowed}.")
 
     def read(self, shapes: Shapes) -> dict[str, torch.Tensor]:
         """Read tensors whose names and shapes [`TensorFile.check`] has compared, and check their values."""
-        try:
-            tensors = {key: self._file.get_tensor(key) for key in shapes}
-        except SafetensorError as error:
-            raise AdapterError(f"{self.path} is damaged: {error}.") from error
+        tensors = {key: self._read(self.entries[key]) for key in shapes}
         check_tensors(tensors, shapes)
         return tensors
+
+    def _read(self, entry: Entry) -> torch.Tensor:
+        dtype = getattr(torch, next(name for name, short in BUFFER_DTYPES.items() if short == entry.dtype))
+        if entry.start == entry.stop:
+            return torch.empty(entry.shape, dtype=dtype)
+        self._file.seek(entry.start)
+        return torch.frombuffer(bytearray(self._file.read(entry.stop - entry.start)), dtype=dtype).view(entry.shape)
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:

@@ -1,6 +1,6 @@
 """Tiny random models of every family, and what the tests share. Nothing here touches a network."""
 
-import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import logging as transformers_logging
 
 from hf_sara import SaraAdapter, SaraArguments, factors
-from hf_sara.carrier import adapters_on
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
@@ -173,12 +174,8 @@ def attach_trained(model, method: str = "sara", name: str = "default", seed: int
 
 
 def base_state(model) -> dict[str, torch.Tensor]:
-    """Copies of the base's own tensors, by name. Trained copies of modules are taken out of their places for that."""
-    with contextlib.ExitStack() as stack:
-        for adapter in adapters_on(model).values():
-            if not adapter.merged:
-                stack.enter_context(adapter.disabled())
-        return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".sara." not in name}
+    """Copies of the base's own tensors, by name."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".sara." not in name}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -186,6 +183,19 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return list(one) == list(other) and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def edit_config(folder, change) -> None:
+    """Change the config of a saved adapter, which is in the header of its file and in the copy beside it."""
+    path = Path(folder, "sara_adapter.safetensors")
+    with safe_open(path, framework="pt") as file:
+        config, tensors = (
+            json.loads(file.metadata()["sara_config"]),
+            {key: file.get_tensor(key) for key in file.keys()},
+        )
+    change(config)
+    save_file(tensors, path, metadata={"sara_config": json.dumps(config)})
+    Path(folder, "sara_config.json").write_text(json.dumps(config))
 
 
 def make_tokenizer(texts=("The quick brown fox : jumps | over the lazy dog .",), size: int = 400):

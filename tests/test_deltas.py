@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sara import SaraAdapter, SaraArguments
-from hf_sara.attached import add_deltas
+from hf_sara.contents import add_deltas
 from hf_sara.sites import OutputSlice, PlannedSite
 
 D_IN, K = 10, 4

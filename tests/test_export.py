@@ -12,6 +12,7 @@ import transformers
 from conftest import (
     attach_trained,
     base_state,
+    edit_config,
     logits,
     make_inputs,
     make_model,
@@ -683,10 +684,9 @@ def test_files_of_another_base_are_refused(tmp_path):
 def test_a_class_outside_of_transformers_is_refused(tmp_path):
     base = saved_base(tmp_path / "base")
     saved_adapter(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "sara_config.json"
     # The second is a name of transformers, but nothing that a file may call.
     for name in ("MyModel", "pipeline"):
-        path.write_text(path.read_text().replace("LlamaForCausalLM", name).replace("MyModel", name))
+        edit_config(tmp_path / "adapter", lambda config, name=name: config["base"].update({"class": name}))
         refused(base, tmp_path / "adapter", f"trained on a {name}, which is not a model class of transformers")
 
 

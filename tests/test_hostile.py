@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import attach_trained, logits, make_model, same_bits
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from hf_sara import AdapterError, SaraAdapter, from_hub, storage
 from hf_sara.storage import CONFIG_FILE, CONFIG_KEY, FACTORS_FILE, PENDING_CONFIG_FILE, TENSORS_FILE
@@ -115,7 +115,7 @@ def tensors(change: Callable[[dict], object]) -> Damage:
 
     def damage(folder: Path) -> None:
         header, _ = split((folder / TENSORS_FILE).read_bytes())
-        found = changed(load_file(folder / TENSORS_FILE), change)
+        found = changed(load((folder / TENSORS_FILE).read_bytes()), change)
         (folder / TENSORS_FILE).write_bytes(save(found, header["__metadata__"]))
         sign(found)(folder)
 
@@ -143,7 +143,7 @@ def file_tensors(change: Callable[[dict], object], file: str = TENSORS_FILE) -> 
     """Change the tensors of a file of the first format, with its new digest in the config."""
 
     def damage(folder: Path) -> None:
-        (folder / file).write_bytes(save(changed(load_file(folder / file), change), {"format": "pt"}))
+        (folder / file).write_bytes(save(changed(load((folder / file).read_bytes()), change), {"format": "pt"}))
         digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
         name = "tensors_sha256" if file == TENSORS_FILE else "factors_sha256"
         file_config(lambda c: c.update({name: digest}))(folder)
@@ -332,7 +332,9 @@ def exchange_factors(folder: Path) -> None:
     """Orthonormal, finite, of the right shapes: but not those that the adapter was trained with."""
     file = folder / FACTORS_FILE if (folder / FACTORS_FILE).exists() else folder / TENSORS_FILE
     found, _ = split(file.read_bytes())
-    flipped = {n: t.flip(0).contiguous() if n.endswith((".U", ".Vh")) else t for n, t in load_file(file).items()}
+    flipped = {
+        n: t.flip(0).contiguous() if n.endswith((".U", ".Vh")) else t for n, t in load(file.read_bytes()).items()
+    }
     file.write_bytes(save(flipped, found["__metadata__"]))
 
 
@@ -352,11 +354,11 @@ def module_shape(shape: object) -> Damage:
 
 
 def buffer_shape(shape: object) -> Damage:
-    return config(lambda c: c["modules"][0]["buffers"].update({"0.num_batches_tracked": shape}))
+    return config(lambda c: c["modules"][0]["buffers"].update({"norm.num_batches_tracked": shape}))
 
 
 def buffer_dtype(dtype: object) -> Damage:
-    return config(lambda c: c["modules"][0]["dtypes"].update({"0.num_batches_tracked": dtype}))
+    return config(lambda c: c["modules"][0]["dtypes"].update({"norm.num_batches_tracked": dtype}))
 
 
 def rows(number: int = 0, **changes) -> Damage:
@@ -369,13 +371,13 @@ def unsigned(name: str) -> Damage:
 
     def damage(folder: Path) -> None:
         header, _ = split((folder / TENSORS_FILE).read_bytes())
-        found = changed(load_file(folder / TENSORS_FILE), lambda t: t.update({name: t[name] + 1}))
+        found = changed(load((folder / TENSORS_FILE).read_bytes()), lambda t: t.update({name: t[name] + 1}))
         (folder / TENSORS_FILE).write_bytes(save(found, header["__metadata__"]))
 
     return damage
 
 
-HEAD_WEIGHT, COUNT, MEAN = "classifier.weight", "classifier.0.num_batches_tracked", "classifier.0.running_mean"
+HEAD_WEIGHT, COUNT, MEAN = "classifier.weight", "classifier.norm.num_batches_tracked", "classifier.norm.running_mean"
 ROWS_KEY = "model.embed_tokens.trainable_tokens"
 ONE = torch.ones(1)
 NORM = {"name": "model.norm", "parameters": {"weight": [24]}}
@@ -489,7 +491,7 @@ NO_MODULE = r"trains .*, which this \w+ does not have"
 OTHER_TENSORS = "the adapter in .* trains it with the tensors"
 WRONG_SHAPES = "the shapes or the dtypes of the module 'classifier' are wrong"
 NOT_RISING = "are not different row numbers in rising order"
-NO_ROWS = "which is no such embedding of this model"
+NO_ROWS = "which is no such embedding of this model|does not have|does not fit to this model"
 DAMAGED = rf"The config in the header of .*{TENSORS_FILE} is damaged: "
 FILE_DAMAGED = rf"{CONFIG_FILE} is damaged: "
 BROKEN = rf"{TENSORS_FILE} is damaged: "
@@ -509,8 +511,12 @@ CASES = [
     Case("config: 9 MB", text(lambda t: t + " " * 9_000_000), DAMAGED + "it has more than 8,388,608 bytes", **ONCE),
     Case("config: 40 MB", text(lambda t: " " * 40_000_000), BROKEN + "its header claims to have 40,", **ONCE),
     Case("config: millions of lists", text(lambda t: f"[{'[],' * 2_700_000}0]"), "it is not a JSON object", **ONCE),
-    Case("config: not in the header", header(lambda h: h.pop("__metadata__")), "its format version is 2, and 1 belo"),
-    Case("config: under another name", header(lambda h: h.update(__metadata__={"config": "{}"})), "version is 2, and"),
+    Case("config: not in the header", header(lambda h: h.pop("__metadata__")), "it has no config in its header"),
+    Case(
+        "config: under another name",
+        header(lambda h: h.update(__metadata__={"config": "{}"})),
+        "it has no config in its header",
+    ),
     Case("config: not text", header(lambda h: h["__metadata__"].update({CONFIG_KEY: {"format_version": 2}})), BROKEN),
     # -- the config of the first format, which is a file --
     *(
@@ -542,12 +548,12 @@ CASES = [
                 lambda folder: (folder / PENDING_CONFIG_FILE).write_text(nested(10**5, "[", "]")),
                 rf"{PENDING_CONFIG_FILE} is damaged: it is not JSON",
             ),
-            ("a terabyte beside a pending config", pending, rf"{BROKEN}|it has 1,099,511,6.* bytes"),
-            ("a terabyte of tensors", hole({f"{Q}.S": (2**38,)}), BROKEN + "|it has 1,099,511,6.* bytes"),
+            ("a terabyte beside a pending config", pending, rf"{BROKEN}|are not those of the adapter"),
+            ("a terabyte of tensors", hole({f"{Q}.S": (2**38,)}), BROKEN + "|are not those of the adapter"),
             (
                 "version two",
                 file_config(lambda c: c.update(format_version=2)),
-                "its format version is 2, and 1 belongs",
+                "it has no config in its header",
             ),
             ("a later version", file_config(lambda c: c.update(format_version=3)), "version 3; .*Update hf_sara"),
             ("version zero", file_config(lambda c: c.update(format_version=0)), "its format version is 0, and 1 belo"),
@@ -560,7 +566,14 @@ CASES = [
                 r"q_proj\.\w+: the te",
             ),
             # It had neither modules nor tokens.
-            ("modules", file_config(lambda c: c.update(modules=[NORM])), "modules"),
+            (
+                "modules",
+                both(
+                    file_config(lambda c: c.update(modules=[NORM])),
+                    file_tensors(lambda t: t.update({"model.norm.weight": torch.ones(24)})),
+                ),
+                "modules",
+            ),
             ("tokens", file_config(lambda c: c.update(tokens=[{**ROWS, "trained": False}])), "tokens"),
         )
     ),
@@ -771,16 +784,17 @@ CASES = [
     Case("header: claims the whole file", content(lambda w: struct.pack("<Q", len(w) - 8) + w[8:]), BROKEN),
     Case("header: not JSON", content(lambda whole: whole[:8] + b"[" + whole[9:]), BROKEN),
     Case("header: a list", raw_header(b"[]"), BROKEN),
-    Case("header: empty", raw_header(b"{}"), "its format version is 2, and 1 belongs there"),
-    Case("header: only the config", header(lambda h: [h.pop(name) for name in {**h} if "_" != name[0]]), BROKEN),
+    Case("header: empty", raw_header(b"{}"), "it has no config in its header"),
+    Case("header: only the config", header(lambda h: [h.pop(name) for name in {**h} if name[0] != "_"]), BROKEN),
     Case("header: not UTF-8", raw_header(b'{"\xff\xfe": 1}'), BROKEN),
     Case("header: deep", raw_header(b'{"a":' + b"[" * 900), BROKEN),
     Case("header: 90 MB", raw_header(b"{" + b" " * 90_000_000 + b"}"), BROKEN + "its header claims to ", **ONCE),
     Case("header: 100,000 tensors", many_tensors, "tensors in .* Missing: none; unexpected: t", **ONCE),
     Case("header: hostile metadata", header(lambda h: h.update(__metadata__={"format": 1})), BROKEN),
+    *(Case(f"header: dtype {dtype}", entry(dtype=dtype), BROKEN) for dtype in ("F64", "F16", "BOOL", "I64")),
     *(
-        Case(f"header: dtype {dtype}", entry(dtype=dtype), BROKEN)
-        for dtype in ("F64", "F16", "BOOL", "F8_E4M3", "I64", "F7", "object", "", "../../x")
+        Case(f"header: dtype {dtype}", entry(dtype=dtype), rf"{Q}\.S: the file has dtype {re.escape(dtype)}, expected")
+        for dtype in ("F8_E4M3", "F7", "object", "", "../../x")
     ),
     Case("header: dtype I32", entry(dtype="I32"), rf"{Q}\.S: the file has dtype I32, expected \['F32'\]"),
     Case("header: dtype a number", entry(dtype=32), BROKEN),
@@ -968,9 +982,13 @@ CASES = [
     Case("buffer: a mean as float64", tensor(lambda t: t.double(), MEAN), "mean: the file has dt", BUFFERS, LOAD),
     Case("buffer: a mean of NaN", tensor(lambda t: t * torch.nan, MEAN), "running_mean: .*NaN or inf", BUFFERS, LOAD),
     Case("buffer: a mean shorter", tensor(lambda t: t[:-1], MEAN), r"mean: the tensor has the shape", BUFFERS, LOAD),
-    Case("buffer: missing", tensors(lambda t: t.pop(COUNT)), r"Missing: classifier\.0\.num_batches", BUFFERS, LOAD),
+    Case("buffer: missing", tensors(lambda t: t.pop(COUNT)), r"Missing: classifier\.norm\.num_batches", BUFFERS, LOAD),
     Case(
-        "buffer: unexpected", tensors(lambda t: t.update({"classifier.0.x": ONE})), "unexpected: clas", BUFFERS, LOAD
+        "buffer: unexpected",
+        tensors(lambda t: t.update({"classifier.norm.x": ONE})),
+        "unexpected: clas",
+        BUFFERS,
+        LOAD,
     ),
     # -- rows of embeddings --
     Case("tokens: an object", config(lambda c: c.update(tokens={})), r"tokens=\{\}.* not of the type list", TOKENS),
@@ -1097,13 +1115,24 @@ def watch():
 FAMILIES = {"head": "bert", "buffers": "bert", "tied": "gpt2"}
 
 
+class NormedHead(torch.nn.Module):
+    """A head with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(x))
+
+
 def make_base(kind: str):
     """The base of a kind of adapter. One has a head with buffers, which no model of transformers here has."""
     model = make_model(FAMILIES.get(kind, "llama"))
     if kind == "buffers":
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 3)).eval()
+            model.classifier = NormedHead().eval()
     return model
 
 
@@ -1196,6 +1225,9 @@ def test_the_undamaged_adapters_load(good, loaders, models):
     ("case", "kind"), [pytest.param(case, kind, id=f"{kind}-{case.name}") for case in CASES for kind in case.kinds]
 )
 def test_a_hostile_adapter_is_refused(case, kind, good, hub, loaders, models, watch, tmp_path):
+    if hasattr(models[kind], "sara_adapter"):
+        # An earlier case was not refused. This one is tested all the same.
+        models[kind] = make_base(kind)
     folder, model = tmp_path / "adapter", models[kind]
     shutil.copytree(good / kind, folder)
     case.damage(folder)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, attach_trained, logits, make_inputs, make_model, make_tokenizer, same_bits
+from conftest import METHODS, attach_trained, edit_config, logits, make_inputs, make_model, make_tokenizer, same_bits
 from hub_server import Fault, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from training import make_trainer
@@ -57,10 +58,10 @@ def load_base(server):
     return LlamaForCausalLM.from_pretrained(BASE, cache_dir=constants.HF_HUB_CACHE)
 
 
-def pushed(server, method="sara", repo=REPO, **card):
+def pushed(server, method="sara", repo=REPO, factors="recompute", **card):
     """A trained adapter on the Hub, and what it does."""
     model = load_base(server)
-    adapter = attach_trained(model, method)
+    adapter = attach_trained(model, method, factors=factors)
     adapter.push_to_hub(repo, **card)
     return adapter, logits(model)
 
@@ -184,13 +185,11 @@ def test_what_lies_in_a_folder_by_chance_stays_there(server, tmp_path):
     assert set(server.repo(REPO).files()) - {".gitattributes"} == {storage.CONFIG_FILE, storage.TENSORS_FILE}
 
 
-def test_frozen_factors_of_an_earlier_version_go(server):
-    adapter, _ = pushed(server, "mo_sara")
-    adapter.args.factors = "save"
-    adapter.push_to_hub(REPO)
+def test_the_file_of_factors_of_the_first_format_goes(server, tmp_path):
+    shutil.copytree(Path(__file__).parent / "data" / "format1" / "mo_sara-save-llama", tmp_path / "old")
+    hub.push_folder(tmp_path / "old", REPO)
     assert storage.FACTORS_FILE in server.repo(REPO).files()
-    adapter.args.factors = "recompute"
-    adapter.push_to_hub(REPO)
+    pushed(server, "mo_sara", factors="save")
     assert storage.FACTORS_FILE not in server.repo(REPO).files()
 
 
@@ -457,10 +456,7 @@ def test_a_training_goes_on_when_the_hub_does_not(server, tmp_path, caplog):
 def test_the_hub_is_not_asked_for_a_base_that_is_refused(server, tmp_path, change, message):
     folder = tmp_path / "adapter"
     attach_trained(load_base(server)).save_pretrained(folder)
-    path = folder / storage.CONFIG_FILE
-    config = json.loads(path.read_text())
-    config["base"].update(change)
-    path.write_text(json.dumps(config))
+    edit_config(folder, lambda config: config["base"].update(change))
     server.requests.clear()
     with pytest.raises(AdapterError, match=message):
         from_hub(folder)

@@ -1,7 +1,13 @@
 import base64
+import contextlib
+import errno
+import itertools
 import json
+import logging
 import shutil
 import struct
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +21,21 @@ from conftest import (
     sara_arguments,
     train,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save
 
 from hf_sara import AdapterError, SaraAdapter, factors, files, storage
 from hf_sara.base_model import BaseRecord
-from hf_sara.storage import CONFIG_FILE, FACTORS_FILE, TENSORS_FILE
+from hf_sara.storage import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    FACTORS_FILE,
+    PENDING_CONFIG_FILE,
+    PENDING_FACTORS_FILE,
+    TENSORS_FILE,
+)
+
+FORMAT1 = Path(__file__).parent / "data" / "format1"
 
 
 @pytest.fixture
@@ -48,11 +64,17 @@ def refused(folder, message, model=None, error=AdapterError):
     assert torch.equal(logits(model), output)
 
 
+def header_text(folder) -> str:
+    """The config's text in the header of the tensors."""
+    with safe_open(folder / TENSORS_FILE, "pt") as file:
+        return file.metadata()[CONFIG_KEY]
+
+
 def edit(folder, change) -> None:
-    path = folder / CONFIG_FILE
-    config = json.loads(path.read_text())
+    """Change the config in the header, and nothing else."""
+    path, config = folder / TENSORS_FILE, json.loads(header_text(folder))
     change(config)
-    path.write_text(json.dumps(config))
+    path.write_bytes(save(load(path.read_bytes()), {CONFIG_KEY: json.dumps(config)}))
 
 
 # ---- round trips ----
@@ -99,21 +121,44 @@ def test_ablations_travel_too(changes, tmp_path):
 def test_a_folder_holds_json_and_safetensors_only(method, tmp_path):
     saved(tmp_path, method)
     assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE]
-    assert {path.name for path in tmp_path.iterdir()} >= {CONFIG_FILE, TENSORS_FILE}
+    assert header_text(tmp_path) == (tmp_path / CONFIG_FILE).read_text()
     tensors = load_file(tmp_path / TENSORS_FILE)
     # Frozen factors do not travel; SARA's are trained, and do.
     ends = {name.rsplit(".", 1)[-1] for name in tensors}
     assert ends == {"sara": {"U", "S", "Vh"}, "mo_sara": {"S", "gate_down", "gate_up", "v"}}[method]
 
 
-def test_saved_factors_are_one_more_file_that_goes_when_it_is_not_needed(tmp_path):
-    saved(tmp_path, "mo_sara", factors="save")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE, FACTORS_FILE]
-    _, live = saved(tmp_path, "mo_sara")
-    assert not (tmp_path / FACTORS_FILE).exists()
+def test_saved_factors_lie_beside_the_trained_tensors_in_one_file(tmp_path):
+    adapter, live = saved(tmp_path, "mo_sara", factors="save")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE]
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    assert same_bits({name: tensors[name] for name in adapter.frozen_factors()}, adapter.frozen_factors())
+    assert set(tensors) == {*adapter.frozen_factors(), *adapter.state_dict()}
+    assert same_bits(storage.read(tmp_path).tensors, adapter.state_dict())
+    size = storage.size_on_disk(tmp_path)
+    saved(tmp_path, "mo_sara")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [TENSORS_FILE, CONFIG_FILE]
+    assert storage.size_on_disk(tmp_path) < size
     fresh = make_model()
     SaraAdapter.load(fresh, tmp_path)
     assert torch.allclose(logits(fresh), live, atol=1e-6)
+
+
+def test_a_head_and_rows_of_embeddings_travel_too(tmp_path):
+    _, live = saved(tmp_path / "head", family="bert")
+    fresh = make_model("bert")
+    fresh.classifier.reset_parameters()
+    SaraAdapter.load(fresh, tmp_path / "head")
+    assert torch.equal(logits(fresh), live)
+
+    adapter, live = saved(tmp_path / "rows", trainable_token_indices=[3, 20])
+    assert {"model.embed_tokens.trainable_tokens", "lm_head.trainable_tokens"} <= set(adapter.state_dict())
+    fresh = make_model()
+    with torch.no_grad():
+        for weight in (fresh.model.embed_tokens.weight, fresh.lm_head.weight):
+            weight[[3, 20]] += 1
+    SaraAdapter.load(fresh, tmp_path / "rows")
+    assert torch.equal(logits(fresh), live)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -252,10 +297,38 @@ def test_a_factor_that_came_out_differently_is_refused(tmp_path):
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
     refused(tmp_path / "nowhere", "no adapter folder .*nowhere", error=FileNotFoundError)
-    refused(tmp_path, f"has no {CONFIG_FILE}", error=FileNotFoundError)
+    refused(tmp_path, f"has no {TENSORS_FILE}", error=FileNotFoundError)
     saved(tmp_path)
     (tmp_path / TENSORS_FILE).unlink()
     refused(tmp_path, f"has no {TENSORS_FILE}", error=FileNotFoundError)
+
+
+def test_the_config_beside_the_tensors_is_a_copy_that_may_be_missing_or_wrong(tmp_path, caplog):
+    adapter, live = saved(tmp_path)
+
+    def loads() -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "hf_sara"):
+            model = make_model()
+            again = SaraAdapter.load(model, tmp_path)
+        assert (again.args, again.sites) == (adapter.args, adapter.sites)
+        assert torch.allclose(logits(model), live, atol=1e-6)
+        return [record.getMessage() for record in caplog.records]
+
+    assert not loads()
+    config = (tmp_path / CONFIG_FILE).read_text()
+    (tmp_path / CONFIG_FILE).write_bytes(config.replace("\n", "\r\n").encode())
+    assert not loads()
+    for wrong in (config.replace('"k":', '"k":1'), "not json", ""):
+        (tmp_path / CONFIG_FILE).write_text(wrong)
+        (warning,) = loads()
+        assert f"{CONFIG_FILE} is not the config of the adapter beside it" in warning
+    (tmp_path / CONFIG_FILE).unlink()
+    assert not loads()
+    # The next save makes both the same again.
+    adapter.save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG_FILE).read_text() == config == header_text(tmp_path)
+    assert not loads()
 
 
 # ---- writing ----
@@ -287,7 +360,7 @@ def save_until(adapter, folder, step: int, when: str) -> bool:
     count = 0
     with pytest.MonkeyPatch.context() as patch:
         name = "fsync" if when == "writing" else "replace"
-        original = getattr(storage.os, name)
+        original = getattr(files.os, name)
 
         def stop(*arguments):
             nonlocal count
@@ -299,7 +372,7 @@ def save_until(adapter, folder, step: int, when: str) -> bool:
                 raise Crash
             return result
 
-        patch.setattr(storage.os, name, stop)
+        patch.setattr(files.os, name, stop)
         try:
             adapter.save_pretrained(folder)
         except Crash:
@@ -343,6 +416,11 @@ def test_after_a_crash_factors_are_those_of_their_tensors(when, tmp_path):
     check_crashes(tmp_path, adapter, when, *outputs)
 
 
+# Of each write, whether the new adapter is there after a crash at the first of the two files, at the second, and after
+# no crash.
+IS_NEW = {"writing": [False, False, True], "before": [False, True, True], "after": [True, True, True]}
+
+
 def check_crashes(tmp_path, adapter, when, old_output, new_output):
     seen = []
     for step in range(1, 10):
@@ -361,25 +439,20 @@ def check_crashes(tmp_path, adapter, when, old_output, new_output):
         model = make_model()
         SaraAdapter.load(model, folder)
         assert torch.allclose(logits(model), new_output, atol=1e-5)
-        expected = {TENSORS_FILE, CONFIG_FILE} | ({FACTORS_FILE} if adapter.args.factors == "save" else set())
-        assert {path.name for path in folder.iterdir()} == expected
+        assert {path.name for path in folder.iterdir()} == {TENSORS_FILE, CONFIG_FILE}
+        assert (folder / CONFIG_FILE).read_text() == header_text(folder)
         if not crashed:
             break
-    # There were crashes, and from some step on the new adapter is the one.
-    assert not crashed
-    assert len(seen) >= 3
-    assert seen == sorted(seen)
-    assert not seen[0]
-    assert seen[-1]
+    assert seen == IS_NEW[when]
 
 
 def test_a_first_write_that_is_cut_off_leaves_the_adapter_or_none(method, tmp_path):
     adapter = attach_trained(make_model(), method)
     live = logits(adapter.model)
     found = []
-    for step in range(1, 4):
-        folder = tmp_path / str(step)
-        assert save_until(adapter, folder, step, "before")
+    for when, step in (("writing", 1), ("writing", 2), ("before", 1), ("before", 2), ("after", 1), ("after", 2)):
+        folder = tmp_path / f"{when} {step}"
+        assert save_until(adapter, folder, step, when)
         model = make_model()
         try:
             SaraAdapter.load(model, folder)
@@ -388,20 +461,192 @@ def test_a_first_write_that_is_cut_off_leaves_the_adapter_or_none(method, tmp_pa
         else:
             found.append(True)
             assert torch.allclose(logits(model), live, atol=1e-6)
-    assert found == [False, False, True]
+    assert found == [False, False, False, True, True, True]
 
 
-def test_an_error_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", range(1, 6))
+@pytest.mark.parametrize("when", ["writing", "before", "after"])
+def test_after_a_crash_over_the_first_format_the_folder_has_the_old_adapter_or_the_new_one(when, step, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(FORMAT1 / "mo_sara-save-llama", folder)
+    for file, pending in ((CONFIG_FILE, PENDING_CONFIG_FILE), (FACTORS_FILE, PENDING_FACTORS_FILE)):
+        shutil.copy(folder / file, folder / pending)
+    old = storage.read(folder).tensors
+    adapter = attach_trained(make_model(), "mo_sara", seed=17)
+    # The files of the first format are deleted after the second rename, one by one.
+    with pytest.MonkeyPatch.context() as patch:
+        left = max(0, step - 2)
+        unlink = files.os.unlink
+
+        def stop(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Crash
+            unlink(*arguments, **options)
+
+        if left:
+            patch.setattr(files.os, "unlink", stop)
+        crashed = save_until(adapter, folder, step, when)
+    assert crashed
+    found = storage.read(folder).tensors
+    assert same_bits(found, adapter.state_dict() if step > 2 or IS_NEW[when][step - 1] else old)
+    adapter.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {TENSORS_FILE, CONFIG_FILE}
+
+
+def fill_disk(patch, number: int) -> None:
+    """Let the disk be full in the middle of the number-th file that is written."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = []
+
+    def open_file(path, mode="r"):
+        opened.append(path)
+        return (Full if len(opened) == number else contextlib.closing)(path.open(mode))
+
+    patch.setattr(files, "open", open_file, raising=False)
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Three adapters with their tensors: two with the same shapes, and one with others and with saved factors."""
+    adapters = [
+        attach_trained(make_model(), "mo_sara", seed=1),
+        attach_trained(make_model(), "mo_sara", seed=2),
+        attach_trained(make_model(), "mo_sara", seed=3, threshold=0.7, factors="save"),
+    ]
+    return [(adapter, adapter.state_dict()) for adapter in adapters]
+
+
+CRASHES = [(when, step) for when in IS_NEW for step in (1, 2)]
+
+
+@pytest.mark.parametrize("full", [None, 1, 2])
+def test_after_two_crashes_in_a_row_and_a_full_disk_the_folder_has_the_last_adapter_that_was_put_in_place(
+    full, three, tmp_path
+):
+    (first, old), *news = three
+    first.save_pretrained(tmp_path / "old")
+    for number, crashes in enumerate(itertools.product(CRASHES, CRASHES)):
+        folder, expected = tmp_path / str(number), old
+        shutil.copytree(tmp_path / "old", folder)
+        for (when, step), (adapter, tensors) in zip(crashes, news, strict=True):
+            assert save_until(adapter, folder, step, when)
+            if IS_NEW[when][step - 1]:
+                expected = tensors
+            assert same_bits(storage.read(folder).tensors, expected)
+            if full is not None:
+                before = {path.name: path.read_bytes() for path in folder.iterdir()}
+                with pytest.MonkeyPatch.context() as patch:
+                    fill_disk(patch, full)
+                    with pytest.raises(OSError, match="No space left"):
+                        first.save_pretrained(folder)
+                assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        # The whole adapter came, with its factors.
+        again = SaraAdapter.load(make_model(), folder)
+        assert same_bits(again.state_dict(), expected)
+        assert {path.name for path in folder.iterdir()} == {TENSORS_FILE, CONFIG_FILE}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_full_disk_leaves_the_old_adapter_and_no_temporary_file(number, tmp_path, monkeypatch):
     adapter, _ = saved(tmp_path)
-    before = {path.name for path in tmp_path.iterdir()}
-
-    def full(_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(adapter)
+    fill_disk(monkeypatch, number)
+    with pytest.raises(OSError, match="No space left"):
         adapter.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_process_left_is_not_read(tmp_path):
+    adapter, _ = saved(tmp_path)
+    for name in (TENSORS_FILE, CONFIG_FILE):
+        (tmp_path / f".{name}.1-2.tmp").write_bytes(b"half")
+    assert same_bits(storage.read(tmp_path).tensors, adapter.state_dict())
+    train(adapter).save_pretrained(tmp_path)
+    assert same_bits(storage.read(tmp_path).tensors, adapter.state_dict())
+
+
+# ---- readers beside writers ----
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 2), (2, 0)])
+def test_an_adapter_that_was_read_stays_what_it_was_while_another_takes_its_place(order, three, tmp_path):
+    (old, tensors), (new, _) = (three[number] for number in order)
+    old.save_pretrained(tmp_path / "a")
+    reader = storage.read(tmp_path / "a")
+    new.save_pretrained(tmp_path / "a")
+    model = make_model()
+    again = SaraAdapter.from_saved(model, reader)
+    assert same_bits(again.state_dict(), tensors)
+    assert (again.args, again.sites) == (old.args, old.sites)
+    assert torch.allclose(logits(model), logits(old.model), atol=1e-5)
+    # The folder may also go.
+    shutil.rmtree(tmp_path / "a")
+    assert same_bits(reader.tensors, tensors)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_writer_may_put_a_file_in_place_while_a_reader_opens_it(number, three, tmp_path, monkeypatch):
+    # safetensors opens a file twice by its name: to map its header, and to make torch map its tensors.
+    three[0][0].save_pretrained(tmp_path)
+    opening = torch.UntypedStorage.from_file
+
+    def replaced_meanwhile(*arguments, **options):
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", opening)
+        three[number][0].save_pretrained(tmp_path)
+        return opening(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_meanwhile)
+    found = storage.read(tmp_path).tensors
+    assert any(same_bits(found, three[which][1]) for which in (0, number))
+
+
+def test_a_reader_beside_several_writers_sees_whole_adapters_only(three, tmp_path):
+    three[0][0].save_pretrained(tmp_path)
+    failures = []
+
+    def write(adapter):
+        try:
+            for _ in range(25):
+                adapter.save_pretrained(tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    # Two writers have the same adapter, as the processes of a training may.
+    writers = [threading.Thread(target=write, args=(three[number][0],)) for number in (0, 1, 2, 2)]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers):
+        reader = storage.read(tmp_path)
+        tensors = reader.tensors
+        (which,) = [number for number, (_, known) in enumerate(three) if same_bits(tensors, known)]
+        assert (reader.args, reader.sites) == (three[which][0].args, three[which][0].sites)
+        if reader.factors_sha256 is not None:
+            assert set(reader.files.read_factors(reader)) == set(three[which][0].frozen_factors())
+        reads += 1
+    for writer in writers:
+        writer.join()
+    assert not failures
+    assert reads > 3
+    assert {path.name for path in tmp_path.iterdir()} == {TENSORS_FILE, CONFIG_FILE}
 
 
 # ---- what the config says ----
@@ -410,7 +655,7 @@ def test_an_error_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
 def test_the_config_can_be_read_by_people(method, tmp_path):
     adapter, _ = saved(tmp_path, method)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["method"] == method
     assert config["arguments"] == adapter.args.to_dict()
     assert [(s["name"], tuple(s["shape"]), s["k"]) for s in config["sites"]] == [

@@ -126,7 +126,12 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
-        self.sara_adapter.refuse_others()
+        adapter = self.sara_adapter
+        if not any(delta.enabled for _, delta in adapter.deltas()):
+            raise ValueError(
+                f"The adapter {adapter.name!r} is disabled, so nothing would train. Call adapter.enable()."
+            )
+        adapter.refuse_others()
 
     def training_step(self, model, inputs, *args, **kwargs):
         if self._sara_checked_gradients:
@@ -234,22 +239,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             saved = storage.read(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: {error}") from error
-        differences = [
-            f"{name}: {getattr(saved.args, name)!r} there, {getattr(adapter.args, name)!r} here"
-            for name in ("method", "num_heads", "singular_values", "v_position")
-            if getattr(saved.args, name) != getattr(adapter.args, name)
-        ]
-        there, here = ({site.name: site.k for site in sites} for sites in (saved.sites, adapter.sites))
-        differences += [
-            f"{name}: k={there.get(name)} there, k={here.get(name)} here"
-            for name in {**there, **here}
-            if there.get(name) != here.get(name)
-        ]
-        parts = [[(part.name, part.title) for part in parts] for parts in (saved.parts, adapter.parts)]
-        if parts[0] != parts[1]:
-            differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
-        if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
-            differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
+        differences = _differences(saved, adapter)
         if differences:
             raise ValueError(
                 f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
@@ -281,6 +271,27 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
+
+
+def _differences(saved: storage.SavedAdapter, adapter: SaraAdapter) -> list[str]:
+    """What tells a saved adapter from the attached one, so that its tensors would not fit."""
+    differences = [
+        f"{name}: {getattr(saved.args, name)!r} there, {getattr(adapter.args, name)!r} here"
+        for name in ("method", "num_heads", "singular_values", "v_position")
+        if getattr(saved.args, name) != getattr(adapter.args, name)
+    ]
+    there, here = ({site.name: site.k for site in sites} for sites in (saved.sites, adapter.sites))
+    differences += [
+        f"{name}: k={there.get(name)} there, k={here.get(name)} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    parts = [[(part.name, part.title) for part in parts] for parts in (saved.parts, adapter.parts)]
+    if parts[0] != parts[1]:
+        differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
+    if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
+        differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
+    return differences
 
 
 @contextmanager
