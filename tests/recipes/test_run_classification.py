@@ -177,7 +177,7 @@ def parse(*argv):
 def test_the_settings_suit_the_method_and_the_demo(tmp_path, capsys):
     data = str(write(tmp_path / "my.csv"))
     options, sara, training = parse("--model_name_or_path", "a/b", "--dataset", data, "--method", "mo_sara")
-    assert (training.learning_rate, sara.threshold) == (7e-2, None)
+    assert (training.learning_rate, sara.threshold) == (2e-2, None)
     assert training.output_dir == "runs/classification-b-mo_sara"
     assert (options.text_columns, options.data_names()) == (["text"], {"dataset": "my.csv", "dataset_id": None})
     options, _, training = parse("--demo")
