@@ -35,7 +35,7 @@ class Files:
     def check(self, config: Config) -> None:
         """Compare the names, shapes and dtypes of the trained tensors with the config, without reading them."""
         shapes = config.trained_shapes()
-        self.tensors.check(shapes, dict.fromkeys(shapes, {config.dtype}))
+        self.tensors.check(shapes, {name: {config.dtype} for name in shapes})
 
     def read_state(self, config: Config) -> dict[str, torch.Tensor]:
         """Read and check the trained tensors."""

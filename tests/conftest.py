@@ -191,7 +191,7 @@ def edit_config(folder, change) -> None:
     with safe_open(path, framework="pt") as file:
         config, tensors = (
             json.loads(file.metadata()["sara_config"]),
-            {key: file.get_tensor(key) for key in file.keys()},
+            {key: file.get_tensor(key) for key in list(file.keys())},
         )
     change(config)
     save_file(tensors, path, metadata={"sara_config": json.dumps(config)})

