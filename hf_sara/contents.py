@@ -18,7 +18,7 @@ from .copies import ModuleCopy, TokenRows, attach_parts, part_on
 from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
-from .parts import Part, parts_collide, refuse_overlap
+from .parts import Part, parts_collide, random_parameters, refuse_overlap
 from .planning import AdapterSpec
 from .sites import PlannedSite, is_of_update
 from .tensor_files import check_tensors
@@ -268,14 +268,12 @@ def _freeze(model: nn.Module, spec: AdapterSpec) -> list[str]:
     }
     for parameter in names.values():
         parameter.requires_grad_(False)
-    # transformers marks the parameters that it found in a checkpoint.
-    loaded = [name for name, parameter in names.items() if hasattr(parameter, "_is_hf_initialized")]
     trained = {name for part in spec.parts for name in part.held()}
-    random = [name for name in names if name not in loaded and name not in trained]
-    if loaded and random:
+    random = [name for name in random_parameters(model) if name in names and name not in trained]
+    if random:
         logger.warning(
-            "These parameters are not in the checkpoint of the base, so they are random, and attaching the adapter "
-            "freezes them: %s. Name their modules in modules_to_save to train and save them.",
+            "These parameters are random, because the checkpoint of the base does not have them, or not all of their "
+            "rows, and attaching the adapter freezes them: %s. Name their modules in modules_to_save to train them.",
             ", ".join(random),
         )
     return list(names)

@@ -149,25 +149,36 @@ def find_parts(model: nn.Module, args: SaraArguments, sites: Sequence[Site]) -> 
     return parts
 
 
-def default_heads(model: nn.Module) -> list[str]:
+def default_heads(model: Any) -> list[str]:
     """The modules of the head that the model's task makes anew, or none for another task."""
     kind = next((k.__name__ for k in type(model).__mro__ if TASKS_WITH_A_NEW_HEAD.search(k.__name__)), None)
     if kind is None:
         return []
     heads = [name for name, child in model.named_children() if _is_head(model, name, child)]
-    if not heads:
+    random = random_parameters(model)
+    if not heads and random:
         raise ValueError(
-            f"The head of this {kind} cannot be told from its body. Name the modules of the head in modules_to_save, "
-            "or say modules_to_save=[] to leave it as it is."
+            f"The head of this {kind} cannot be told from its body, and these parameters are random, because they are "
+            f"not in the checkpoint of the base: {', '.join(random[:5])}. Name their modules in modules_to_save, or say "
+            "modules_to_save=[] to leave them as they are."
         )
     return heads
 
 
 def _is_head(model: Any, name: str, child: nn.Module) -> bool:
-    """A head is a child with parameters that is not the body: no model of its own, and without a list of layers."""
-    is_body = name == getattr(model, "base_model_prefix", "") or isinstance(child, PreTrainedModel)
-    layered = any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in child.modules())
-    return not is_body and not layered and any(True for _ in _own_parameters(child))
+    """A head is a child with parameters that is neither the body nor an embedding."""
+    if isinstance(child, (PreTrainedModel, nn.Embedding)) or "embed" in name or not any(_own_parameters(child)):
+        return False
+    if hasattr(model, model.base_model_prefix):
+        return name != model.base_model_prefix
+    # Without a body of a known name, a child with a list of layers is taken for one.
+    return not any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in child.modules())
+
+
+def random_parameters(model: nn.Module) -> list[str]:
+    """The parameters that no checkpoint gave, of a model that was loaded from one. transformers marks the others."""
+    names = {n: hasattr(p, "_is_hf_initialized") for n, p in model.named_parameters() if not is_of_update(n)}
+    return [name for name, loaded in names.items() if not loaded] if any(names.values()) else []
 
 
 def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -175,7 +186,7 @@ def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     offered = [
         name
         for name, module in model.named_modules()
-        if name and not is_of_update(name) and any(True for _ in _own_parameters(module))
+        if name and not is_of_update(name) and any(_own_parameters(module))
     ]
     found: list[str] = []
     for pattern in patterns:

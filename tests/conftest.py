@@ -153,10 +153,10 @@ def sara_arguments(method: str = "sara", **changes) -> SaraArguments:
     return SaraArguments(**{**METHODS[method], **changes})
 
 
-def train(adapter: SaraAdapter, steps: int = 3, lr: float = 0.05) -> SaraAdapter:
+def train(adapter: SaraAdapter, steps: int = 3, lr: float = 0.05, inputs=None) -> SaraAdapter:
     """Train a few steps, which are so large that no trained tensor is near its start any more."""
     model = adapter.model
-    inputs = make_inputs(model)
+    inputs = make_inputs(model) if inputs is None else inputs
     optimizer = torch.optim.AdamW(adapter.trained().values(), lr=lr)
     model.train()
     for _ in range(steps):
@@ -167,10 +167,12 @@ def train(adapter: SaraAdapter, steps: int = 3, lr: float = 0.05) -> SaraAdapter
     return adapter
 
 
-def attach_trained(model, method: str = "sara", name: str = "default", seed: int = 3, **changes) -> SaraAdapter:
+def attach_trained(
+    model, method: str = "sara", name: str = "default", seed: int = 3, inputs=None, **changes
+) -> SaraAdapter:
     """A trained adapter on a model."""
     torch.manual_seed(seed)
-    return train(SaraAdapter.attach(model, sara_arguments(method, **changes), name))
+    return train(SaraAdapter.attach(model, sara_arguments(method, **changes), name), inputs=inputs)
 
 
 def base_state(model) -> dict[str, torch.Tensor]:
