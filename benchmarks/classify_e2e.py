@@ -17,10 +17,10 @@ from pathlib import Path
 import _common  # noqa: F401
 import numpy as np
 import torch
-from harness.base_models import SMOLLM2, load_base
-from harness.own_data import accuracy_and_f1
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from harness.base_models import SMOLLM2, load_base
+from harness.own_data import accuracy_and_f1
 from hf_sara import SaraArguments, SaraTrainer, from_hub, storage
 
 RUNS = (

@@ -159,8 +159,8 @@ def default_heads(model: Any) -> list[str]:
     if not heads and random:
         raise ValueError(
             f"The head of this {kind} cannot be told from its body, and these parameters are random, because they are "
-            f"not in the checkpoint of the base: {', '.join(random[:5])}. Name their modules in modules_to_save, or say "
-            "modules_to_save=[] to leave them as they are."
+            f"not in the checkpoint of the base: {', '.join(random[:5])}. Name their modules in modules_to_save, or "
+            "say modules_to_save=[] to leave them as they are."
         )
     return heads
 

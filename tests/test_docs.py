@@ -23,10 +23,13 @@ import typer
 from conftest import METHODS, attach_trained, make_model, make_tokenizer
 from hub_server import HubServer, online
 from huggingface_hub import HfFileSystem, constants
+from safetensors import safe_open
 
 import hf_sara
 from harness.options import given_options
+from hf_sara import SaraAdapter, SaraArguments
 from hf_sara.cli import app
+from hf_sara.manifest import MODULE_FIELDS, TOKEN_FIELDS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -259,6 +262,17 @@ def test_the_page_of_the_format_has_every_field(method, tmp_path):
     assert {name.rsplit(".", 1)[-1] for name in adapter.state_dict()} <= set(re.findall(r"`(\w+)` \(", text))
 
 
+def test_the_page_of_the_format_has_every_field_of_parts(tmp_path):
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    model = make_model("gpt2", tie_word_embeddings=False)
+    SaraAdapter.attach(model, SaraArguments(threshold=0.3, trainable_token_indices=[3], modules_to_save=["ln_f"]))
+    records = [model.sara_adapter.parts[0].to_json(), *(part.to_json() for part in model.sara_adapter.parts[1:])]
+    assert [record["name"] for record in records] == ["transformer.ln_f", "transformer.wte", "lm_head"]
+    fields = {*MODULE_FIELDS, *TOKEN_FIELDS}
+    assert {field for record in records for field in record} <= fields
+    assert {field for field in fields if f"| `{field}` |" not in text} == set()
+
+
 def test_the_page_of_the_format_is_enough_to_verify_an_adapter(tmp_path):
     """Digest, vectors and sketch of every site, computed as the page says, without hf_sara."""
 
@@ -273,8 +287,13 @@ def test_the_page_of_the_format_is_enough_to_verify_an_adapter(tmp_path):
         # Equal singular values: the vectors of the first site are one cluster.
         model.model.layers[0].self_attn.q_proj.weight.copy_(torch.eye(24))
     attach_trained(model, "mo_sara").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "sara_config.json").read_text())
-    assert config["tensors_sha256"] == hashlib.sha256((tmp_path / "sara_adapter.safetensors").read_bytes()).hexdigest()
+    with safe_open(tmp_path / "sara_adapter.safetensors", framework="np") as file:
+        config = json.loads(file.metadata()["sara_config"])
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} torch.float32 {tensor.shape}\n".encode() + tensor.astype("<f4").tobytes())
+    assert config["tensors_sha256"] == digest.hexdigest()
     assert config["sites"][0]["clusters"] == [[0, 24]]
     for site in config["sites"]:
         (d_in, d_out), k = site["shape"], site["k"]
