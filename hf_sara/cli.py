@@ -48,6 +48,13 @@ def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...], title: str | No
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _parts(spec: Any) -> list[dict[str, Any]]:
+    """What an adapter trains beside its updates."""
+    from .parts import count
+
+    return [{"name": part.name, "how": part.title, "trained": count(part)} for part in spec.parts]
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -61,6 +68,14 @@ def plan(
     num_heads: Annotated[int, typer.Option(help="Mo-SARA: vectors that the router mixes.")] = 5,
     target_modules: Annotated[Optional[list[str]], typer.Option(help="Modules to adapt; may be repeated.")] = None,  # noqa: UP045
     layers: Annotated[Optional[str], typer.Option(help="Layers to adapt: 0-7,12.")] = None,  # noqa: UP045
+    modules_to_save: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Modules to train in full; may be repeated. none: not even a new head."),
+    ] = None,
+    trainable_token_indices: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Ids of tokens whose rows of the embedding train; may be repeated."),
+    ] = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,11 +91,14 @@ def plan(
             num_heads=num_heads,
             target_modules=target_modules or None,
             layers=layers,
+            modules_to_save=modules_to_save or None,
+            trainable_token_indices=trainable_token_indices or None,
         )
         found = BaseWeights(model, revision=revision).plan(args)
         rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
+        parts = _parts(found)
+    keys = ("site", "d_in", "d_out", "k", "trained")
     if as_json:
-        keys = ("site", "d_in", "d_out", "k", "trained")
         _print_json(
             {
                 "method": method,
@@ -88,10 +106,11 @@ def plan(
                 "trained_parameters": found.trained_parameters,
                 "share": found.share,
                 "sites": [dict(zip(keys, row, strict=True)) for row in rows],
+                "parts": parts,
             }
         )
         return
-    _show(rows, ("site", "d_in", "d_out", "k", "trained"))
+    _show([*rows, *((part["name"], "", "", "", part["trained"]) for part in parts)], keys)
     typer.echo(str(found))
 
 
@@ -115,9 +134,12 @@ def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -
         rows = [(site.name, *site.shape, site.k) for site in saved.sites]
     if as_json:
         keys = ("site", "d_in", "d_out", "k")
-        _print_json({**facts, "sites": [dict(zip(keys, row, strict=True)) for row in rows]})
+        sites = [dict(zip(keys, row, strict=True)) for row in rows]
+        _print_json({**facts, "sites": sites, "parts": _parts(saved)})
         return
     _show(rows, ("site", "d_in", "d_out", "k"))
+    for part in _parts(saved):
+        typer.echo(f"{part['name']}: {part['how']}, {part['trained']:,} trained parameters")
     base = saved.base.model_id or f"a {saved.base.class_name} that is not on the Hub"
     typer.echo(
         f"{facts['method']} at threshold {saved.threshold:.6g} for {base}: {len(rows)} sites, "

@@ -90,7 +90,8 @@ class TokenPart:
     @property
     def title(self) -> str:
         """How it is trained, in the tables of a plan."""
-        return f"{len(self.indices)} rows {'trained' if self.trained else 'kept'}"
+        count = len(self.indices)
+        return f"{count} row{'s' * (count > 1)} {'trained' if self.trained else 'kept'}"
 
     def trained_shapes(self) -> Shapes:
         """Full name and shape of the trained rows: (number of rows, width)."""

@@ -74,6 +74,21 @@ def test_info(adapted, tmp_path):
     assert "4 sites" in run("info", tmp_path / "adapter").output
 
 
+def test_what_trains_beside_the_sites_is_shown(base, tmp_path):
+    options = ("--threshold", 0.3, "--modules-to-save", "norm", "--trainable-token-indices", 3)
+    found = json.loads(run("plan", base, *options, "--json").stdout)
+    parts = {part["name"]: (part["how"], part["trained"]) for part in found["parts"]}
+    assert parts["model.norm"] == ("trained in full", 24)
+    assert parts["model.embed_tokens"] == ("1 row trained", 24)
+    sites = sum(site["trained"] for site in found["sites"])
+    assert found["trained_parameters"] == sites + 48
+    assert "model.norm" in run("plan", base, *options).output
+
+    attach_trained(make_model("bert")).save_pretrained(tmp_path / "classifier")
+    assert "classifier: trained in full, 75 trained parameters" in run("info", tmp_path / "classifier").output
+    assert json.loads(run("info", tmp_path / "classifier", "--json").stdout)["parts"][0]["name"] == "classifier"
+
+
 def test_generate(adapted, base, tmp_path):
     tokenizer = make_tokenizer()
     inputs = tokenizer("The quick", return_tensors="pt")
