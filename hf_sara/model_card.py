@@ -20,6 +20,7 @@ from .card_text import cells, duration, fenced, inline, join_card, listed, numbe
 from .files import write_file
 from .manifest import Manifest
 from .own_tokenizer import has_own_tokenizer
+from .parts import count
 from .repos import hub_id
 from .sites import sites_by_kind
 from .storage import size_on_disk
@@ -39,6 +40,8 @@ PIPELINES = {
     "QuestionAnswering": "question-answering",
     "MaskedLM": "fill-mask",
     "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "VideoClassification": "video-classification",
 }
 # A card names the versions of these packages, as far as they are installed, because results may depend on them.
 FRAMEWORKS = ("hf_sara", "transformers", "torch", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "trl")
@@ -199,6 +202,7 @@ def make_card(
         threshold=f"{manifest.threshold:.6g}",
         site_count=len(ranks),
         k_range=f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.1f})",
+        beside=[f"{inline(part.name)}: {part.title}, {count(part):,} parameters" for part in manifest.parts],
         trained=f"{trained:,}",
         share=f"{100 * trained / (base_parameters + trained):.4g}",
         size=f"{size:,} bytes" if size else "not saved yet",
@@ -242,16 +246,21 @@ def snippet(
     own = "" if base else ', base_model="path/to/the/base"'
     source = repo_id if own_tokenizer else base or "path/to/the/base"
     lines = ["from hf_sara import from_hub", "", f'model = from_hub("{repo_id}"{own})']
-    if pipeline == "text-generation":
+    if pipeline in ("text-generation", "text-classification"):
         lines[0] = "from transformers import AutoTokenizer\n\nfrom hf_sara import from_hub"
         text = "Once upon a time" if prompt is None else prompt
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
             f"prompt = {_quoted(text)}",
             'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)',
+        ]
+    if pipeline == "text-generation":
+        lines += [
             f"output = model.generate(**inputs, max_new_tokens={20 if prompt is None else 64})",
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
+    if pipeline == "text-classification":
+        lines.append("print(model.config.id2label[int(model(**inputs).logits.argmax())])")
     return "\n".join(lines)
 
 
@@ -335,7 +344,9 @@ def _rank_table(manifest: Manifest) -> tuple[list[str], list[list[Any]]]:
 
 def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Losses and evaluation metrics by step, thinned to MAX_LOG_ROWS rows. Entries of one step share a row."""
-    skip = re.compile("epoch|step|.*(runtime|per_second|flos)$|grad_norm|learning_rate|train_loss|num_input")
+    skip = re.compile(
+        "epoch|step|.*(runtime|per_second|flos)$|grad_norm|learning_rate|train_loss|num_input|.*preparation_time"
+    )
     steps: dict[int, dict[str, float]] = {}
     for row in log:
         values = {key: value for key, value in row.items() if not skip.match(key)}

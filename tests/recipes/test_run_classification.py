@@ -12,12 +12,12 @@ import torch
 from conftest import make_model, make_tokenizer
 from datasets.utils import disable_progress_bars
 from recipe_scripts import RECIPES, load
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification
 
 from harness import base_models
-from harness.base_models import SMOLLM2, load_base
+from harness.base_models import SMOLLM2
 from harness.options import RecipeError, parse_arguments
-from hf_sara import SaraAdapter
+from hf_sara import SaraAdapter, from_hub
 
 disable_progress_bars()
 
@@ -102,8 +102,9 @@ def test_texts_are_classified(texts, tmp_path, monkeypatch):
     card = (output / "README.md").read_text()
     assert "pipeline_tag: text-classification\n" in card
     assert all(f"- type: {name}\n" in card for name in ("loss", "accuracy", "macro_f1"))
-    model, _ = load_base(str(texts), auto_class=AutoModelForSequenceClassification)
-    assert SaraAdapter.load(model, output).num_parameters() == metrics["trained_parameters"]
+    again = from_hub(output, base_model=str(texts))
+    assert again.sara_adapter.num_parameters() == metrics["trained_parameters"]
+    assert [part.name for part in again.sara_adapter.parts] == ["score"]
 
 
 def test_columns_may_have_other_names_and_texts_may_be_pairs(texts, tmp_path):
