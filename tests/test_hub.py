@@ -13,12 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, attach_trained, edit_config, logits, make_inputs, make_model, make_tokenizer, same_bits
+from conftest import (
+    METHODS,
+    attach_trained,
+    edit_config,
+    logits,
+    make_inputs,
+    make_model,
+    make_tokenizer,
+    same_bits,
+    sara_arguments,
+)
 from hub_server import Fault, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
-from training import make_trainer
+from training import make_trainer, training_arguments
 
-from hf_sara import AdapterError, SaraAdapter, files, from_hub, hub, push_to_hub, repos, storage
+from hf_sara import AdapterError, SaraAdapter, SaraTrainer, files, from_hub, hub, push_to_hub, repos, storage
 from hf_sara.hub import UPLOAD_FILES
 
 TOKEN = "hf_alicealicealicealice"
@@ -226,6 +236,47 @@ def test_the_snippet_on_the_card_runs(server, tmp_path):
     assert f'from_hub("{REPO}")' in code
     done = run(server, tmp_path / "cache", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_pushed_classifier_is_whole_in_another_process(server, tmp_path):
+    """Head, labels, vocabulary and tokenizer: all that the training changed comes back from the Hub alone."""
+    from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    body = BertModel(make_model("bert", vocab_size=len(tokenizer)).config)
+    body.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    server.add_repo("someone/bert", files={path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir()})
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    model = BertForSequenceClassification.from_pretrained("someone/bert", cache_dir=constants.HF_HUB_CACHE, **labels)
+    tokenizer = AutoTokenizer.from_pretrained("someone/bert", cache_dir=constants.HF_HUB_CACHE)
+    tokenizer.add_tokens(["<star>"])
+    model.resize_token_embeddings(len(tokenizer))
+    texts = ["The quick <star> fox", "the lazy dog ."] * 8
+    data = [{**tokenizer(text), "labels": index % 2} for index, text in enumerate(texts)]
+    trainer = SaraTrainer(
+        model=model,
+        args=training_arguments(tmp_path / "run", hub_model_id=REPO, max_steps=4, eval_strategy="no"),
+        sara_args=sara_arguments(trainable_token_indices=[len(tokenizer) - 1]),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"tokenizer.json", storage.TENSORS_FILE} <= set(server.repo(REPO).files())
+    card = server.repo(REPO).files()["README.md"].decode()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    assert f'AutoTokenizer.from_pretrained("{REPO}")' in code
+    code = code.replace("Once upon a time", "The quick <star> fox") + "\nprint(model(**inputs).logits.tolist())"
+    done = run(server, tmp_path / "cache", code)
+    assert done.returncode == 0, done.stderr
+    label, numbers = done.stdout.strip().splitlines()[-2:]
+    with torch.no_grad():
+        expected = model.eval()(**tokenizer("The quick <star> fox", return_tensors="pt")).logits
+    assert json.loads(numbers) == expected.tolist()
+    assert label == labels["id2label"][int(expected.argmax())]
 
 
 def test_the_hub_accepts_the_metadata(server):
