@@ -88,7 +88,7 @@ class AdapterContents:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
         attach_parts(self.model, self.spec.parts, self.name)
-        self._initial = self._versions()
+        self._initial = self._fingerprints()
         set_adapters(self.model, {**adapters_on(self.model), self.name: self})
 
     @property
@@ -195,12 +195,12 @@ class AdapterContents:
 
     # ---- training ----
 
-    def _versions(self) -> dict[str, int]:
-        return {name: tensor._version for name, tensor in self.trained().items()}
+    def _fingerprints(self) -> dict[str, int]:
+        return {name: _fingerprint(tensor) for name, tensor in self.trained().items()}
 
     def is_untrained(self) -> bool:
-        """Whether no value was written into the trained tensors since the adapter was attached to this model."""
-        return self._versions() == self._initial
+        """Whether the trained tensors have the bits with which the adapter started, here or on a copied model."""
+        return self._fingerprints() == self._initial
 
     def train_alone(self) -> None:
         """
@@ -312,6 +312,13 @@ def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterConte
 def _let_train(adapter: AdapterContents, trains: bool) -> None:
     for tensor in adapter.trained().values():
         tensor.requires_grad_(trains)
+
+
+def _fingerprint(tensor: torch.Tensor) -> int:
+    """A sum of a tensor's bits. It is the same on every device, in any order, and in a copy."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return 0 if local.is_meta else int(local.view(bits).sum(dtype=torch.int64))
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
