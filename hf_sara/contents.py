@@ -216,15 +216,24 @@ class AdapterContents:
             self._resting = False
         cast(Any, self.model).sara_adapter = self
 
-    def refuse_others(self) -> None:
-        """Raise a `ValueError` if a parameter trains that no adapter of the model holds, so that it would be lost."""
+    def refuse_others(self, whole: nn.Module | None = None) -> None:
+        """
+        Raise a `ValueError` if a parameter trains that no adapter of the model holds, so that it would be lost.
+
+        Args:
+            whole (`nn.Module`, *optional*): The module that trains, if the model is only a part of it.
+        """
+        whole = self.model if whole is None else whole
         held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
-        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        lost = {n: p for n, p in whole.named_parameters() if p.requires_grad and id(p) not in held}
         if lost:
+            names = list(lost)
+            inside = {id(parameter) for parameter in self.model.parameters()}.issuperset(map(id, lost.values()))
             raise ValueError(
                 f"These parameters train, and the adapter {self.name!r} does not hold them, so they would be lost: "
-                f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. Name their modules in modules_to_save, or "
-                "freeze them: parameter.requires_grad_(False)."
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. "
+                + ("Name their modules in modules_to_save, or freeze them" if inside else "Freeze them")
+                + ": parameter.requires_grad_(False)."
             )
 
     @contextlib.contextmanager

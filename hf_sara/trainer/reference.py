@@ -63,7 +63,7 @@ def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -
     given = kwargs.get("ref_model")
     if getattr(args, "sync_ref_model", False) and given is None:
         raise ValueError(
-            "sync_ref_model=True writes the policy's weights into the reference, which shares the base with the policy "
+            "sync_ref_model=True writes the policy's weights into the reference, which shares the base with it "
             "or has no adapter. Leave it out, or give a second model with the same adapter as ref_model."
         )
     policy = unwrap(model) if isinstance(model, nn.Module) else None
@@ -73,7 +73,8 @@ def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -
     adapter = trainer.choose_adapter(policy)
     was_trained = not adapter.is_untrained()
     makers = (LOADER, COPIER) if hasattr(args, "sync_ref_model") else (COPIER,)
-    modules = {sys.modules[kind.__module__] for kind in type(trainer).__mro__}
+    # The module of a class that `exec` has made may be none.
+    modules = {sys.modules.get(kind.__module__) for kind in type(trainer).__mro__}
     replaced = [(module, name) for module in modules for name in makers if hasattr(module, name)]
     takes, reference = _takes_reference(trainer), None
     if takes or replaced:
