@@ -1,14 +1,17 @@
 """The reference models of TRL's trainers: the base for a new adapter, and a trained adapter as it came."""
 
 import copy
+import json
 import math
 import pickle
 import warnings
 
 import pytest
 import torch
+import with_trl
 from conftest import attach_trained, base_state, make_base, make_inputs, make_model, same_bits, sara_arguments
 from datasets import Dataset
+from training import TWO_PROCESSES, run_script
 from transformers import AutoModelForCausalLM
 from with_trl import DATA, WORDS, trl_settings
 
@@ -244,14 +247,39 @@ def train_rows(adapter) -> None:
             tensor.mul_(1.5).add_(0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["arguments", "environment"])
+def test_a_reference_is_sharded_beside_the_policy(trl, where, tmp_path):
+    how = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    }
+    run = run_script(
+        str(tmp_path),
+        json.dumps(how if where == "arguments" else {}),
+        launcher=TWO_PROCESSES,
+        script=with_trl.__file__,
+        **(environment if where == "environment" else {}),
+    )
+    assert run.returncode == 0, run.stderr
+    first, *_, last = json.loads((tmp_path / "losses0.json").read_text())
+    assert first == LN2
+    assert last < first - 0.01
+    SaraAdapter.load(make_base(), tmp_path)
+
+
 def test_a_reference_can_have_memory_of_its_own(method):
     model = make_model()
     attach_trained(model, method)
     reference = make_reference(model.sara_adapter, share=False)
     ours = {parameter.data_ptr() for parameter in model.parameters()}
     assert ours.isdisjoint(parameter.data_ptr() for parameter in reference.parameters())
+    assert all(parameter.is_contiguous() for parameter in reference.parameters())
     inputs = make_inputs(model)
-    assert torch.equal(reference(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(reference(**inputs).logits, model(**inputs).logits)
 
 
 # ---- other trainers ----

@@ -1,4 +1,17 @@
-"""Data and settings for the tests with TRL's trainers."""
+"""Data and settings for the tests with TRL's trainers. As a script, it trains DPO on several processes.
+
+python with_trl.py OUTPUT_DIR [DPOConfig as a JSON object]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from conftest import attach_trained, make_base, make_tokenizer
+from datasets import Dataset
+from training import shard_on_cpu
+
+from hf_sara import SaraTrainerMixin
 
 WORDS = ["quick", "brown", "fox", "lazy"] * 6
 DATA = {
@@ -34,3 +47,24 @@ def trl_settings(folder, **changes):
         "disable_tqdm": True,
     }
     return {**values, **changes}
+
+
+if __name__ == "__main__":
+    import trl
+
+    class SaraDPOTrainer(SaraTrainerMixin, trl.DPOTrainer):
+        pass
+
+    shard_on_cpu()
+    folder, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
+    trainer = SaraDPOTrainer(
+        model=attach_trained(make_base()).model,
+        args=trl.DPOConfig(**trl_settings(folder, max_steps=3, logging_steps=1, save_strategy="no", **arguments)),
+        train_dataset=Dataset.from_dict(DATA["preference"]),
+        processing_class=make_tokenizer(),
+    )
+    assert trainer.is_fsdp_enabled
+    trainer.train()
+    trainer.save_model()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    (folder / f"losses{trainer.args.process_index}.json").write_text(json.dumps(losses))

@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,6 +49,10 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
         del reference.forward
     if adapter.is_untrained():
         reference.sara_adapters[adapter.name].detach()
+    if not share:
+        # FSDP and DeepSpeed take contiguous parameters only, and U is stored by columns.
+        for parameter in reference.parameters():
+            parameter.data = parameter.data.contiguous()
     return reference.requires_grad_(False).eval()
 
 
@@ -79,6 +84,8 @@ def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -
     takes, reference = _takes_reference(trainer), None
     if takes or replaced:
         spread = getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "fsdp", None)
+        # `accelerate launch` says so in the environment.
+        spread = spread or parse_flag_from_env("ACCELERATE_USE_FSDP")
         reference = make_reference(adapter, share=not spread)
     if takes:
         kwargs["ref_model"] = reference
