@@ -115,6 +115,18 @@ def test_an_adapter_that_rested_trains_when_its_turn_comes(tmp_path):
     assert same_bits(de.state_dict(), other)
 
 
+def test_an_adapter_that_rested_trains_in_a_loop_of_ones_own(tmp_path):
+    model = two_adapters()
+    de, fr = (SaraAdapter.of(model, name) for name in ("de", "fr"))
+    make_trainer(tmp_path, model, "de")
+    fr.train_alone()
+    before, other = fr.state_dict(), de.state_dict()
+    train(fr)
+    assert not same_bits(fr.state_dict(), before)
+    assert same_bits(de.state_dict(), other)
+    assert model.sara_adapter is fr
+
+
 def test_two_trainers_that_were_made_first_train_one_after_the_other(tmp_path):
     model = two_adapters()
     trainers = [make_trainer(tmp_path / name, model, name, save_strategy="no") for name in ("de", "fr")]
