@@ -88,7 +88,7 @@ class AdapterContents:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
         attach_parts(self.model, self.spec.parts, self.name)
-        self._initial = self._versions()
+        self._initial = self._fingerprints()
         set_adapters(self.model, {**adapters_on(self.model), self.name: self})
 
     @property
@@ -195,12 +195,12 @@ class AdapterContents:
 
     # ---- training ----
 
-    def _versions(self) -> dict[str, int]:
-        return {name: tensor._version for name, tensor in self.trained().items()}
+    def _fingerprints(self) -> dict[str, int]:
+        return {name: _fingerprint(tensor) for name, tensor in self.trained().items()}
 
     def is_untrained(self) -> bool:
-        """Whether no value was written into the trained tensors since the adapter was attached to this model."""
-        return self._versions() == self._initial
+        """Whether the trained tensors have the bits with which the adapter started, here or on a copied model."""
+        return self._fingerprints() == self._initial
 
     def train_alone(self) -> None:
         """
@@ -216,15 +216,24 @@ class AdapterContents:
             self._resting = False
         cast(Any, self.model).sara_adapter = self
 
-    def refuse_others(self) -> None:
-        """Raise a `ValueError` if a parameter trains that no adapter of the model holds, so that it would be lost."""
+    def refuse_others(self, whole: nn.Module | None = None) -> None:
+        """
+        Raise a `ValueError` if a parameter trains that no adapter of the model holds, so that it would be lost.
+
+        Args:
+            whole (`nn.Module`, *optional*): The module that trains, if the model is only a part of it.
+        """
+        whole = self.model if whole is None else whole
         held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
-        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        lost = {n: p for n, p in whole.named_parameters() if p.requires_grad and id(p) not in held}
         if lost:
+            names = list(lost)
+            inside = {id(parameter) for parameter in self.model.parameters()}.issuperset(map(id, lost.values()))
             raise ValueError(
                 f"These parameters train, and the adapter {self.name!r} does not hold them, so they would be lost: "
-                f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. Name their modules in modules_to_save, or "
-                "freeze them: parameter.requires_grad_(False)."
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. "
+                + ("Name their modules in modules_to_save, or freeze them" if inside else "Freeze them")
+                + ": parameter.requires_grad_(False)."
             )
 
     @contextlib.contextmanager
@@ -310,6 +319,13 @@ def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterConte
 def _let_train(adapter: AdapterContents, trains: bool) -> None:
     for tensor in adapter.trained().values():
         tensor.requires_grad_(trains)
+
+
+def _fingerprint(tensor: torch.Tensor) -> int:
+    """A sum of a tensor's bits. It is the same on every device, in any order, and in a copy."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return 0 if local.is_meta else int(local.view(bits).sum(dtype=torch.int64))
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

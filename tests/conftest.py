@@ -215,6 +215,30 @@ def make_tokenizer(texts=("The quick brown fox : jumps | over the lazy dog .",),
     )
 
 
+def make_base():
+    """A base whose vocabulary is that of the tokenizer."""
+    return make_model("llama", vocab_size=len(make_tokenizer()), bos_token_id=None, eos_token_id=0)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    """The base model and its tokenizer, for tools that load them by name."""
+    folder = tmp_path_factory.mktemp("base")
+    make_base().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def trl():
+    return pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
+
+
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
     """

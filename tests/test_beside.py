@@ -4,11 +4,22 @@ import math
 
 import pytest
 import torch
-from conftest import attach_trained, base_state, logits, make_model, make_tokenizer, same_bits, sara_arguments, train
+from conftest import (
+    attach_trained,
+    base_state,
+    logits,
+    make_base,
+    make_model,
+    make_tokenizer,
+    same_bits,
+    sara_arguments,
+    train,
+)
 from datasets import Dataset
 from datasets.utils import disable_progress_bars
 from training import STEPS, At, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, pipeline
+from with_trl import DATA, trl_settings
 
 from hf_sara import SaraAdapter, SaraTrainer, SaraTrainerMixin, from_hub
 from hf_sara.hub import TRAINING_ARGS_FILE
@@ -19,43 +30,6 @@ from hf_sara.trainer import RUNNING_LOSS_FILE
 disable_progress_bars()
 
 TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }}{{ eos_token }}{% endfor %}"
-WORDS = ["quick", "brown", "fox", "lazy"] * 6
-DATA = {
-    "text": {"text": [f"The {word} dog jumps over the {word} ." for word in WORDS]},
-    "prompt and completion": {
-        "prompt": [f"The {word} :" for word in WORDS],
-        "completion": [f" {word} ." for word in WORDS],
-    },
-    "conversation": {
-        "messages": [
-            [{"role": "user", "content": f"The {word} ?"}, {"role": "assistant", "content": f"{word} ."}]
-            for word in WORDS
-        ]
-    },
-    "preference": {
-        "prompt": [f"The {word} :" for word in WORDS],
-        "chosen": [f" {word} ." for word in WORDS],
-        "rejected": [" the | dog" for _ in WORDS],
-    },
-}
-
-
-@pytest.fixture
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    """The base model and its tokenizer, for tools that load them by name."""
-    folder = tmp_path_factory.mktemp("base")
-    make_base().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def make_base():
-    return make_model("llama", vocab_size=len(make_tokenizer()), bos_token_id=None, eos_token_id=0)
 
 
 def token_ids(length: int = 7) -> dict[str, torch.Tensor]:
@@ -64,26 +38,6 @@ def token_ids(length: int = 7) -> dict[str, torch.Tensor]:
 
 
 # ---- TRL ----
-
-
-@pytest.fixture
-def trl():
-    return pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
-
-
-def trl_settings(folder, **changes):
-    values = {
-        "output_dir": str(folder),
-        "max_steps": 16,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "logging_steps": 3,
-        "save_steps": 8,
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return {**values, **changes}
 
 
 def make_sft_trainer(trl, folder, method="sara", form="text", model=None, **changes):

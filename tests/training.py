@@ -22,10 +22,10 @@ STEPS = 7
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def run_script(*arguments, launcher=(sys.executable,), **environment) -> subprocess.CompletedProcess:
-    """Run this file as a script."""
+def run_script(*arguments, launcher=(sys.executable,), script=__file__, **environment) -> subprocess.CompletedProcess:
+    """Run this file, or another one, as a script."""
     return subprocess.run(
-        [*launcher, str(Path(__file__)), *arguments],
+        [*launcher, str(Path(script)), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

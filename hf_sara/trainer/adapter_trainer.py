@@ -131,7 +131,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             raise ValueError(
                 f"The adapter {adapter.name!r} is disabled, so nothing would train. Call adapter.enable()."
             )
-        adapter.refuse_others()
+        adapter.refuse_others(self.accelerator.unwrap_model(self.model))
 
     def training_step(self, model, inputs, *args, **kwargs):
         if self._sara_checked_gradients:
@@ -198,7 +198,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if not self.args.should_save:
             return
         output_dir = output_dir_of(self) if output_dir is None else output_dir
-        self.sara_adapter.refuse_others()
+        self.sara_adapter.refuse_others(self.accelerator.unwrap_model(self.model))
         storage.write(output_dir, self.sara_adapter.manifest(), *contents)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)

@@ -10,18 +10,21 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter import SaraAdapter
-from ..carrier import adapters_on
+from ..carrier import adapters_on, unwrap
 from ..copies import TokenRows
 
-# TRL's function that loads a reference by the name of the base, in trainers whose constructors do not take one.
-LOADER = "create_model_from_path"
+# TRL's functions that make a reference in trainers whose constructors do not take one: the first loads it by the name
+# of the base, and loads teachers and policies too; the second copies the policy.
+LOADER, COPIER = "create_model_from_path", "create_reference_model"
 
 
 def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
@@ -41,8 +44,15 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
     own |= {id(m.weight) for m in model.modules() for c in getattr(m, "sara", {}).values() if isinstance(c, TokenRows)}
     memo = {id(tensor): tensor for tensor in model.parameters() if share and id(tensor) not in own}
     reference = copy.deepcopy(model, memo)
+    if isinstance(vars(reference).get("forward"), MethodType):
+        # An earlier trainer of TRL has put it there, and it would call the forward of the policy.
+        del reference.forward
     if adapter.is_untrained():
         reference.sara_adapters[adapter.name].detach()
+    if not share:
+        # FSDP and DeepSpeed take contiguous parameters only, and U is stored by columns.
+        for parameter in reference.parameters():
+            parameter.data = parameter.data.contiguous()
     return reference.requires_grad_(False).eval()
 
 
@@ -55,28 +65,36 @@ def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -
     Raises:
         `ValueError`: If the reference has to follow the policy, or the trainer made another one by itself.
     """
-    wanted = _takes_reference(trainer) or hasattr(args, "sync_ref_model")
-    if not wanted or kwargs.get("ref_model") is not None or not isinstance(model, PreTrainedModel):
+    given = kwargs.get("ref_model")
+    if getattr(args, "sync_ref_model", False) and given is None:
+        raise ValueError(
+            "sync_ref_model=True writes the policy's weights into the reference, which shares the base with it "
+            "or has no adapter. Leave it out, or give a second model with the same adapter as ref_model."
+        )
+    policy = unwrap(model) if isinstance(model, nn.Module) else None
+    if given is not None or not isinstance(policy, PreTrainedModel):
         yield
         return
-    if getattr(args, "sync_ref_model", False):
-        raise ValueError(
-            "sync_ref_model=True writes the policy's weights into the reference, which shares the base with it. Load "
-            "a second model and give it as ref_model, or leave sync_ref_model out."
-        )
-    adapter = trainer.choose_adapter(model)
+    adapter = trainer.choose_adapter(policy)
     was_trained = not adapter.is_untrained()
-    reference = make_reference(adapter, share=getattr(args, "deepspeed_plugin", None) is None)
+    makers = (LOADER, COPIER) if hasattr(args, "sync_ref_model") else (COPIER,)
+    # The module of a class that `exec` has made may be none.
+    modules = {sys.modules.get(kind.__module__) for kind in type(trainer).__mro__}
+    replaced = [(module, name) for module in modules for name in makers if hasattr(module, name)]
+    takes, reference = _takes_reference(trainer), None
+    if takes or replaced:
+        spread = getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "fsdp", None)
+        # `accelerate launch` says so in the environment.
+        spread = spread or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        reference = make_reference(adapter, share=not spread)
+    if takes:
+        kwargs["ref_model"] = reference
     with ExitStack() as stack:
-        if _takes_reference(trainer):
-            kwargs["ref_model"] = reference
-        else:
-            for module in {sys.modules[kind.__module__] for kind in type(trainer).__mro__}:
-                if hasattr(module, LOADER):
-                    stack.enter_context(patch.object(module, LOADER, lambda *_, **__: reference))
+        for module, name in () if takes else replaced:
+            stack.enter_context(patch.object(module, name, lambda *_, **__: reference))
         yield
     found = getattr(trainer, "ref_model", None)
-    if was_trained and found is not None and trainer.accelerator.unwrap_model(found) is not reference:
+    if was_trained and isinstance(found, nn.Module) and SaraAdapter.of(unwrap(found), adapter.name) is None:
         raise ValueError(
             f"The adapter {adapter.name!r} came trained, and {type(trainer).__name__} made a reference model without "
             "it. Give the reference as ref_model."
