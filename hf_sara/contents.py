@@ -18,7 +18,7 @@ from .copies import ModuleCopy, TokenRows, attach_parts, part_on
 from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
-from .parts import Part, parts_collide, refuse_overlap
+from .parts import ModulePart, Part, parts_collide, refuse_overlap, widened
 from .planning import AdapterSpec
 from .sites import PlannedSite, is_of_update
 from .tensor_files import check_tensors
@@ -147,8 +147,15 @@ class AdapterContents:
         process has to call this.
         """
         self.mirror_rows()
-        trained = {name: _widened(_whole_copy(tensor)) for name, tensor in self.trained().items()}
-        return {**trained, **{name: _whole_copy(buffer) for name, buffer in self._buffers().items()}}
+        found = {name: _whole_copy(tensor) for name, tensor in {**self.trained(), **self._buffers()}.items()}
+        # The model may have another dtype than when the adapter was attached, as after `model.half()`.
+        dtypes = {
+            f"{part.name}.{name}": getattr(torch, dtype)
+            for part in self.parts
+            if isinstance(part, ModulePart)
+            for name, dtype in part.dtypes.items()
+        }
+        return {name: tensor.to(dtypes.get(name, widened(tensor.dtype))) for name, tensor in found.items()}
 
     def mirror_rows(self) -> None:
         """Write the trained rows of embeddings into the weights, where a user may look for them after a training."""
@@ -312,11 +319,6 @@ def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterConte
 def _let_train(adapter: AdapterContents, trains: bool) -> None:
     for tensor in adapter.trained().values():
         tensor.requires_grad_(trains)
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A trained tensor in at least float32, in which it is saved, also after `model.half()`."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .carrier import drop_hooks
-from .parts import ModulePart, Part, TokenPart, row_owners, row_scale
+from .parts import ModulePart, Part, TokenPart, row_owners, row_scale, widened
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
 DOT = ":"
@@ -37,10 +37,9 @@ def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
             continue
         copy = ModuleCopy(host, part, made)
         _store(model)[_store_key(part, name)] = copy
-        if copy.base_dtype is not None and not _has_hook(host, cast_inputs):
-            inputs, output = (functools.partial(hook, copy.base_dtype) for hook in (cast_inputs, cast_output))
-            host.register_forward_pre_hook(inputs, with_kwargs=True)
-            host.register_forward_hook(output, with_kwargs=True)
+        if copy.is_wider(host):
+            host.register_forward_pre_hook(functools.partial(cast_inputs, copy), with_kwargs=True)
+            host.register_forward_hook(functools.partial(cast_output, copy), with_kwargs=True)
         copy.switch(host, True)
 
 
@@ -61,8 +60,7 @@ def remove_parts(model: Any, parts: Sequence[Part], name: str) -> None:
             continue
         store = _store(model)
         del store[_store_key(part, name)]
-        if not any(copy.part.name == part.name for copy in store.values()):
-            drop_hooks(host, (cast_inputs, cast_output))
+        _drop_casts(host, attached)
         if not len(store):
             del model.sara_parts
     if not hasattr(model, "sara_parts") and not any(_rows_in_use(model)):
@@ -129,10 +127,6 @@ def _store_key(part: Part, name: str) -> str:
     return f"{name}{DOT}{part.name.replace('.', DOT)}"
 
 
-def _has_hook(module: nn.Module, function: Any) -> bool:
-    return any(getattr(hook, "func", None) is function for hook in module._forward_pre_hooks.values())
-
-
 def _insert(module: Any, key: str, child: nn.Module, hooks: Mapping[str, Any]) -> None:
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
@@ -166,19 +160,14 @@ class ModuleCopy(nn.Module):
         super().__init__()
         self.part = part
         self._enabled = False
-        # A module whose parameters are of a narrower dtype than their copies needs hooks for its inputs and outputs.
-        self.base_dtype: torch.dtype | None = None
         for name in (*part.parameters, *part.ties):
             base = host.get_parameter(name)
-            if self.base_dtype is None and torch.promote_types(base.dtype, torch.float32) != base.dtype:
-                self.base_dtype = base.dtype
             if id(base) not in made:
-                # Small steps would be lost in a smaller dtype.
-                dtype = torch.promote_types(base.dtype, torch.float32)
-                made[id(base)] = nn.Parameter(base.detach().to(dtype, copy=True))
+                made[id(base)] = nn.Parameter(base.detach().to(widened(base.dtype), copy=True))
             self.register_parameter(name.replace(".", DOT), made[id(base)])
         for name in part.buffers:
-            self.register_buffer(name.replace(".", DOT), host.get_buffer(name).clone())
+            buffer = host.get_buffer(name)
+            self.register_buffer(name.replace(".", DOT), buffer.to(widened(buffer.dtype), copy=True))
 
     def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters, by their full names."""
@@ -214,6 +203,18 @@ class ModuleCopy(nn.Module):
             setattr(self, aside, here)
         self._enabled = enabled
 
+    def dtypes(self, host: nn.Module) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of the module and of the base, which are the same unless a wider copy is in use."""
+        here = next(parameter.dtype for parameter in host.parameters())
+        aside = (parameter.dtype for parameter in self.parameters() if self._enabled)
+        return here, next((dtype for dtype in aside if dtype != here), here)
+
+    def is_wider(self, host: nn.Module) -> bool:
+        """Whether a trained tensor has a wider dtype than the base's, so that the module needs hooks that cast."""
+        return any(
+            copy.dtype != host.get_parameter(name.replace(DOT, ".")).dtype for name, copy in self.named_parameters()
+        )
+
     @torch.no_grad()
     def merged(self, host: nn.Module) -> dict[str, torch.Tensor]:
         """The trained tensors by name, in the dtypes of the base, or a `ValueError` if one cannot be rounded to it."""
@@ -243,24 +244,31 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     return host.get_submodule(path), leaf
 
 
-def cast_inputs(base: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cast_inputs(copy: ModuleCopy, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
-    The forward pre-hook of a module that may have a trained copy of a wider dtype than the base's: its inputs take the
-    dtype of the copy.
+    The forward pre-hook of a module with a trained copy of a wider dtype than the base's: its inputs take the dtype of
+    the copy.
     """
-    dtype = _dtype_of(module)
-    if dtype == base:
+    trained, base = copy.dtypes(module)
+    if trained == base:
         return None
-    return tuple(_to(value, dtype) for value in args), {key: _to(value, dtype) for key, value in kwargs.items()}
+    return tuple(_to(value, trained) for value in args), {key: _to(value, trained) for key, value in kwargs.items()}
 
 
-def cast_output(base: torch.dtype, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+def cast_output(copy: ModuleCopy, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of such a module: its output takes the dtype of the base."""
-    return output if _dtype_of(module) == base else _to(output, base)
+    trained, base = copy.dtypes(module)
+    return output if trained == base else _to(output, base)
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters())
+def _drop_casts(module: nn.Module, copy: nn.Module) -> None:
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for handle in [handle for handle, hook in hooks.items() if copy in getattr(hook, "args", ())]:
+            del hooks[handle]
+            with_kwargs.pop(handle, None)
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
@@ -294,8 +302,7 @@ class TokenRows(nn.Module):
         self.register_buffer("indices", torch.tensor(part.indices, device=device), persistent=False)
         base = host.weight.detach()[self.get_buffer("indices")].clone()
         self.register_buffer("base", base, persistent=False)
-        values = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        self.rows = nn.Parameter(values, requires_grad=part.trained)
+        self.rows = nn.Parameter(base.to(widened(base.dtype), copy=True), requires_grad=part.trained)
 
     def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
         """The rows by their full name, if they train."""

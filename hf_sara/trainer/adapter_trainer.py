@@ -23,6 +23,7 @@ from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
 from ..hub import TRAINING_ARGS_FILE
+from ..parts import Part, TokenPart
 from .frozen_base import FrozenBaseMixin
 from .reference import reference_for
 from .resuming import output_dir_of
@@ -286,12 +287,19 @@ def _differences(saved: storage.SavedAdapter, adapter: SaraAdapter) -> list[str]
         for name in {**there, **here}
         if there.get(name) != here.get(name)
     ]
-    parts = [[(part.name, part.title) for part in parts] for parts in (saved.parts, adapter.parts)]
-    if parts[0] != parts[1]:
+    if saved.parts != adapter.parts:
+        parts = [[_described(part) for part in parts] for parts in (saved.parts, adapter.parts)]
         differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
     if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
         differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
     return differences
+
+
+def _described(part: Part) -> str:
+    if isinstance(part, TokenPart):
+        return f"{part.name}, {part.title}: {', '.join(map(str, part.indices))}"
+    shapes = {**part.trained_shapes(), **part.buffer_shapes()}
+    return f"{part.name}, {part.title}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
 
 
 @contextmanager
