@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import SaraArguments
@@ -137,8 +138,10 @@ class AdapterContents:
             **{name: tensor for host, copy in self.copies() for name, tensor in copy.trained(host).items()},
         }
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: buffer for host, copy in self.copies() for name, buffer in copy.buffers_of(host).items()}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, and what else of the parts is saved, by name."""
+        buffers = {name: buffer for host, copy in self.copies() for name, buffer in copy.buffers_of(host).items()}
+        return {**self.trained(), **buffers}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -146,8 +149,9 @@ class AdapterContents:
         that are trained in full. If FSDP shards the model, the copies are whole tensors all the same, and every
         process has to call this.
         """
+        reshard(self.model)
         self.mirror_rows()
-        found = {name: _whole_copy(tensor) for name, tensor in {**self.trained(), **self._buffers()}.items()}
+        found = {name: _whole_copy(tensor) for name, tensor in self.tensors().items()}
         # The model may have another dtype than when the adapter was attached, as after `model.half()`.
         dtypes = {
             f"{part.name}.{name}": getattr(torch, dtype)
@@ -188,7 +192,8 @@ class AdapterContents:
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter."""
         check_tensors(tensors, self.spec.state_shapes())
-        for name, tensor in {**self.trained(), **self._buffers()}.items():
+        reshard(self.model)
+        for name, tensor in self.tensors().items():
             value = tensors[name].to(tensor.device)
             if isinstance(tensor, DTensor):
                 # This process holds a shard of the tensor, see `state_dict`.
@@ -319,6 +324,16 @@ def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterConte
 def _let_train(adapter: AdapterContents, trains: bool) -> None:
     for tensor in adapter.trained().values():
         tensor.requires_grad_(trains)
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Let each process have its shards of the model alone. After an evaluation, FSDP keeps some tensors whole, which are
+    rounded for it, and are not the ones that the optimizer has.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,14 @@ The base's tensors keep their bits in a child of the model meanwhile, and come b
 removed.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .carrier import drop_hooks
@@ -23,9 +25,8 @@ DOT = ":"
 def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
     """Put an adapter's parts on a model, and switch them on. Parts that share a parameter share its copy."""
     made: dict[int, nn.Parameter] = {}
-    if parts and not any(hook is show_base for hook in model._state_dict_hooks.values()):
-        model._register_state_dict_hook(show_base)
-        model._register_load_state_dict_pre_hook(load_base, with_module=True)
+    if parts and not _shows_base(model):
+        _let_show_base(model)
     for part in parts:
         host: Any = model.get_submodule(part.name)
         if isinstance(part, TokenPart):
@@ -67,6 +68,21 @@ def remove_parts(model: Any, parts: Sequence[Part], name: str) -> None:
         drop_hooks(model, (show_base, load_base))
 
 
+def refuse_spread(model: nn.Module, parts: Sequence[Part], name: str, enabled: bool) -> None:
+    """Raise a `ValueError` if parts would have to be switched whose tensors are spread over processes."""
+    others = [part.name for part in parts if part_on(model, part, name)[1].is_enabled() != enabled]
+    spread = any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+        for other in others
+        for parameter in model.get_submodule(other).parameters()
+    )
+    if others and spread:
+        raise ValueError(
+            f"{', '.join(others)}: FSDP or DeepSpeed spreads the trained tensors over the processes, so they can "
+            "neither be switched nor merged nor detached. Do this on a model that is whole."
+        )
+
+
 def _store(model: Any) -> Any:
     """
     The copies on a model, by adapter and part. They are children of the model, because a module like nn.Sequential
@@ -88,6 +104,30 @@ def _rows_in_use(model: nn.Module) -> Iterator[tuple[str, "TokenRows"]]:
 
 # In the state dict of a model, the names of the base stand for the tensors of the base, also while copies are in their
 # places, so that the state of the base is the same with and without an adapter.
+
+
+def _shows_base(model: nn.Module) -> bool:
+    return any(hook is show_base for hook in model._state_dict_hooks.values())
+
+
+def _let_show_base(model: nn.Module) -> None:
+    model._register_state_dict_hook(show_base)
+    model._register_load_state_dict_pre_hook(load_base, with_module=True)
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """
+    Let each tensor have the name of its place in the state dict, within a `with` block. Those who spread a model over
+    processes look up the dtype of a place, or whether it is frozen, by this name.
+    """
+    shows = _shows_base(model)
+    drop_hooks(model, (show_base, load_base))
+    try:
+        yield
+    finally:
+        if shows:
+            _let_show_base(model)
 
 
 def show_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -194,11 +234,6 @@ class ModuleCopy(nn.Module):
             owner, leaf = _owner(host, name)
             aside = name.replace(".", DOT)
             here, there = getattr(owner, leaf), getattr(self, aside)
-            if isinstance(here, DTensor) or hasattr(here, "ds_id"):
-                raise ValueError(
-                    f"{self.part.name} is trained in full, and FSDP or DeepSpeed spreads it over the processes. It "
-                    "can neither be switched off nor merged then. Do this on a model that is whole."
-                )
             setattr(owner, leaf, there)
             setattr(self, aside, here)
         self._enabled = enabled
@@ -359,6 +394,12 @@ class TokenRows(nn.Module):
         self.mirror(host)
         return before
 
+    def forward(self, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output of a module with the trained rows. DeepSpeed gathers them when this module is called."""
+        return (self.in_embedding if isinstance(module, nn.Embedding) else self.in_linear)(
+            cast(Any, module), x, output
+        )
+
     def in_embedding(self, embedding: Any, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The output of an embedding, with the trained rows at their tokens."""
         indices = self.get_buffer("indices")
@@ -382,6 +423,5 @@ def use_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     x = args[0] if args else kwargs["input"]
     for rows in module.sara.values():
         if isinstance(rows, TokenRows) and rows.is_enabled():
-            use = rows.in_embedding if isinstance(module, nn.Embedding) else rows.in_linear
-            output = use(module, x, output)
+            output = rows(module, x, output)
     return output

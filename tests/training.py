@@ -56,7 +56,7 @@ MODELS = {
     "llama": make_model,
     "tied": functools.partial(make_model, tie_word_embeddings=True),
     "bf16 tied": functools.partial(make_model, tie_word_embeddings=True, dtype=torch.bfloat16),
-    "bert": functools.partial(make_model, "bert"),
+    "bert": functools.partial(make_model, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "classifier": make_classifier,
     "bf16 classifier": functools.partial(make_classifier, torch.bfloat16),
     "deep head": make_deep_head,

@@ -22,6 +22,8 @@ from .. import storage
 from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
+from ..contents import reshard
+from ..copies import own_names
 from ..hub import TRAINING_ARGS_FILE
 from ..parts import Part, TokenPart
 from .frozen_base import FrozenBaseMixin
@@ -186,7 +188,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return adapter.state_dict(), adapter.saved_factors()
         import deepspeed
 
-        tensors = [*adapter.trained().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
+        tensors = [*adapter.tensors().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
         with deepspeed.zero.GatheredParameters(tensors):
             return adapter.state_dict(), adapter.saved_factors()
 
@@ -214,7 +216,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             from accelerate.utils import DeepSpeedSchedulerWrapper
 
             engine: Any = self.model_wrapped
-            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            with own_names(self.sara_adapter.model):
+                engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
                 self._save_scheduler(output_dir)
         elif self.is_fsdp_enabled:
@@ -222,6 +225,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             from accelerate.utils import save_fsdp_optimizer
 
             plugin = self.accelerator.state.fsdp_plugin
+            reshard(self.sara_adapter.model)
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
             self._save_scheduler(output_dir)
         else:
@@ -250,7 +254,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if self.is_deepspeed_enabled:
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(self.trained().values()), modifier_rank=0):
+            with deepspeed.zero.GatheredParameters(list(adapter.tensors().values()), modifier_rank=0):
                 adapter.load_state_dict(tensors)
         else:
             adapter.load_state_dict(tensors)
@@ -269,7 +273,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             engine, path, load_module_strict=False
         )
         try:
-            return super()._prepare_for_training(*args, **kwargs)
+            with own_names(self.sara_adapter.model):
+                return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
 
