@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import base_state, logits, make_model, same_bits, sara_arguments
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from training import MODELS, At, log_of, make_classifier, make_trainer, training_arguments
 
 from hf_sara import SaraAdapter, SaraTrainer
@@ -278,3 +280,49 @@ def test_a_copy_of_a_model_has_parts_of_its_own(case, clone):
     assert same_bits(model.sara_adapter.state_dict(), state)
     owners: list[nn.Module] = [model, other]
     assert not {id(p) for p in owners[0].parameters()} & {id(p) for p in owners[1].parameters()}
+
+
+# ---- tensors that are spread over processes ----
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def spread(case: str):
+    model = attached(case)
+    for parameter in model.parameters():
+        # FSDP takes these only.
+        parameter.data = parameter.data.contiguous()
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize("case", ["norm", "tied rows"])
+def test_parts_that_fsdp_spreads_are_not_switched(case, group):
+    model = spread(case)
+    adapter = model.sara_adapter
+    inputs = inputs_of(model)
+    before = logits(model, **inputs)
+    for action in (adapter.disable, adapter.merge, adapter.detach, lambda: adapter.disabled().__enter__()):
+        with pytest.raises(ValueError, match=r"(norm|embed_tokens): FSDP or DeepSpeed spreads"):
+            action()
+    adapter.enable()
+    assert not adapter.merged
+    assert torch.equal(logits(model, **inputs), before)
+
+
+def test_what_is_loaded_after_an_evaluation_with_fsdp_stays(group):
+    model = spread("norm")
+    adapter = model.sara_adapter
+    inputs = inputs_of(model)
+    # The root's tensors stay whole after this.
+    logits(model, **inputs)
+    state = {name: 2 * tensor for name, tensor in adapter.state_dict().items()}
+    logits(model, **inputs)
+    adapter.load_state_dict(state)
+    model.reshard()
+    assert same_bits(adapter.state_dict(), state)
