@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from training import MODELS, At, log_of, make_classifier, make_trainer, training_arguments
 
 from hf_sara import SaraAdapter, SaraTrainer
+from hf_sara.storage import TENSORS_FILE
 
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
 TOKENS = [4, 9, 21]
@@ -92,6 +93,15 @@ def test_a_resumed_run_with_parts_equals_the_uninterrupted_one(case, method, cha
     assert same_bits(resumed.sara_adapter.state_dict(), state)
     assert same_bits(base_state(resumed.model), base_state(MODELS[CASES[case][0]]()))
     assert log_of(resumed) == log_of(whole)
+
+
+def test_a_finished_run_that_is_resumed_saves_the_same_bytes(tmp_path):
+    for name in ("first", "again"):
+        trainer = trainer_of("head and rows", tmp_path, max_steps=2)
+        trainer.train(resume_from_checkpoint=name == "again")
+        trainer.save_model(tmp_path / name)
+    first, again = ((tmp_path / name / TENSORS_FILE).read_bytes() for name in ("first", "again"))
+    assert first == again
 
 
 @pytest.mark.parametrize("case", ["head", "rows", "tied rows", "bf16 head and rows"])

@@ -251,6 +251,10 @@ class AdapterTrainerMixin(FrozenBaseMixin):
                 "Use the SaraArguments of its training, or another output_dir."
             )
         tensors = saved.tensors
+        config: Any = getattr(adapter.model, "config", None)
+        if getattr(config, "problem_type", "none") is None:
+            # A classifier finds it out in its first forward, and a finished run that is resumed has none.
+            config.problem_type = saved.base.problem_type
         if self.is_deepspeed_enabled:
             import deepspeed
 
