@@ -67,7 +67,8 @@ def test_trainings_that_are_killed_at_random_moments_end_with_the_bits_of_uninte
         train_to_the_end(whole, seed)
         seconds = time.monotonic() - start
         count = 0
-        while not ended_within(dice.uniform(0.1, 1.2) * seconds, folder, seed):
+        # It may take longer on a machine that others use too, so the time that a training has grows slowly.
+        while not ended_within(dice.uniform(0.1, 1.2) * seconds * (1 + count / 20), folder, seed):
             count += 1
             torn += any(not (path / "trainer_state.json").exists() for path in folder.glob("checkpoint-*"))
             assert count < 100
