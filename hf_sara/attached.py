@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .carrier import adapters_on, set_adapters
 from .contents import AdapterContents, refuse_in_use, remove_delta
-from .copies import remove_parts
+from .copies import refuse_spread, remove_parts
 from .merging import MergedWeights
 
 
@@ -41,6 +41,7 @@ class AttachedUpdates(AdapterContents):
                 copy.switch(host, enabled)
 
     def _set_enabled(self, enabled: bool) -> None:
+        refuse_spread(self.model, self.parts, self.name, enabled)
         if enabled:
             refuse_in_use(self.model, self.parts, self)
         for host, copy in self.copies():
@@ -74,6 +75,7 @@ class AttachedUpdates(AdapterContents):
         """
         self._refuse_merged("merge")
         self.spec.method.refuse_merge()
+        refuse_spread(self.model, self.parts, self.name, False)
         self._merged = MergedWeights(self.model, list(self.deltas()), self.copies())
         self._set_enabled(False)
 
@@ -101,6 +103,7 @@ class AttachedUpdates(AdapterContents):
         """
         if self.merged and not keep_merged:
             self.unmerge()
+        refuse_spread(self.model, self.parts, self.name, False)
         for site in self.sites:
             remove_delta(self.model.get_submodule(site.module), self._key(site))
         remove_parts(self.model, self.parts, self.name)

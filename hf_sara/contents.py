@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import SaraArguments
@@ -18,7 +19,7 @@ from .copies import ModuleCopy, TokenRows, attach_parts, part_on
 from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
-from .parts import Part, parts_collide, random_parameters, refuse_overlap
+from .parts import ModulePart, Part, parts_collide, random_parameters, refuse_overlap, widened
 from .planning import AdapterSpec
 from .sites import PlannedSite, is_of_update
 from .tensor_files import check_tensors
@@ -137,8 +138,10 @@ class AdapterContents:
             **{name: tensor for host, copy in self.copies() for name, tensor in copy.trained(host).items()},
         }
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: buffer for host, copy in self.copies() for name, buffer in copy.buffers_of(host).items()}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, and what else of the parts is saved, by name."""
+        buffers = {name: buffer for host, copy in self.copies() for name, buffer in copy.buffers_of(host).items()}
+        return {**self.trained(), **buffers}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -146,9 +149,17 @@ class AdapterContents:
         that are trained in full. If FSDP shards the model, the copies are whole tensors all the same, and every
         process has to call this.
         """
+        reshard(self.model)
         self.mirror_rows()
-        trained = {name: _widened(_whole_copy(tensor)) for name, tensor in self.trained().items()}
-        return {**trained, **{name: _whole_copy(buffer) for name, buffer in self._buffers().items()}}
+        found = {name: _whole_copy(tensor) for name, tensor in self.tensors().items()}
+        # The model may have another dtype than when the adapter was attached, as after `model.half()`.
+        dtypes = {
+            f"{part.name}.{name}": getattr(torch, dtype)
+            for part in self.parts
+            if isinstance(part, ModulePart)
+            for name, dtype in part.dtypes.items()
+        }
+        return {name: tensor.to(dtypes.get(name, widened(tensor.dtype))) for name, tensor in found.items()}
 
     def mirror_rows(self) -> None:
         """Write the trained rows of embeddings into the weights, where a user may look for them after a training."""
@@ -181,7 +192,8 @@ class AdapterContents:
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter."""
         check_tensors(tensors, self.spec.state_shapes())
-        for name, tensor in {**self.trained(), **self._buffers()}.items():
+        reshard(self.model)
+        for name, tensor in self.tensors().items():
             value = tensors[name].to(tensor.device)
             if isinstance(tensor, DTensor):
                 # This process holds a shard of the tensor, see `state_dict`.
@@ -328,9 +340,14 @@ def _fingerprint(tensor: torch.Tensor) -> int:
     return 0 if local.is_meta else int(local.view(bits).sum(dtype=torch.int64))
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A trained tensor in at least float32, in which it is saved, also after `model.half()`."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def reshard(model: nn.Module) -> None:
+    """
+    Let each process have its shards of the model alone. After an evaluation, FSDP keeps some tensors whole, which are
+    rounded for it, and are not the ones that the optimizer has.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:

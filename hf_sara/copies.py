@@ -5,16 +5,18 @@ The base's tensors keep their bits in a child of the model meanwhile, and come b
 removed.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .carrier import drop_hooks
-from .parts import ModulePart, Part, TokenPart, row_owners, row_scale
+from .parts import ModulePart, Part, TokenPart, row_owners, row_scale, widened
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
 DOT = ":"
@@ -23,9 +25,8 @@ DOT = ":"
 def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
     """Put an adapter's parts on a model, and switch them on. Parts that share a parameter share its copy."""
     made: dict[int, nn.Parameter] = {}
-    if parts and not any(hook is show_base for hook in model._state_dict_hooks.values()):
-        model._register_state_dict_hook(show_base)
-        model._register_load_state_dict_pre_hook(load_base, with_module=True)
+    if parts and not _shows_base(model):
+        _let_show_base(model)
     for part in parts:
         host: Any = model.get_submodule(part.name)
         if isinstance(part, TokenPart):
@@ -37,10 +38,9 @@ def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
             continue
         copy = ModuleCopy(host, part, made)
         _store(model)[_store_key(part, name)] = copy
-        if copy.base_dtype is not None and not _has_hook(host, cast_inputs):
-            inputs, output = (functools.partial(hook, copy.base_dtype) for hook in (cast_inputs, cast_output))
-            host.register_forward_pre_hook(inputs, with_kwargs=True)
-            host.register_forward_hook(output, with_kwargs=True)
+        if copy.is_wider(host):
+            host.register_forward_pre_hook(functools.partial(cast_inputs, copy), with_kwargs=True)
+            host.register_forward_hook(functools.partial(cast_output, copy), with_kwargs=True)
         copy.switch(host, True)
 
 
@@ -61,12 +61,26 @@ def remove_parts(model: Any, parts: Sequence[Part], name: str) -> None:
             continue
         store = _store(model)
         del store[_store_key(part, name)]
-        if not any(copy.part.name == part.name for copy in store.values()):
-            drop_hooks(host, (cast_inputs, cast_output))
+        _drop_casts(host, attached)
         if not len(store):
             del model.sara_parts
     if not hasattr(model, "sara_parts") and not any(_rows_in_use(model)):
         drop_hooks(model, (show_base, load_base))
+
+
+def refuse_spread(model: nn.Module, parts: Sequence[Part], name: str, enabled: bool) -> None:
+    """Raise a `ValueError` if parts would have to be switched whose tensors are spread over processes."""
+    others = [part.name for part in parts if part_on(model, part, name)[1].is_enabled() != enabled]
+    spread = any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+        for other in others
+        for parameter in model.get_submodule(other).parameters()
+    )
+    if others and spread:
+        raise ValueError(
+            f"{', '.join(others)}: FSDP or DeepSpeed spreads the trained tensors over the processes, so they can "
+            "neither be switched nor merged nor detached. Do this on a model that is whole."
+        )
 
 
 def _store(model: Any) -> Any:
@@ -90,6 +104,30 @@ def _rows_in_use(model: nn.Module) -> Iterator[tuple[str, "TokenRows"]]:
 
 # In the state dict of a model, the names of the base stand for the tensors of the base, also while copies are in their
 # places, so that the state of the base is the same with and without an adapter.
+
+
+def _shows_base(model: nn.Module) -> bool:
+    return any(hook is show_base for hook in model._state_dict_hooks.values())
+
+
+def _let_show_base(model: nn.Module) -> None:
+    model._register_state_dict_hook(show_base)
+    model._register_load_state_dict_pre_hook(load_base, with_module=True)
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """
+    Let each tensor have the name of its place in the state dict, within a `with` block. Those who spread a model over
+    processes look up the dtype of a place, or whether it is frozen, by this name.
+    """
+    shows = _shows_base(model)
+    drop_hooks(model, (show_base, load_base))
+    try:
+        yield
+    finally:
+        if shows:
+            _let_show_base(model)
 
 
 def show_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -129,10 +167,6 @@ def _store_key(part: Part, name: str) -> str:
     return f"{name}{DOT}{part.name.replace('.', DOT)}"
 
 
-def _has_hook(module: nn.Module, function: Any) -> bool:
-    return any(getattr(hook, "func", None) is function for hook in module._forward_pre_hooks.values())
-
-
 def _insert(module: Any, key: str, child: nn.Module, hooks: Mapping[str, Any]) -> None:
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
@@ -166,19 +200,14 @@ class ModuleCopy(nn.Module):
         super().__init__()
         self.part = part
         self._enabled = False
-        # A module whose parameters are of a narrower dtype than their copies needs hooks for its inputs and outputs.
-        self.base_dtype: torch.dtype | None = None
         for name in (*part.parameters, *part.ties):
             base = host.get_parameter(name)
-            if self.base_dtype is None and torch.promote_types(base.dtype, torch.float32) != base.dtype:
-                self.base_dtype = base.dtype
             if id(base) not in made:
-                # Small steps would be lost in a smaller dtype.
-                dtype = torch.promote_types(base.dtype, torch.float32)
-                made[id(base)] = nn.Parameter(base.detach().to(dtype, copy=True))
+                made[id(base)] = nn.Parameter(base.detach().to(widened(base.dtype), copy=True))
             self.register_parameter(name.replace(".", DOT), made[id(base)])
         for name in part.buffers:
-            self.register_buffer(name.replace(".", DOT), host.get_buffer(name).clone())
+            buffer = host.get_buffer(name)
+            self.register_buffer(name.replace(".", DOT), buffer.to(widened(buffer.dtype), copy=True))
 
     def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters, by their full names."""
@@ -205,14 +234,21 @@ class ModuleCopy(nn.Module):
             owner, leaf = _owner(host, name)
             aside = name.replace(".", DOT)
             here, there = getattr(owner, leaf), getattr(self, aside)
-            if isinstance(here, DTensor) or hasattr(here, "ds_id"):
-                raise ValueError(
-                    f"{self.part.name} is trained in full, and FSDP or DeepSpeed spreads it over the processes. It "
-                    "can neither be switched off nor merged then. Do this on a model that is whole."
-                )
             setattr(owner, leaf, there)
             setattr(self, aside, here)
         self._enabled = enabled
+
+    def dtypes(self, host: nn.Module) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of the module and of the base, which are the same unless a wider copy is in use."""
+        here = next(parameter.dtype for parameter in host.parameters())
+        aside = (parameter.dtype for parameter in self.parameters() if self._enabled)
+        return here, next((dtype for dtype in aside if dtype != here), here)
+
+    def is_wider(self, host: nn.Module) -> bool:
+        """Whether a trained tensor has a wider dtype than the base's, so that the module needs hooks that cast."""
+        return any(
+            copy.dtype != host.get_parameter(name.replace(DOT, ".")).dtype for name, copy in self.named_parameters()
+        )
 
     @torch.no_grad()
     def merged(self, host: nn.Module) -> dict[str, torch.Tensor]:
@@ -243,24 +279,31 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     return host.get_submodule(path), leaf
 
 
-def cast_inputs(base: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cast_inputs(copy: ModuleCopy, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
-    The forward pre-hook of a module that may have a trained copy of a wider dtype than the base's: its inputs take the
-    dtype of the copy.
+    The forward pre-hook of a module with a trained copy of a wider dtype than the base's: its inputs take the dtype of
+    the copy.
     """
-    dtype = _dtype_of(module)
-    if dtype == base:
+    trained, base = copy.dtypes(module)
+    if trained == base:
         return None
-    return tuple(_to(value, dtype) for value in args), {key: _to(value, dtype) for key, value in kwargs.items()}
+    return tuple(_to(value, trained) for value in args), {key: _to(value, trained) for key, value in kwargs.items()}
 
 
-def cast_output(base: torch.dtype, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+def cast_output(copy: ModuleCopy, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of such a module: its output takes the dtype of the base."""
-    return output if _dtype_of(module) == base else _to(output, base)
+    trained, base = copy.dtypes(module)
+    return output if trained == base else _to(output, base)
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters())
+def _drop_casts(module: nn.Module, copy: nn.Module) -> None:
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for handle in [handle for handle, hook in hooks.items() if copy in getattr(hook, "args", ())]:
+            del hooks[handle]
+            with_kwargs.pop(handle, None)
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
@@ -294,8 +337,7 @@ class TokenRows(nn.Module):
         self.register_buffer("indices", torch.tensor(part.indices, device=device), persistent=False)
         base = host.weight.detach()[self.get_buffer("indices")].clone()
         self.register_buffer("base", base, persistent=False)
-        values = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        self.rows = nn.Parameter(values, requires_grad=part.trained)
+        self.rows = nn.Parameter(base.to(widened(base.dtype), copy=True), requires_grad=part.trained)
 
     def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
         """The rows by their full name, if they train."""
@@ -352,6 +394,12 @@ class TokenRows(nn.Module):
         self.mirror(host)
         return before
 
+    def forward(self, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output of a module with the trained rows. DeepSpeed gathers them when this module is called."""
+        return (self.in_embedding if isinstance(module, nn.Embedding) else self.in_linear)(
+            cast(Any, module), x, output
+        )
+
     def in_embedding(self, embedding: Any, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The output of an embedding, with the trained rows at their tokens."""
         indices = self.get_buffer("indices")
@@ -375,6 +423,5 @@ def use_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     x = args[0] if args else kwargs["input"]
     for rows in module.sara.values():
         if isinstance(rows, TokenRows) and rows.is_enabled():
-            use = rows.in_embedding if isinstance(module, nn.Embedding) else rows.in_linear
-            output = use(module, x, output)
+            output = rows(module, x, output)
     return output

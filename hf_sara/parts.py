@@ -121,6 +121,11 @@ class TokenPart:
 Part = ModulePart | TokenPart
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a part's tensor is trained and saved. Small steps would be lost in a smaller one."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
 def count(part: Part) -> int:
     """Number of trained parameters of a part."""
     return sum(math.prod(shape) for shape in part.trained_shapes().values())
@@ -237,7 +242,7 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
                 parameters[key] = tuple(parameter.shape)
         buffers = dict(_own_buffers(module))
         shapes = {key: tuple(buffer.shape) for key, buffer in buffers.items()}
-        dtypes = {key: str(buffer.dtype).removeprefix("torch.") for key, buffer in buffers.items()}
+        dtypes = {key: str(widened(buffer.dtype)).removeprefix("torch.") for key, buffer in buffers.items()}
         parts.append(ModulePart(name, parameters, shapes, dtypes, ties))
     return parts
 

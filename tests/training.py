@@ -3,6 +3,7 @@
 python training.py OUTPUT_DIR METHOD [--kill_at STEP] [TrainingArguments as a JSON object]
 """
 
+import functools
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
-from conftest import VOCABULARY, make_model, sara_arguments
+from conftest import VOCABULARY, WIDE, make_model, sara_arguments
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback, TrainingArguments
 
 from hf_sara import SaraTrainer
 
@@ -33,10 +35,42 @@ def run_script(*arguments, launcher=(sys.executable,), script=__file__, **enviro
     )
 
 
-def dataset(size: int = 24, seed: int = 0) -> Dataset:
-    """Random sequences with labels, and with a column that the model does not take, so that Trainer removes it."""
+def make_classifier(dtype: torch.dtype = torch.float32) -> LlamaForSequenceClassification:
+    """A tiny decoder with a head for three classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**WIDE, num_labels=3)).to(dtype).eval()
+
+
+def make_deep_head():
+    """A classifier whose head is a sequence of modules, which has buffers too."""
+    model = make_model("bert")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.classifier = nn.Sequential(nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    return model.eval()
+
+
+# Models by a name that the script's arguments can have.
+MODELS = {
+    "llama": make_model,
+    "tied": functools.partial(make_model, tie_word_embeddings=True),
+    "bf16 tied": functools.partial(make_model, tie_word_embeddings=True, dtype=torch.bfloat16),
+    "bert": functools.partial(make_model, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "classifier": make_classifier,
+    "bf16 classifier": functools.partial(make_classifier, torch.bfloat16),
+    "deep head": make_deep_head,
+}
+
+
+def dataset(size: int = 24, seed: int = 0, classes: int = 0) -> Dataset:
+    """
+    Random sequences with labels, of tokens or of classes, and with a column that the model does not take, so that
+    Trainer removes it.
+    """
     ids = torch.randint(3, VOCABULARY, (size, 8), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [8] * size})
+    labels = [sum(row) % classes for row in ids] if classes else ids
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [8] * size})
 
 
 def training_arguments(folder, **changes) -> TrainingArguments:
@@ -59,12 +93,14 @@ def training_arguments(folder, **changes) -> TrainingArguments:
 def make_trainer(
     folder, method: str = "sara", trainer_class=SaraTrainer, model=None, sara_args=None, dropout=0.1, **changes
 ):
+    model = make_model() if model is None else model
+    classes = 3 if "Classification" in type(model).__name__ else 0
     return trainer_class(
-        model=make_model() if model is None else model,
+        model=model,
         args=training_arguments(folder, **changes),
         sara_args=sara_arguments(method, dropout=dropout) if sara_args is None else sara_args,
-        train_dataset=dataset(),
-        eval_dataset=dataset(8, seed=1),
+        train_dataset=dataset(classes=classes),
+        eval_dataset=dataset(8, seed=1, classes=classes),
     )
 
 
@@ -103,8 +139,9 @@ if __name__ == "__main__":
     if "fsdp" in arguments:
         shard_on_cpu()
     sara_args = sara_arguments(method, **arguments.pop("sara_args", {"dropout": 0.1}))
-    streamed = arguments.pop("streamed", False)
-    trainer = make_trainer(folder, sara_args=sara_args, **arguments)
+    streamed, predicts = arguments.pop("streamed", False), arguments.pop("predicts", False)
+    model = MODELS[arguments.pop("model", "llama")]()
+    trainer = make_trainer(folder, sara_args=sara_args, model=model, **arguments)
     if streamed:
         trainer.train_dataset = dataset(16).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=5)
     assert trainer.is_fsdp_enabled == ("fsdp" in arguments)
@@ -115,5 +152,9 @@ if __name__ == "__main__":
     rank = trainer.args.process_index
     trainer.save_model()
     torch.save(trainer._gather()[0], os.path.join(folder, f"rank{rank}.pt"))
+    if predicts:
+        torch.save(
+            torch.tensor(trainer.predict(trainer.eval_dataset).predictions), os.path.join(folder, f"out{rank}.pt")
+        )
     with open(os.path.join(folder, f"log{rank}.json"), "w") as file:
         json.dump(log_of(trainer), file)

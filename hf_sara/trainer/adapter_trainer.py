@@ -22,7 +22,10 @@ from .. import storage
 from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
+from ..contents import reshard
+from ..copies import own_names
 from ..hub import TRAINING_ARGS_FILE
+from ..parts import Part, TokenPart
 from .frozen_base import FrozenBaseMixin
 from .reference import reference_for
 from .resuming import output_dir_of
@@ -185,7 +188,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return adapter.state_dict(), adapter.saved_factors()
         import deepspeed
 
-        tensors = [*adapter.trained().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
+        tensors = [*adapter.tensors().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
         with deepspeed.zero.GatheredParameters(tensors):
             return adapter.state_dict(), adapter.saved_factors()
 
@@ -213,7 +216,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             from accelerate.utils import DeepSpeedSchedulerWrapper
 
             engine: Any = self.model_wrapped
-            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            with own_names(self.sara_adapter.model):
+                engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
                 self._save_scheduler(output_dir)
         elif self.is_fsdp_enabled:
@@ -221,6 +225,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             from accelerate.utils import save_fsdp_optimizer
 
             plugin = self.accelerator.state.fsdp_plugin
+            reshard(self.sara_adapter.model)
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
             self._save_scheduler(output_dir)
         else:
@@ -246,10 +251,14 @@ class AdapterTrainerMixin(FrozenBaseMixin):
                 "Use the SaraArguments of its training, or another output_dir."
             )
         tensors = saved.tensors
+        config: Any = getattr(adapter.model, "config", None)
+        if getattr(config, "problem_type", "none") is None:
+            # A classifier finds it out in its first forward, and a finished run that is resumed has none.
+            config.problem_type = saved.base.problem_type
         if self.is_deepspeed_enabled:
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(self.trained().values()), modifier_rank=0):
+            with deepspeed.zero.GatheredParameters(list(adapter.tensors().values()), modifier_rank=0):
                 adapter.load_state_dict(tensors)
         else:
             adapter.load_state_dict(tensors)
@@ -268,7 +277,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             engine, path, load_module_strict=False
         )
         try:
-            return super()._prepare_for_training(*args, **kwargs)
+            with own_names(self.sara_adapter.model):
+                return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
 
@@ -286,12 +296,19 @@ def _differences(saved: storage.SavedAdapter, adapter: SaraAdapter) -> list[str]
         for name in {**there, **here}
         if there.get(name) != here.get(name)
     ]
-    parts = [[(part.name, part.title) for part in parts] for parts in (saved.parts, adapter.parts)]
-    if parts[0] != parts[1]:
+    if saved.parts != adapter.parts:
+        parts = [[_described(part) for part in parts] for parts in (saved.parts, adapter.parts)]
         differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
     if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
         differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
     return differences
+
+
+def _described(part: Part) -> str:
+    if isinstance(part, TokenPart):
+        return f"{part.name}, {part.title}: {', '.join(map(str, part.indices))}"
+    shapes = {**part.trained_shapes(), **part.buffer_shapes()}
+    return f"{part.name}, {part.title}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
 
 
 @contextmanager
