@@ -23,14 +23,7 @@ from harness.base_models import SMOLLM2, load_base
 from harness.own_data import accuracy_and_f1
 from hf_sara import SaraArguments, SaraTrainer, from_hub, storage
 
-RUNS = (
-    ("SARA", 8e-3),
-    ("SARA", 2.5e-3),
-    ("Mo-SARA", 2e-2),
-    ("Mo-SARA", 7e-3),
-    ("LoRA r 2", 8e-3),
-    ("LoRA r 2", 2.5e-3),
-)
+RATES = {"SARA": (2.5e-3, 8e-3, 2.5e-2), "Mo-SARA": (7e-3, 2e-2, 6e-2), "LoRA r 2": (2.5e-3, 8e-3, 2.5e-2)}
 ARGUMENTS = {
     "SARA": SaraArguments(threshold=0.012),
     "Mo-SARA": SaraArguments(method="mo_sara", threshold=0.5, num_heads=3),
@@ -149,7 +142,7 @@ def main() -> None:
             ]
 
         data = {"train": encode(train), "test": encode(test), "tokenizer": tokenizer}
-        for method, rate in RUNS:
+        for method, rate in [(method, rate) for method, rates in RATES.items() for rate in rates]:
             results.append(run(method, rate, base, options, data, labels))
             options.out.write_text(
                 json.dumps({"labels": names, "train": len(train), "test": len(test), "runs": results}, indent=2) + "\n"
