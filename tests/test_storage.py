@@ -417,8 +417,8 @@ def test_after_a_crash_factors_are_those_of_their_tensors(when, tmp_path):
 
 
 # Of each write, whether the new adapter is there after a crash at the first of the two files, at the second, and after
-# no crash.
-IS_NEW = {"writing": [False, False, True], "before": [False, True, True], "after": [True, True, True]}
+# no crash. When both are in their places, their names are written to the disk too.
+IS_NEW = {"writing": [False, False, True, True], "before": [False, True, True], "after": [True, True, True]}
 
 
 def check_crashes(tmp_path, adapter, when, old_output, new_output):
