@@ -15,6 +15,7 @@ from .arguments import SaraArguments
 from .attached import AttachedUpdates
 from .base_model import BaseRecord
 from .carrier import adapters_on, check_name, unwrap
+from .contents import warn_of_random
 from .factors import Factors
 from .manifest import Manifest, current_versions
 from .planning import AdapterSpec, Plan, count_base, measure
@@ -76,6 +77,7 @@ class SaraAdapter(AttachedUpdates):
         plan, measured = measure(model, args)
         factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
         seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
+        warn_of_random(model, plan.parts)
         return cls(model, plan, factors, seeds, name)
 
     @classmethod
@@ -113,7 +115,11 @@ class SaraAdapter(AttachedUpdates):
         tensors = saved.tensors
         factors = saved.factors_on(model, sites)
         adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
-        adapter.load_state_dict(tensors)
+        try:
+            adapter.load_state_dict(tensors)
+        except BaseException:
+            adapter.detach()
+            raise
         return adapter
 
     @classmethod

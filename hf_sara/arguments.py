@@ -1,5 +1,6 @@
 """Every choice that defines an adapter, validated once."""
 
+import operator
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -131,9 +132,12 @@ class SaraArguments:
             raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
-        if self.modules_to_save == ["none"]:
+        if self.modules_to_save is not None:
+            names = list(self.modules_to_save)
+            if not all(isinstance(name, str) and name for name in names) or ("none" in names and len(names) > 1):
+                raise ValueError(f"modules_to_save={names} has to be a list of names, or 'none' alone.")
             # A list on a command line cannot be empty.
-            self.modules_to_save = []
+            self.modules_to_save = [] if names == ["none"] else names
         self._check_tokens()
         if self.layers is not None:
             # YAML reads a single layer as a number.
@@ -142,16 +146,21 @@ class SaraArguments:
         self.resolved_method().check()
 
     def _check_tokens(self) -> None:
-        tokens = self.trainable_token_indices
-        if not tokens:
-            self.trainable_token_indices = None
+        given = self.trainable_token_indices
+        if given is None:
             return
-        wrong = [token for token in tokens if isinstance(token, bool) or not isinstance(token, int) or token < 0]
+        try:
+            listed = [given] if isinstance(given, int) else list(given)
+            tokens = [operator.index(token) for token in listed]
+        except TypeError:
+            listed = tokens = [-1]
+        wrong = any(isinstance(token, bool) for token in listed) or any(token < 0 for token in tokens)
         if wrong or len(set(tokens)) != len(tokens):
             raise ValueError(
-                f"trainable_token_indices={tokens} has to be a list of different token ids, which are whole numbers "
+                f"trainable_token_indices={given!r} has to be a list of different token ids, which are whole numbers "
                 "from 0 on."
             )
+        self.trainable_token_indices = tokens or None
 
     def resolved_method(self) -> Method:
         """The method, with these arguments as its options."""

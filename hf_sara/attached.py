@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator
 
 from .carrier import adapters_on, set_adapters
-from .contents import AdapterContents, refuse_in_use, remove_delta
-from .copies import refuse_spread, remove_parts
+from .contents import AdapterContents, refuse_in_use, thaw
+from .copies import refuse_spread
 from .merging import MergedWeights
 
 
@@ -35,6 +35,8 @@ class AttachedUpdates(AdapterContents):
         try:
             yield
         finally:
+            if any(copies):
+                refuse_in_use(self.model, self.parts, self)
             for site, delta in self.deltas():
                 delta.enabled = deltas[site.name]
             for (host, copy), enabled in zip(self.copies(), copies, strict=True):
@@ -75,6 +77,7 @@ class AttachedUpdates(AdapterContents):
         """
         self._refuse_merged("merge")
         self.spec.method.refuse_merge()
+        refuse_in_use(self.model, self.parts, self)
         refuse_spread(self.model, self.parts, self.name, False)
         self._merged = MergedWeights(self.model, list(self.deltas()), self.copies())
         self._set_enabled(False)
@@ -87,6 +90,7 @@ class AttachedUpdates(AdapterContents):
         later = [a.name for a in adapters_on(self.model).values() if a._merged and a._merged.order > order]
         if later:
             raise ValueError(f"Unmerge {later} first: they were merged after {self.name!r}, on top of it.")
+        refuse_in_use(self.model, self.parts, self)
         self._merged.restore(self.copies())
         self._merged = None
         self._set_enabled(True)
@@ -104,13 +108,10 @@ class AttachedUpdates(AdapterContents):
         if self.merged and not keep_merged:
             self.unmerge()
         refuse_spread(self.model, self.parts, self.name, False)
-        for site in self.sites:
-            remove_delta(self.model.get_submodule(site.module), self._key(site))
-        remove_parts(self.model, self.parts, self.name)
+        self._remove()
         others = {name: other for name, other in adapters_on(self.model).items() if other is not self}
         set_adapters(self.model, others)
         if others:
             next(reversed(others.values()))._unfrozen += self._unfrozen
         else:
-            for name in self._unfrozen:
-                self.model.get_parameter(name).requires_grad_(True)
+            thaw(self.model, self._unfrozen)

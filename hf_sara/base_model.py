@@ -41,9 +41,10 @@ BASE_FIELDS = {
     "id2label": dict[str, str] | None,
     "problem_type": str | None,
     "vocab_size": int | None,
+    "generation_eos_token_id": int | list[int] | None,
 }
 # The first format's records do not have these.
-LATER_FIELDS = ("problem_type", "vocab_size")
+LATER_FIELDS = ("problem_type", "vocab_size", "generation_eos_token_id")
 
 
 # ---- the record ----
@@ -66,6 +67,7 @@ class BaseRecord:
         id2label (`dict[str, str]`, *optional*): The names of a classifier's labels.
         problem_type (`str`, *optional*): The kind of a classifier's loss.
         vocab_size (`int`, *optional*): Rows of the input embedding of tokens.
+        generation_eos_token_id (`int` or `list[int]`, *optional*): The tokens that end a generated text.
     """
 
     model_id: str | None
@@ -78,6 +80,7 @@ class BaseRecord:
     id2label: dict[str, str] | None = None
     problem_type: str | None = None
     vocab_size: int | None = None
+    generation_eos_token_id: int | list[int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> "BaseRecord":
@@ -102,6 +105,7 @@ class BaseRecord:
             id2label=None if labels is None else {str(key): str(label) for key, label in labels.items()},
             problem_type=getattr(config, "problem_type", None),
             vocab_size=None if embedding is None else embedding.num_embeddings,
+            generation_eos_token_id=getattr(getattr(model, "generation_config", None), "eos_token_id", None),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -147,6 +151,12 @@ class BaseRecord:
         for key in ("problem_type", "pad_token_id", "eos_token_id"):
             if getattr(self, key) is not None and hasattr(config, key):
                 setattr(config, key, getattr(self, key))
+
+    def restore_generation(self, config: Any) -> None:
+        """Give a generation configuration the pad and eos tokens of the training."""
+        for key, value in (("pad_token_id", self.pad_token_id), ("eos_token_id", self.generation_eos_token_id)):
+            if value is not None:
+                setattr(config, key, value)
 
     def __str__(self) -> str:
         name = self.model_id or f"a {self.class_name} without a Hub id"

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
-from .copies import ModuleCopy, TokenRows, attach_parts, part_on
+from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
 from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
-from .parts import ModulePart, Part, parts_collide, random_parameters, refuse_overlap, widened
+from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
 from .planning import AdapterSpec
 from .sites import PlannedSite, is_of_update
 from .tensor_files import check_tensors
@@ -80,17 +80,33 @@ class AdapterContents:
         self.name = name
         self._resting = False
         _refuse_mixture(model, spec)
-        self._unfrozen = _freeze(model, spec)
-        method = self.spec.method
+        self._unfrozen = _freeze(model)
+        try:
+            self._insert(factors)
+        except BaseException:
+            self._remove()
+            thaw(model, self._unfrozen)
+            raise
+        self._initial = self._fingerprints()
+        set_adapters(self.model, {**adapters_on(self.model), self.name: self})
+
+    def _insert(self, factors: Mapping[str, Factors]) -> None:
         for site in self.sites:
             module = site.linear(self.model)
-            delta = method.make_delta(site, self.model, factors.get(site.name))
+            delta = self.spec.method.make_delta(site, self.model, factors.get(site.name))
             if site.name in factors:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
-        attach_parts(self.model, self.spec.parts, self.name)
-        self._initial = self._fingerprints()
-        set_adapters(self.model, {**adapters_on(self.model), self.name: self})
+        attach_parts(self.model, self.parts, self.name)
+
+    def _remove(self) -> None:
+        """Take off the model what is attached, which after an error may be a part of the adapter."""
+        for site in self.sites:
+            module: Any = self.model.get_submodule(site.module)
+            if self._key(site) in getattr(module, "sara", {}):
+                remove_delta(module, self._key(site))
+        attached = [part for part in self.parts if is_attached(self.model, part, self.name)]
+        remove_parts(self.model, attached, self.name)
 
     @property
     def args(self) -> SaraArguments:
@@ -279,30 +295,43 @@ class AdapterContents:
             )
 
 
-def _freeze(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """
-    Freeze the base and return the names of the parameters that were trainable. Random ones of them are warned of.
-    """
+def _freeze(model: nn.Module) -> list[str]:
+    """Freeze the base and return the names of the parameters that were trainable."""
     held = {id(tensor) for adapter in adapters_on(model).values() for tensor in adapter.trained().values()}
     names = {
         n: p for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held
     }
     for parameter in names.values():
         parameter.requires_grad_(False)
-    trained = {name for part in spec.parts for name in part.held()}
-    random = [name for name in random_parameters(model) if name in names and name not in trained]
+    return list(names)
+
+
+def thaw(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters train again."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+
+
+def warn_of_random(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Warn of parameters that no checkpoint gave, and that a new adapter with these parts freezes."""
+    held = {name for part in parts for name in part.held()}
+    # The rows of new tokens are random, and are kept with those that train.
+    held |= {f"{part.name}.weight" for part in parts if isinstance(part, TokenPart)}
+    parameters = dict(model.named_parameters())
+    random = [name for name in random_parameters(model) if parameters[name].requires_grad and name not in held]
     if random:
         logger.warning(
             "These parameters are random, because the checkpoint of the base does not have them, or not all of their "
             "rows, and attaching the adapter freezes them: %s. Name their modules in modules_to_save to train them.",
             ", ".join(random),
         )
-    return list(names)
 
 
 def _refuse_mixture(model: nn.Module, spec: AdapterSpec) -> None:
     """Raise a `ValueError` if a part of an adapter cannot stand beside its sites, or beside the model's adapters."""
     refuse_overlap(model, spec.parts, spec.sites)
+    for part in spec.parts:
+        refuse_copy(model.get_submodule(part.name), part)
     for name, other in adapters_on(model).items():
         refuse_overlap(model, other.parts, spec.sites)
         refuse_overlap(model, spec.parts, other.sites)
@@ -317,14 +346,16 @@ def _refuse_mixture(model: nn.Module, spec: AdapterSpec) -> None:
 
 
 def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterContents | None) -> None:
-    """Raise a `ValueError` if another adapter's trained copy of one of these parts is in use."""
+    """Raise a `ValueError` if another adapter's trained copy of one of these parts is in use, or merged."""
     for name, other in adapters_on(model).items():
-        theirs = [copy.part for _, copy in other.copies() if other is not adapter and copy.is_enabled()]
+        in_use = (copy.part for _, copy in other.copies() if other.merged or copy.is_enabled())
+        theirs = [] if other is adapter else list(in_use)
         for part in parts:
             if any(parts_collide(model, part, one) for one in theirs):
+                state, remedy = ("merged", "unmerge") if other.merged else ("in use", "disable")
                 raise ValueError(
-                    f"{part.name} can have one trained copy at a time, and that of the adapter {name!r} is in use. "
-                    f"Disable that adapter first: SaraAdapter.of(model, {name!r}).disable()."
+                    f"{part.name} can have one trained copy at a time, and that of the adapter {name!r} is {state}. "
+                    f"Call SaraAdapter.of(model, {name!r}).{remedy}() first."
                 )
 
 

@@ -4,6 +4,7 @@ Every parameter that trains is saved with the adapter. So a head that a task mak
 arguments say otherwise, and every other part is named in `modules_to_save` or `trainable_token_indices`.
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -152,6 +153,7 @@ def find_parts(model: nn.Module, args: SaraArguments, sites: Sequence[Site]) -> 
     if args.trainable_token_indices is not None:
         parts += token_parts(model, args.trainable_token_indices, names)
     refuse_overlap(model, parts, sites)
+    refuse_collisions(model, parts)
     return parts
 
 
@@ -162,6 +164,12 @@ def default_heads(model: Any) -> list[str]:
         return []
     heads = [name for name, child in model.named_children() if _is_head(model, name, child)]
     random = random_parameters(model)
+    own = [name for name, _ in model.named_parameters(recurse=False) if name in random]
+    if own:
+        raise ValueError(
+            f"{', '.join(own)} is not in the checkpoint of the base, and belongs to no module, so that it cannot be "
+            f"trained and saved. Load the {kind} without it, as its configuration allows, or say modules_to_save=[]."
+        )
     if not heads and random:
         raise ValueError(
             f"The head of this {kind} cannot be told from its body, and these parameters are random, because they are "
@@ -199,8 +207,7 @@ def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         if not any(matches(name, pattern, "modules_to_save") for name in offered):
             raise ValueError(f"modules_to_save={pattern!r} matches no module with parameters. {_offer(offered)}")
     for name in offered:
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and any(matches(name, pattern, "modules_to_save") for pattern in patterns):
+        if not is_within(name, found) and any(matches(name, pattern, "modules_to_save") for pattern in patterns):
             found.append(name)
     return found
 
@@ -229,11 +236,11 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
                     f"{full}: the weight is quantized ({parameter.dtype}), so it cannot be trained. Load the base "
                     f"with this module unquantized (llm_int8_skip_modules), or leave {name} out of modules_to_save."
                 )
-            others = [o for o in owners[id(parameter)] if not any(_is_inside(o, other) for other in names)]
+            others = [o for o in owners[id(parameter)] if not is_within(o, names)]
             if others:
                 raise ValueError(
-                    f"{full} is tied to {', '.join(others)}, so both would change. Name both modules in "
-                    "modules_to_save, or load the base with tie_word_embeddings=False."
+                    f"{full} is tied to {', '.join(others)}, so all of them would change. Name all of these modules "
+                    "in modules_to_save, or load the base with tie_word_embeddings=False."
                 )
             if id(parameter) in first:
                 ties[key] = first[id(parameter)]
@@ -262,7 +269,7 @@ def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> lis
         )
     names = {module: name for name, module in model.named_modules()}
     name = names[embedding]
-    if name in whole:
+    if is_within(name, whole):
         raise ValueError(
             f"trainable_token_indices: {name} is in modules_to_save, so all of its rows train. Leave one out."
         )
@@ -281,7 +288,13 @@ def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> lis
     parts = [TokenPart(name, rows_of, width)]
     output = model.get_output_embeddings()
     own_weight = isinstance(output, nn.Linear) and output.weight is not embedding.weight
-    if own_weight and names[output] not in whole and output.out_features == rows:
+    if own_weight and not is_within(names[output], whole) and output.out_features == rows:
+        random = random_parameters(model)
+        if output.bias is not None and f"{names[output]}.bias" in random:
+            raise ValueError(
+                f"trainable_token_indices: {names[output]} has a bias, whose new entries would be lost. Name "
+                f"{names[output]} in modules_to_save too."
+            )
         # The base may lack them: the rows of new tokens are random there.
         parts.append(TokenPart(names[output], rows_of, output.in_features, trained=False))
     return parts
@@ -333,6 +346,16 @@ def refuse_overlap(model: nn.Module, parts: Sequence[Part], sites: Sequence[Site
             )
 
 
+def refuse_collisions(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Raise a `ValueError` if two parts of one adapter train the same tensors, unless a tie says so."""
+    for one, other in itertools.combinations(parts, 2):
+        tied = any(isinstance(part, ModulePart) and part.ties for part in (one, other))
+        nested = is_within(one.name, [other.name]) or is_within(other.name, [one.name])
+        same_rows = isinstance(one, TokenPart) and isinstance(other, TokenPart) and one.name == other.name
+        if (nested and not same_rows) or (parts_collide(model, one, other) and not tied):
+            raise ValueError(f"{one.name!r} and {other.name!r} cannot train side by side, because they are one.")
+
+
 def parts_collide(model: nn.Module, part: Part, other: Part) -> bool:
     """Whether two parts, maybe of two adapters, train the same numbers."""
     if isinstance(part, TokenPart) and isinstance(other, TokenPart):
@@ -343,24 +366,31 @@ def parts_collide(model: nn.Module, part: Part, other: Part) -> bool:
 
 
 def weight_owners(model: nn.Module) -> Mapping[int, list[str]]:
-    """By the id of a parameter, all its full names. A tied parameter has several."""
+    """By the id of a parameter, its full names in all modules that have it. A tied parameter has several."""
     owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not is_of_update(name):
-            owners[id(parameter)].append(name)
+    for name, parameter in _own_parameters(model):
+        owners[id(parameter)].append(name)
     return owners
 
 
-def _is_inside(parameter_name: str, module_name: str) -> bool:
-    return parameter_name.startswith(f"{module_name}.")
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a name is that of one of these modules, or of a module or a tensor in one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters(remove_duplicate=False) if not is_of_update(f".{name}"))
+    """The parameters of each module in a module once, also if the module has several names."""
+    for path, inner in module.named_modules():
+        for name, parameter in inner._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if parameter is not None and not is_of_update(f".{full}"):
+                yield full, parameter
 
 
 def _own_buffers(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """The buffers that are part of the module's state. Others are computed anew when the module is made."""
-    saved = module.state_dict(keep_vars=True)
-    buffers = module.named_buffers(remove_duplicate=False)
-    return ((name, buffer) for name, buffer in buffers if name in saved and not is_of_update(f".{name}"))
+    for path, inner in module.named_modules():
+        for name, buffer in inner._buffers.items():
+            full = f"{path}.{name}" if path else name
+            if buffer is not None and name not in inner._non_persistent_buffers_set and not is_of_update(f".{full}"):
+                yield full, buffer

@@ -114,8 +114,10 @@ def from_hub(
         if commit is not None:
             # The next save records the commit of the base, and transformers does not keep the commit that it loaded.
             model.config._commit_hash = commit
-        base.restore(model.config)
         saved.fit_vocabulary(model, name)
+    base.restore(model.config)
+    if getattr(model, "generation_config", None) is not None:
+        base.restore_generation(model.generation_config)
     adapter = SaraAdapter.from_saved(model, saved)
     if merge:
         merge_into_base(adapter)

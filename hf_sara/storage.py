@@ -10,7 +10,6 @@ Loading is strict and pickle-free. A config has exactly the known fields, its sh
 checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -29,7 +28,16 @@ from .files import write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
-from .parts import ModulePart, Part, TokenPart, input_embedding, module_parts, parts_collide, refuse_overlap
+from .parts import (
+    ModulePart,
+    Part,
+    TokenPart,
+    input_embedding,
+    is_within,
+    module_parts,
+    refuse_collisions,
+    refuse_overlap,
+)
 from .records import parse_json
 from .seeds import Seed
 from .sites import PlannedSite, Site, all_sites
@@ -116,20 +124,15 @@ class SavedAdapter(Config):
         try:
             found = module_parts(model, [module.name for module in modules])
             refuse_overlap(model, self.parts, self.sites)
+            refuse_collisions(model, self.parts)
         except ValueError as error:
             raise AdapterError(f"The adapter in {self.folder} does not fit to this model: {error}") from error
         for module, there in zip(modules, found, strict=True):
             if module != there:
                 raise AdapterError(
                     f"{module.name}: the adapter in {self.folder} trains it with {_tensors_text(module)}, and this "
-                    f"model's has {_tensors_text(there)}. Load the base with the same labels and vocabulary: "
-                    f"{self.base}."
-                )
-        for one, other in itertools.combinations(self.parts, 2):
-            nested = f"{one.name}.".startswith(f"{other.name}.") or f"{other.name}.".startswith(f"{one.name}.")
-            if nested or (parts_collide(model, one, other) and not (_ties(one) or _ties(other))):
-                raise AdapterError(
-                    f"The adapter in {self.folder} is damaged: its parts {one.name!r} and {other.name!r} are one."
+                    f"model's has {_tensors_text(there)}. Load the base with the same "
+                    f"configuration, labels and vocabulary: {self.base}."
                 )
         embedding = input_embedding(model)
         rows = None if embedding is None else embedding.num_embeddings
@@ -154,13 +157,17 @@ class SavedAdapter(Config):
         missing = range(embedding.num_embeddings, size)
         if missing:
             held = {part.name: set(part.indices) for part in self.parts if isinstance(part, TokenPart)}
-            held |= {part.name: set(missing) for part in self.parts if isinstance(part, ModulePart)}
+            whole = [part.name for part in self.parts if isinstance(part, ModulePart)]
             names = {module: module_name for module_name, module in model.named_modules()}
             output = model.get_output_embeddings()
             needed = [embedding]
             if output is not None and output.weight is not embedding.weight:
                 needed.append(output)
-            lacking = [names[module] for module in needed if not held.get(names[module], set()).issuperset(missing)]
+            lacking = [
+                names[module]
+                for module in needed
+                if not is_within(names[module], whole) and not held.get(names[module], set()).issuperset(missing)
+            ]
             if lacking:
                 raise AdapterError(
                     f"The adapter in {self.folder} was trained with {size} tokens, and the base {name!r} has "
@@ -221,10 +228,6 @@ def _shape_text(site: Site) -> str:
     return str(site.shape) if site.slice is None else f"{site.shape} in the columns {site.slice}"
 
 
-def _ties(part: Part) -> bool:
-    return isinstance(part, ModulePart) and bool(part.ties)
-
-
 def _tensors_text(part: ModulePart) -> str:
     tensors = [f"{name} {shape}" for name, shape in part.parameters.items()]
     tensors += [f"{name} {shape} {part.dtypes[name]}" for name, shape in part.buffers.items()]
@@ -263,6 +266,10 @@ def write(
     if factors:
         digests["factors_sha256"] = tensors_digest(factors)
     config = config_text(manifest, FORMAT_VERSION, dtype, digests)
+    try:
+        parse_config(parse_json(config.encode(), MAX_CONFIG_BYTES), FORMAT_VERSION)
+    except ValueError as error:
+        raise AdapterError(f"The adapter cannot be saved, since its config is not readable: {error}.") from error
     payload = to_bytes({**tensors, **factors}, CONFIG_KEY, config)
     write_files({folder / TENSORS_FILE: payload, folder / CONFIG_FILE: config.encode()})
     for left_over in (FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE):

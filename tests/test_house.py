@@ -20,6 +20,7 @@ FLOORS = (
         "model_card",
         "hub",
         "carrier",
+        "token_rows",
         "copies",
         "merging",
         "contents",

@@ -211,7 +211,7 @@ def test_another_head_of_the_base_gives_way(tmp_path):
     adapter.save_pretrained(tmp_path / "adapter")
     again = from_hub(tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert torch.equal(outputs(again, name), outputs(model, name))
-    with pytest.raises(AdapterError, match=r"classifier: .* weight \(3, 24\).*weight \(2, 24\).* same labels"):
+    with pytest.raises(AdapterError, match=r"classifier: .* weight \(3, 24\).*weight \(2, 24\).* same configuration"):
         SaraAdapter.load(make_model("bert", num_labels=2), tmp_path / "adapter")
 
 
@@ -302,7 +302,7 @@ def test_a_tied_weight_trains_in_all_of_its_modules_or_not_at_all(tmp_path):
         return make_model("llama", tie_word_embeddings=True)
 
     for name, other in (("lm_head", "model.embed_tokens.weight"), ("embed_tokens", "lm_head.weight")):
-        with pytest.raises(ValueError, match=rf"{name}.weight is tied to {other}, so both would change. Name both"):
+        with pytest.raises(ValueError, match=rf"{name}.weight is tied to {other}, so all of them would change. Name"):
             SaraAdapter.attach(make(), SaraArguments(threshold=0.3, modules_to_save=[name]))
     model = make()
     adapter = attach_trained(model, modules_to_save=["embed_tokens", "lm_head"])
