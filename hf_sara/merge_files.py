@@ -1,7 +1,6 @@
 """Merging a saved adapter into a saved model file by file, without loading the model."""
 
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
@@ -64,16 +63,15 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     sites = saved.sites_on(model)
     saved.parts_on(model)
     refuse_tied(model, sites)
-    merger = _Merger(model, saved, rows)
+    merger = _Merger(model, saved, rows, as_it_was.get("architectures"))
     shards = merger.names_by_file(base_folder)
     with new_folder(folder) as new:
         _copy_companions(base_folder, Path(adapter_folder), saved, new)
         # The model may be of another class, or have other labels or tokens, than the base.
         model.config.architectures = [saved.base.class_name]
-        now = model.config.to_dict()
-        if now != as_it_was:
+        if model.config.to_dict() != as_it_was:
             model.config.to_json_file(new / CONFIG_NAME)
-            _restore_generation(new / GENERATION_CONFIG_NAME, as_it_was, now)
+        _restore_generation(new, saved)
         sizes: dict[str, dict[str, int]] = {}
         last = list(shards)[-1]
         for shard, names in tqdm(shards.items(), desc="Merging", unit="file", delay=1.0):
@@ -101,12 +99,15 @@ def _copy_companions(base_folder: Path, adapter_folder: Path, saved: storage.Sav
             shutil.copyfile(adapter_folder / name, folder / name)
 
 
-def _restore_generation(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Give a generation config, where there is one, the pad and eos tokens that are other ones than the base's."""
-    changed = {key: now.get(key) for key in ("pad_token_id", "eos_token_id") if now.get(key) != before.get(key)}
-    if path.is_file() and changed:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**config, **changed}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _restore_generation(folder: Path, saved: storage.SavedAdapter) -> None:
+    """Give the generation config, where there is one, what the training had set in it."""
+    path = folder / GENERATION_CONFIG_NAME
+    if path.is_file():
+        config = GenerationConfig.from_pretrained(folder)
+        before = config.to_dict()
+        saved.base.restore_generation(config)
+        if config.to_dict() != before:
+            config.to_json_file(path)
 
 
 def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -141,13 +142,22 @@ class _Merger:
         model ([`~transformers.PreTrainedModel`]): The base without values, with the labels and tokens of the training.
         saved ([`~hf_sara.storage.SavedAdapter`]): The adapter.
         base_rows (`int`, *optional*): How many tokens the base has.
+        base_classes (`list[str]`, *optional*): The class of the base, as its configuration has it.
     """
 
-    def __init__(self, model: PreTrainedModel, saved: storage.SavedAdapter, base_rows: int | None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        saved: storage.SavedAdapter,
+        base_rows: int | None,
+        base_classes: list[str] | None,
+    ):
         self.model, self.saved = model, saved
         self.trained = saved.tensors
         self.own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.resized = (base_rows, saved.base.vocab_size)
+        # The model is of the class of the adapter, and the files may be those of another class.
+        self.may_differ = bool(saved.parts) or base_classes != [saved.base.class_name]
         self.modules = {f"{site.module}.weight": site.module for site in saved.sites}
         self.whole: dict[str, torch.Tensor] = {}
         self.rows: dict[str, TokenPart] = {}
@@ -176,8 +186,7 @@ class _Merger:
                 shards[shard] = names_in_model(self.model, list(file.keys()))
         found = {name for names in shards.values() for name in names.values()}
         lacking = [name for name in (*self.modules, *self.rows) if name not in found]
-        if self.saved.parts:
-            # The model is of the class of the adapter, and the files may be those of another class.
+        if self.may_differ:
             brought = {*self.whole, *self.tied, *getattr(self.model, "all_tied_weights_keys", {})}
             lacking += sorted(set(self.own) - found - brought)
         if lacking:
@@ -190,7 +199,7 @@ class _Merger:
 
     def stray(self, names: Mapping[str, str]) -> list[str]:
         """The tensors of a file that are not the model's, such as the head of another task."""
-        return [key for key, name in names.items() if name not in self.own] if self.saved.parts else []
+        return [key for key, name in names.items() if name not in self.own] if self.may_differ else []
 
     def left(self) -> dict[str, torch.Tensor]:
         """The tensors that the base has in no file."""
@@ -240,8 +249,8 @@ class _Merger:
     def _fitted(self, file: Any, key: str, name: str) -> torch.Tensor:
         """A copy of a file's tensor, cut or padded with zeros where the model has other tokens than the base."""
         found, shape = tuple(file.get_slice(key).get_shape()), self.own[name]
-        changes = {pair for pair in itertools.zip_longest(found, shape) if pair[0] != pair[1]}
-        if changes - {self.resized}:
+        changes = {(old, new) for old, new in zip(found, shape, strict=False) if old != new}
+        if len(found) != len(shape) or changes - {self.resized}:
             raise ValueError(f"{key}: the file has the shape {found}, and the base's configuration asks for {shape}.")
         # The file's tensor is copied, because it may be a view of the base's own file.
         tensor = file.get_tensor(key)
