@@ -4,7 +4,6 @@ Modules that take long to import are imported inside of the commands, so that `-
 """
 
 import json
-import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,15 +181,20 @@ def pull(
 ) -> None:
     """Download an adapter, check it, and print its folder."""
     with _errors():
-        from . import hub, storage
+        from huggingface_hub import snapshot_download
 
-        folder = hub.fetch_adapter(repo_id, revision=revision)
+        from . import hub, storage
+        from .files import write_files
+
+        folder = hub.fetch_adapter(repo_id, revision=revision, tokenizer=True)
         tensors = storage.read(folder).tensors
         if to is not None:
+            if not Path(repo_id).is_dir():
+                # The folder's name is the commit, so that the card is that of this adapter.
+                snapshot_download(repo_id, revision=folder.name, allow_patterns=list(hub.UPLOAD_FILES))
             to.mkdir(parents=True, exist_ok=True)
-            for name in storage.ADAPTER_FILES:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, to / name)
+            files = {to / name: folder / name for name in hub.UPLOAD_FILES if (folder / name).is_file()}
+            write_files({target: source.read_bytes() for target, source in files.items()})
             folder = to
     _print_json({"folder": str(folder), "tensors": len(tensors)}) if as_json else typer.echo(str(folder))
 
@@ -209,7 +213,7 @@ def merge(
         from .merge_files import merge_shards
         from .sharing import fetch_base
 
-        folder = hub.fetch_adapter(adapter, revision=revision)
+        folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
         merge_shards(fetch_base(storage.read(folder), base), folder, out)
     _print_json({"folder": str(out)}) if as_json else typer.echo(str(out))
 

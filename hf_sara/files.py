@@ -1,9 +1,10 @@
 """Files: atomic writes and digests."""
 
+import contextlib
 import hashlib
 import os
 import re
-import threading
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     Write several files under temporary names, then rename them in their order. A disk that is full, or a crash before
     the first rename, leaves all of the old files.
     """
-    # Two writers of one file, also two threads of a process, have different temporary files.
-    writer = f"{os.getpid()}-{threading.get_ident()}"
+    # Two writers of one file have different temporary files: two threads, and two machines that share a disk.
+    writer = f"{os.getpid()}-{secrets.token_hex(8)}"
     temporary = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in contents}
     try:
         for path, content in contents.items():
@@ -33,6 +34,18 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+    for folder in {path.parent for path in contents}:
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names of a folder's files to the disk. Some systems cannot do this, and need no help with it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def file_digest(path: Path) -> str:

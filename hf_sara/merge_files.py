@@ -14,22 +14,23 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
 from . import storage
 from .base_model import empty_model, model_class, names_in_model, shard_names
 from .errors import AdapterError
 from .merging import merged_weight, refuse_tied
-from .parts import ModulePart, TokenPart
+from .own_tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, has_own_tokenizer
+from .parts import ModulePart, TokenPart, input_embedding, weight_owners
 from .plain_model import new_folder
 from .tensor_files import BUFFER_DTYPES, SAFETENSORS_DTYPES
 
 logger = logging.getLogger(__name__)
 
 # A merged model needs these files of the base folder too, besides the weights.
-COMPANION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+COMPANION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", *TOKENIZER_FILES)
 COPIED_AT_ONCE = 16 * 2**20
 
 
@@ -42,8 +43,9 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
         base_folder (`str` or `os.PathLike`): A model in safetensors files, as `save_pretrained` or a download from
             the Hub leaves it.
         adapter_folder (`str` or `os.PathLike`): The folder that [`SaraAdapter.save_pretrained`] wrote.
-        folder (`str` or `os.PathLike`): Where to save the merged model, with the base's configuration and tokenizer.
-            It must not hold weights yet.
+        folder (`str` or `os.PathLike`): Where to save the merged model. It gets the base's configuration with what
+            the training set in it, and the adapter's tokenizer if it has one of its own, or else the base's. It must
+            not hold weights yet.
 
     Raises:
         `FileNotFoundError`: If a file of the base or of the adapter is missing.
@@ -54,22 +56,22 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     base_folder = Path(base_folder)
     saved = storage.read(adapter_folder)
     saved.method.refuse_merge()
-    model = _empty_model(base_folder, saved)
+    model, as_it_was = _empty_model(base_folder, saved)
+    embedding = input_embedding(model)
+    rows = None if embedding is None else embedding.num_embeddings
     saved.fit_vocabulary(model, str(base_folder))
     sites = saved.sites_on(model)
     saved.parts_on(model)
     refuse_tied(model, sites)
-    merger = _Merger(model, saved)
+    merger = _Merger(model, saved, rows, as_it_was.get("architectures"))
     shards = merger.names_by_file(base_folder)
     with new_folder(folder) as new:
-        for path in sorted(path for pattern in COMPANION_FILES for path in base_folder.glob(pattern)):
-            # An index of files in another format is left out, because the merged model does not have these files.
-            if path.name == SAFE_WEIGHTS_INDEX_NAME or not path.name.endswith(".index.json"):
-                shutil.copyfile(path, new / path.name)
-        if saved.parts:
-            # The model may have another head, or more tokens, than the base.
-            model.config.architectures = [saved.base.class_name]
+        _copy_companions(base_folder, Path(adapter_folder), saved, new)
+        # The model may be of another class, or have other labels or tokens, than the base.
+        model.config.architectures = [saved.base.class_name]
+        if model.config.to_dict() != as_it_was:
             model.config.to_json_file(new / CONFIG_NAME)
+        _restore_generation(new, saved)
         sizes: dict[str, dict[str, int]] = {}
         last = list(shards)[-1]
         for shard, names in tqdm(shards.items(), desc="Merging", unit="file", delay=1.0):
@@ -79,13 +81,40 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
                 # Heads that the base does not have go to the last file.
                 values |= merger.left()
             sizes[shard] = rewrite(source, new / shard, values, merger.stray(names))
-        if (new / SAFE_WEIGHTS_INDEX_NAME).is_file() and saved.parts:
-            _write_index(new / SAFE_WEIGHTS_INDEX_NAME, sizes)
+        if (new / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            _write_index(new / SAFE_WEIGHTS_INDEX_NAME, sizes, model.num_parameters())
     logger.info("Merged %d weight matrices in %d files into %s", len(sites), len(shards), folder)
 
 
-def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> PreTrainedModel:
-    """The base without values, from which names, kinds and shapes of modules and tied weights can be read."""
+def _copy_companions(base_folder: Path, adapter_folder: Path, saved: storage.SavedAdapter, folder: Path) -> None:
+    """Copy the files of the base beside its weights, with the adapter's tokenizer in the place of the base's."""
+    own = has_own_tokenizer(adapter_folder, saved.base)
+    for path in sorted({path for pattern in COMPANION_FILES for path in base_folder.glob(pattern)}):
+        # An index of files in another format is left out, because the merged model does not have these files.
+        of_other_weights = path.name.endswith(".index.json") and path.name != SAFE_WEIGHTS_INDEX_NAME
+        if not of_other_weights and not (own and path.name in VOCABULARY_FILES):
+            shutil.copyfile(path, folder / path.name)
+    for name in TOKENIZER_FILES:
+        if own and (adapter_folder / name).is_file():
+            shutil.copyfile(adapter_folder / name, folder / name)
+
+
+def _restore_generation(folder: Path, saved: storage.SavedAdapter) -> None:
+    """Give the generation config, where there is one, what the training had set in it."""
+    path = folder / GENERATION_CONFIG_NAME
+    if path.is_file():
+        config = GenerationConfig.from_pretrained(folder)
+        before = config.to_dict()
+        saved.base.restore_generation(config)
+        if config.to_dict() != before:
+            config.to_json_file(path)
+
+
+def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """
+    The base without values, from which names, kinds and shapes of modules and tied weights can be read, and its
+    configuration before the adapter's was restored.
+    """
     if not base_folder.is_dir():
         raise FileNotFoundError(f"There is no base folder {str(base_folder)!r}. Download the base first.")
     kind = model_class(saved.base.class_name)
@@ -100,8 +129,9 @@ def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> PreTrainedMo
             f"The adapter was trained on a model of type {saved.base.model_type!r}, and {base_folder} holds "
             f"one of type {config.model_type!r}."
         )
+    before = config.to_dict()
     saved.base.restore(config)
-    return empty_model(kind, config)
+    return empty_model(kind, config), before
 
 
 class _Merger:
@@ -111,12 +141,23 @@ class _Merger:
     Args:
         model ([`~transformers.PreTrainedModel`]): The base without values, with the labels and tokens of the training.
         saved ([`~hf_sara.storage.SavedAdapter`]): The adapter.
+        base_rows (`int`, *optional*): How many tokens the base has.
+        base_classes (`list[str]`, *optional*): The class of the base, as its configuration has it.
     """
 
-    def __init__(self, model: PreTrainedModel, saved: storage.SavedAdapter):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        saved: storage.SavedAdapter,
+        base_rows: int | None,
+        base_classes: list[str] | None,
+    ):
         self.model, self.saved = model, saved
         self.trained = saved.tensors
-        self.own = set(model.state_dict())
+        self.own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.resized = (base_rows, saved.base.vocab_size)
+        # The model is of the class of the adapter, and the files may be those of another class.
+        self.may_differ = bool(saved.parts) or base_classes != [saved.base.class_name]
         self.modules = {f"{site.module}.weight": site.module for site in saved.sites}
         self.whole: dict[str, torch.Tensor] = {}
         self.rows: dict[str, TokenPart] = {}
@@ -128,6 +169,13 @@ class _Merger:
             else:
                 self.rows[f"{part.name}.weight"] = part
         self.tied = {name: self.whole[other] for name, other in tied.items()}
+        # A file may have a tied weight under several names.
+        self.rows_of = {
+            name: self.rows[other]
+            for names in weight_owners(model).values()
+            for other in self.rows.keys() & names
+            for name in names
+        }
         self.missing = set(self.whole)
 
     def names_by_file(self, base_folder: Path) -> dict[str, dict[str, str]]:
@@ -138,10 +186,9 @@ class _Merger:
                 shards[shard] = names_in_model(self.model, list(file.keys()))
         found = {name for names in shards.values() for name in names.values()}
         lacking = [name for name in (*self.modules, *self.rows) if name not in found]
-        if self.saved.parts:
-            # The model is of the class of the adapter, and the files may be those of another class.
+        if self.may_differ:
             brought = {*self.whole, *self.tied, *getattr(self.model, "all_tied_weights_keys", {})}
-            lacking += sorted(self.own - found - brought)
+            lacking += sorted(set(self.own) - found - brought)
         if lacking:
             raise ValueError(
                 f"The files in {base_folder} have no tensor for {lacking[0]}. If the base loads nevertheless, from "
@@ -152,7 +199,7 @@ class _Merger:
 
     def stray(self, names: Mapping[str, str]) -> list[str]:
         """The tensors of a file that are not the model's, such as the head of another task."""
-        return [key for key, name in names.items() if name not in self.own] if self.saved.parts else []
+        return [key for key, name in names.items() if name not in self.own] if self.may_differ else []
 
     def left(self) -> dict[str, torch.Tensor]:
         """The tensors that the base has in no file."""
@@ -169,11 +216,16 @@ class _Merger:
                 if name in self.modules:
                     modules[self.modules[name]] = key
                     module = self._linear(self.modules[name])
-                    module.weight = nn.Parameter(_read_weight(file, key, module), requires_grad=False)
+                    module.weight = nn.Parameter(self._read_weight(file, key, name), requires_grad=False)
                 elif name in self.whole or name in self.tied:
                     values[key] = _rounded(key, (self.whole | self.tied)[name], file.get_slice(key).get_dtype())
-                elif name in self.rows:
-                    values[key] = self._with_rows(self.rows[name], key, file)
+                elif name in self.rows_of:
+                    part = self.rows_of[name]
+                    values[key] = self._fitted(file, key, name)
+                    rows = _rounded(key, self.trained[part.key], file.get_slice(key).get_dtype())
+                    values[key][list(part.indices)] = rows
+                elif name in self.own and tuple(file.get_slice(key).get_shape()) != self.own[name]:
+                    values[key] = self._fitted(file, key, name)
         sites = [site for site in self.saved.sites if site.module in modules]
         factors = self.saved.factors_on(self.model, sites)
         for site in sites:
@@ -188,13 +240,24 @@ class _Merger:
             module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
         return values
 
-    def _with_rows(self, part: TokenPart, key: str, file: Any) -> torch.Tensor:
-        base = file.get_tensor(key)
-        weight = base.new_zeros(cast(Any, self.model.get_submodule(part.name)).weight.shape)
-        kept = min(len(base), len(weight))
-        weight[:kept] = base[:kept]
-        weight[list(part.indices)] = _rounded(key, self.trained[part.key], file.get_slice(key).get_dtype())
-        return weight
+    def _read_weight(self, file: Any, key: str, name: str) -> torch.Tensor:
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in SAFETENSORS_DTYPES.values():
+            raise ValueError(f"{key}: a weight stored as {dtype} is quantized, and cannot be merged into.")
+        return self._fitted(file, key, name)
+
+    def _fitted(self, file: Any, key: str, name: str) -> torch.Tensor:
+        """A copy of a file's tensor, cut or padded with zeros where the model has other tokens than the base."""
+        found, shape = tuple(file.get_slice(key).get_shape()), self.own[name]
+        changes = {(old, new) for old, new in zip(found, shape, strict=False) if old != new}
+        if len(found) != len(shape) or changes - {self.resized}:
+            raise ValueError(f"{key}: the file has the shape {found}, and the base's configuration asks for {shape}.")
+        # The file's tensor is copied, because it may be a view of the base's own file.
+        tensor = file.get_tensor(key)
+        fitted = tensor.new_zeros(shape)
+        both = tuple(slice(min(sizes)) for sizes in zip(found, shape, strict=True))
+        fitted[both] = tensor[both]
+        return fitted
 
     def _linear(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.model.get_submodule(name))
@@ -228,19 +291,6 @@ def _open_shard(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-
-
-def _read_weight(file: Any, key: str, module: nn.Linear) -> torch.Tensor:
-    part = file.get_slice(key)
-    if part.get_dtype() not in SAFETENSORS_DTYPES.values():
-        raise ValueError(f"{key}: a weight stored as {part.get_dtype()} is quantized, and cannot be merged into.")
-    if tuple(part.get_shape()) != tuple(module.weight.shape):
-        raise ValueError(
-            f"{key}: the file has the shape {tuple(part.get_shape())}, and the base's configuration asks for "
-            f"{tuple(module.weight.shape)}."
-        )
-    # The tensor is copied, because it may be a view of the base's own file.
-    return file.get_tensor(key).clone()
 
 
 # ---- weights files ----
@@ -299,8 +349,13 @@ def _copy(old: Any, new: Any, count: int) -> None:
         count -= len(piece)
 
 
-def _write_index(path: Path, sizes: Mapping[str, Mapping[str, int]]) -> None:
+def _write_index(path: Path, sizes: Mapping[str, Mapping[str, int]], parameters: int) -> None:
+    """Bring a copied index of weights files up to date. Without changes, it keeps its bytes."""
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["weight_map"] = {key: shard for shard, keys in sizes.items() for key in keys}
-    index.setdefault("metadata", {})["total_size"] = sum(sum(keys.values()) for keys in sizes.values())
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    metadata = {**index.get("metadata", {}), "total_size": sum(sum(keys.values()) for keys in sizes.values())}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = parameters
+    weight_map = {key: shard for shard, keys in sizes.items() for key in keys}
+    new = {**index, "metadata": metadata, "weight_map": weight_map}
+    if new != index:
+        path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,10 +9,17 @@ from transformers import AutoTokenizer
 
 from .base_model import BaseRecord
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+# The files of every tokenizer of transformers.
+VOCABULARY_FILES = (
+    *("added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja", "dict.txt", "emoji.json"),
+    *("entity_vocab.json", "merges.txt", "normalizer.json", "prophetnet.tokenizer", "sentencepiece.bpe.model"),
+    *("sentencepiece.model", "source.spm", "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model"),
+    *("target.spm", "target_vocab.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("vocab-src.json", "vocab-tgt.json", "vocab.json", "vocab.txt", "word_pronunciation.json", "word_shape.json"),
 )
+# A processor has these beside its tokenizer, and they travel with it.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+TOKENIZER_FILES = (*VOCABULARY_FILES, *PROCESSOR_FILES)
 
 
 def has_own_tokenizer(folder: str | PathLike, base: BaseRecord) -> bool:
@@ -24,7 +31,7 @@ def has_own_tokenizer(folder: str | PathLike, base: BaseRecord) -> bool:
         folder (`str` or `os.PathLike`): The folder of an adapter.
         base ([`BaseRecord`]): The base of the adapter.
     """
-    if not any(Path(folder, name).is_file() for name in TOKENIZER_FILES):
+    if not any(Path(folder, name).is_file() for name in VOCABULARY_FILES):
         return False
     if base.model_id is None:
         return True

@@ -118,7 +118,9 @@ class TensorFile:
             raise AdapterError(f"{path} is damaged: it has {self.size:,} bytes, and its header describes {end:,}.")
 
     def __del__(self):
-        self._file.close()
+        # There is no file if it could not be opened.
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the whole file."""

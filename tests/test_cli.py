@@ -106,6 +106,12 @@ def test_merge(adapted, base, tmp_path):
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
+def test_pull_copies_a_folder_too(adapted, tmp_path):
+    run("pull", tmp_path / "adapter", "--to", tmp_path / "copy")
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    assert copied == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+
 def test_export(adapted, base, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

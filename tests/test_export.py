@@ -16,6 +16,7 @@ from conftest import (
     logits,
     make_inputs,
     make_model,
+    make_tokenizer,
     same_bits,
     sara_arguments,
     train,
@@ -648,6 +649,29 @@ def test_names_that_transformers_changes_as_it_loads_are_found(save_original_for
     assert list(load_file(tmp_path / "merged" / "model.safetensors")) == names
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     assert same_bits(dict(model.state_dict()), expected)
+
+
+def test_a_merged_folder_has_the_tokenizer_of_the_adapter_where_it_has_one_of_its_own(tmp_path):
+    base = tmp_path / "base"
+    tokenizer = make_tokenizer()
+    make_model(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for name in ("chat_template.jinja", "preprocessor_config.json"):
+        (base / name).write_text("{}")
+    model = make_model(vocab_size=len(tokenizer))
+    attach_trained(model).save_pretrained(tmp_path / "adapter")
+    merge_shards(base, tmp_path / "adapter", tmp_path / "of the base")
+    assert (tmp_path / "of the base" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    tokenizer.add_tokens(["<star>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "source.spm").write_bytes(b"pieces")
+    merge_shards(base, tmp_path / "adapter", tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json", "source.spm"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+    # A template of the base does not belong to this tokenizer; a processor that nobody replaced stays.
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists()
+    assert "<star>" in transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
 
 # ---- file by file: what goes wrong ----

@@ -1,5 +1,6 @@
 """To the Hub and back, by the unmodified client over HTTP."""
 
+import ast
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     METHODS,
     attach_trained,
@@ -27,9 +29,12 @@ from conftest import (
 from hub_server import Fault, HubServer, online
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from training import make_trainer, training_arguments
+from typer.testing import CliRunner
 
 from hf_sara import AdapterError, SaraAdapter, SaraTrainer, files, from_hub, hub, push_to_hub, repos, storage
+from hf_sara.cli import app
 from hf_sara.hub import UPLOAD_FILES
+from hf_sara.own_tokenizer import VOCABULARY_FILES
 
 TOKEN = "hf_alicealicealicealice"
 BASE, REPO = "someone/base", "alice/adapter"
@@ -193,6 +198,43 @@ def test_what_lies_in_a_folder_by_chance_stays_there(server, tmp_path):
     (folder / "checkpoint-3" / "README.md").write_text("private")
     hub.push_folder(folder, REPO)
     assert set(server.repo(REPO).files()) - {".gitattributes"} == {storage.CONFIG_FILE, storage.TENSORS_FILE}
+
+
+def test_pull_copies_an_adapter_with_its_tokenizer_and_its_card(server, tmp_path, monkeypatch):
+    model = load_base(server)
+    folder = tmp_path / "adapter"
+    attach_trained(model).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<star>"])
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("# My adapter\n")
+    hub.push_folder(folder, REPO)
+    result = CliRunner().invoke(app, ["pull", REPO, "--to", str(tmp_path / "copy")])
+    assert result.exit_code == 0, result.output
+    expected = server.repo(REPO).files()
+    assert {"README.md", "tokenizer.json", "tokenizer_config.json", storage.TENSORS_FILE} <= set(expected)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    assert found == {name: content for name, content in expected.items() if name != ".gitattributes"}
+
+    # A copy that fails leaves the old files.
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    (tmp_path / "copy" / "README.md").write_text("old")
+    assert CliRunner().invoke(app, ["pull", REPO, "--to", str(tmp_path / "copy")]).exit_code == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == {**found, "README.md": b"old"}
+
+
+def test_the_files_of_every_tokenizer_of_transformers_are_known():
+    found = {"added_tokens.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"}
+    for path in Path(transformers.__file__).parent.rglob("tokenization_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {target.id.lower() for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)}
+            if "vocab_files_names" in names and isinstance(node.value, ast.Dict):
+                found |= {value.value for value in node.value.values if isinstance(value, ast.Constant)}
+    assert list(VOCABULARY_FILES) == sorted(found)
+    assert set(VOCABULARY_FILES) | {"preprocessor_config.json", "processor_config.json"} <= set(UPLOAD_FILES)
 
 
 def test_the_file_of_factors_of_the_first_format_goes(server, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import COMMON, WIDE, attach_trained, base_state, make_inputs, make_model, same_bits, sara_arguments
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, export_lora, from_hub, merge, merge_shards, plan
@@ -226,6 +226,8 @@ def test_a_head_that_nobody_brings_is_refused(tmp_path, caplog):
     adapter.save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"has no classifier.bias, classifier.weight .* would be random"):
         from_hub(tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"have no tensor for classifier\.bias"):
+        merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_a_module_like_nn_sequential_can_be_a_head(tmp_path):
@@ -536,3 +538,105 @@ def test_merging_gives_a_plain_classifier(name, size, tmp_path):
     assert not any(isinstance(part, ModulePart) for part in vars(model).values())
     model.save_pretrained(tmp_path / "plain")
     assert not [key for key in load_file(tmp_path / "plain" / "model.safetensors") if "sara" in key]
+
+
+# ---- merging file by file, after the vocabulary, the labels or the tokens changed ----
+
+BART = {**COMMON, "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.2}
+BART |= {"max_position_embeddings": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+ROTARY = {**COMMON, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4}
+# class: (configuration class, its values, targets, names of what follows the vocabulary besides the weights)
+WITH_BIASES = {
+    "BartForConditionalGeneration": ("BartConfig", BART, ["q_proj", "v_proj"], ["final_logits_bias"]),
+    "GPTJForCausalLM": ("GPTJConfig", ROTARY, ["q_proj", "v_proj"], ["lm_head.bias"]),
+    "PhiForCausalLM": ("PhiConfig", {**WIDE, "num_attention_heads": 2}, ["q_proj", "v_proj"], ["lm_head.bias"]),
+    "BertForMaskedLM": ("BertConfig", WIDE, ["query", "value"], ["cls.predictions.bias"]),
+    "LlamaForCausalLM": ("LlamaConfig", WIDE, ["q_proj", "v_proj"], []),
+}
+
+
+def merge_in_two_ways(tmp_path):
+    """Merge a saved adapter in memory and file by file. Both have to be the same model."""
+    model = from_hub(tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    merge(model, tmp_path / "merged")
+    merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "shards")
+    found = []
+    for folder in (tmp_path / "merged", tmp_path / "shards"):
+        plain, info = type(model).from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["mismatched_keys"]
+        configs = [{key: value for key, value in plain.config.to_dict().items() if key != "_name_or_path"}]
+        if plain.can_generate():
+            configs.append(plain.generation_config.to_dict())
+        assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
+        found.append((dict(plain.state_dict()), configs))
+    assert same_bits(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    return found[1]
+
+
+@pytest.mark.parametrize("size", [36, 42])
+@pytest.mark.parametrize("name", WITH_BIASES)
+def test_all_that_follows_the_vocabulary_follows_it_in_merged_files(name, size, tmp_path):
+    config_name, values, targets, biases = WITH_BIASES[name]
+    torch.manual_seed(3)
+    model = getattr(transformers, name)(getattr(transformers, config_name)(**values)).eval()
+    for bias in biases:
+        model.state_dict()[bias].normal_()
+    model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    model.resize_token_embeddings(size)
+    model.config.eos_token_id = model.config.pad_token_id = 4
+    if model.can_generate():
+        model.generation_config.eos_token_id = [4, 2]
+    ids = torch.tensor([[3, 9, 4, size - 1], [9, 7, 5, 3]])
+    tokens = list(range(40, size)) or None
+    adapter = attach_trained(
+        model, inputs={"input_ids": ids, "labels": ids}, target_modules=targets, trainable_token_indices=tokens
+    )
+    adapter.save_pretrained(tmp_path / "adapter")
+    state, configs = merge_in_two_ways(tmp_path)
+    assert [configs[0][key] for key in ("vocab_size", "eos_token_id", "pad_token_id")] == [size, 4, 4]
+    assert all(config["eos_token_id"] == [4, 2] for config in configs[1:])
+    assert all(state[bias].shape[-1] == size and state[bias].any() for bias in biases)
+
+
+def test_a_trained_head_brings_its_own_bias_to_merged_files(tmp_path):
+    torch.manual_seed(3)
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**ROTARY)).eval()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(42)
+    attach_trained(model, modules_to_save=["wte", "lm_head"]).save_pretrained(tmp_path / "adapter")
+    state, _ = merge_in_two_ways(tmp_path)
+    assert state["lm_head.bias"][40:].all()
+
+
+def test_a_tied_weight_that_a_file_has_twice_stays_tied(tmp_path):
+    model = make_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    model.resize_token_embeddings(42)
+    attach_trained(model, trainable_token_indices=[5, 40, 41]).save_pretrained(tmp_path / "adapter")
+    state, _ = merge_in_two_ways(tmp_path)
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+
+
+def test_a_merged_classifier_keeps_its_labels_where_its_head_did_not_train(tmp_path):
+    make_model("bert").save_pretrained(tmp_path / "base")
+    model = load_task("BertForSequenceClassification", tmp_path / "base")
+    attach_trained(model, modules_to_save=[]).save_pretrained(tmp_path / "adapter")
+    _, (config,) = merge_in_two_ways(tmp_path)
+    assert config["id2label"] == LABELS["id2label"]
+
+
+def test_a_tensor_of_a_wrong_shape_is_refused_by_its_name(tmp_path):
+    model = make_model("llama")
+    attach_trained(model).save_pretrained(tmp_path / "adapter")
+    make_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(path), "model.norm.weight": torch.ones(23)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.norm.weight: the file has the shape \(23,\), .* asks for \(24,\)"):
+        merge_shards(tmp_path / "base", tmp_path / "adapter", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()

@@ -1,11 +1,13 @@
 import base64
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import logging
 import shutil
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from hf_sara.storage import (
     PENDING_FACTORS_FILE,
     TENSORS_FILE,
 )
+from hf_sara.tensor_files import TensorFile
 
 FORMAT1 = Path(__file__).parent / "data" / "format1"
 
@@ -417,8 +420,8 @@ def test_after_a_crash_factors_are_those_of_their_tensors(when, tmp_path):
 
 
 # Of each write, whether the new adapter is there after a crash at the first of the two files, at the second, and after
-# no crash.
-IS_NEW = {"writing": [False, False, True], "before": [False, True, True], "after": [True, True, True]}
+# no crash. When both are in their places, their names are written to the disk too.
+IS_NEW = {"writing": [False, False, True, True], "before": [False, True, True], "after": [True, True, True]}
 
 
 def check_crashes(tmp_path, adapter, when, old_output, new_output):
@@ -581,6 +584,38 @@ def test_what_a_killed_process_left_is_not_read(tmp_path):
     assert same_bits(storage.read(tmp_path).tensors, adapter.state_dict())
     train(adapter).save_pretrained(tmp_path)
     assert same_bits(storage.read(tmp_path).tensors, adapter.state_dict())
+
+
+def test_writers_with_the_same_ids_on_two_machines_have_different_temporary_files(tmp_path, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(files.os, "getpid", lambda: 7)
+    monkeypatch.setattr(files.os, "replace", lambda source, target: renamed.append(source))
+    for _ in range(2):
+        files.write_file(tmp_path / "a", b"1")
+    assert len(set(renamed)) == 2
+
+
+def test_a_rename_is_written_to_the_disk_where_the_system_can(tmp_path, monkeypatch):
+    opened, open_file = [], files.os.open
+    monkeypatch.setattr(files.os, "open", lambda *arguments: opened.append(arguments[0]) or open_file(*arguments))
+    files.write_file(tmp_path / "a", b"1")
+    assert opened == [tmp_path]
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    files.write_file(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
+
+
+def test_a_file_that_cannot_be_opened_is_one_error_and_no_noise(tmp_path, monkeypatch):
+    noise = []
+    monkeypatch.setattr(sys, "unraisablehook", noise.append)
+    with pytest.raises(FileNotFoundError):
+        TensorFile(tmp_path / "nothing")
+    gc.collect()
+    assert not noise
 
 
 # ---- readers beside writers ----
