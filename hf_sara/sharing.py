@@ -14,6 +14,7 @@ from . import hub, storage
 from .adapter import SaraAdapter, adapter_of
 from .base_model import BaseRecord, model_class
 from .errors import AdapterError
+from .own_tokenizer import TOKENIZER_FILES
 from .plain_model import merge as merge_into_base
 
 
@@ -142,7 +143,7 @@ def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
     if Path(name).is_dir():
         return Path(name)
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TOKENIZER_FILES]
     return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
 
 

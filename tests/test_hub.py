@@ -271,6 +271,7 @@ def test_what_people_wrote_on_the_hub_survives_the_next_push(server):
     assert ModelCard(text).data.license == "mit"
 
 
+@pytest.mark.slow
 def test_the_snippet_on_the_card_runs(server, tmp_path):
     pushed(server)
     card = server.repo(REPO).files()["README.md"].decode()

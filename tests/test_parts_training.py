@@ -19,6 +19,7 @@ from hf_sara.storage import TENSORS_FILE
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
 TOKENS = [4, 9, 21]
 # By a name: the model, and the fields of its arguments that choose its parts.
+SLOW = pytest.mark.slow
 CASES = {
     "head": ("deep head", {}),
     "rows": ("llama", {"trainable_token_indices": TOKENS}),
@@ -69,10 +70,10 @@ def stop(control) -> None:
     [
         ("head", "sara", {"gradient_accumulation_steps": 2}),
         ("head and rows", "mo_sara", {}),
-        ("bf16 head and rows", "sara", {"gradient_accumulation_steps": 2, "bf16": True}),
-        ("tied rows", "sara", {}),
-        ("rows", "mo_sara", {"gradient_accumulation_steps": 2}),
-        ("embedding and output", "mo_sara", {}),
+        pytest.param("bf16 head and rows", "sara", {"gradient_accumulation_steps": 2, "bf16": True}, marks=SLOW),
+        pytest.param("tied rows", "sara", {}, marks=SLOW),
+        pytest.param("rows", "mo_sara", {"gradient_accumulation_steps": 2}, marks=SLOW),
+        pytest.param("embedding and output", "mo_sara", {}, marks=SLOW),
     ],
     ids=str,
 )
@@ -104,7 +105,9 @@ def test_a_finished_run_that_is_resumed_saves_the_same_bytes(tmp_path):
     assert first == again
 
 
-@pytest.mark.parametrize("case", ["head", "rows", "tied rows", "bf16 head and rows"])
+@pytest.mark.parametrize(
+    "case", ["head", "tied rows", *(pytest.param(c, marks=SLOW) for c in ("rows", "bf16 head and rows"))]
+)
 def test_the_best_checkpoint_brings_back_its_parts(case, tmp_path):
     class Scripted(SaraTrainer):
         losses = iter([3.0, 1.0, 2.0])
@@ -165,6 +168,7 @@ def test_a_checkpoint_of_the_first_format_has_no_parts(tmp_path):
 # ---- other ways to train ----
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_search_tries_parts(tmp_path):
     optuna = pytest.importorskip("optuna")
     seen = []
@@ -192,11 +196,8 @@ def test_a_hyperparameter_search_tries_parts(tmp_path):
     assert sorted(seen) == [[], ["model.norm", "score"], ["score"]]
 
 
-# Compiling takes seconds.
-@pytest.mark.parametrize(
-    "case",
-    ["bf16 norm and tied rows", *(pytest.param(c, marks=pytest.mark.slow) for c in ("head", "bf16 head and rows"))],
-)
+@pytest.mark.slow  # Compiling takes seconds.
+@pytest.mark.parametrize("case", ["bf16 norm and tied rows", "head", "bf16 head and rows"])
 def test_a_compiled_model_with_parts_computes_the_same(case):
     model = attached(case)
     inputs = inputs_of(model)
