@@ -117,6 +117,7 @@ def test_a_damaged_index_is_a_clear_error(index, error, message, tmp_path):
         BaseWeights(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_from_the_hub_only_headers_and_the_chosen_matrices_are_transferred(tmp_path):
     model = make_model(vocab_size=20_000)
     model.save_pretrained(tmp_path / "base")

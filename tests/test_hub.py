@@ -100,6 +100,7 @@ def test_a_trained_adapter_does_elsewhere_what_it_did_here(server, method, tmp_p
     assert model.generate(**{k: v for k, v in make_inputs(model).items() if k != "labels"}, max_new_tokens=3).shape[1]
 
 
+@pytest.mark.slow
 def test_another_user_loads_in_a_new_process_and_offline_afterwards(server, tmp_path):
     expected = {f"{REPO}-{method}": pushed(server, method, f"{REPO}-{method}")[1] for method in METHODS}
     torch.save(expected, tmp_path / "expected.pt")

@@ -90,20 +90,27 @@ def check_resuming(tmp_path: Path, whole, case: str, method: str = "sara", **arg
     assert log[0] == log[1]
 
 
-@pytest.mark.parametrize("case", CASES)
+# The workflow runs the first and the third of them.
+SOME = [
+    pytest.param(case, marks=[pytest.mark.long] if index not in (0, 2) else []) for index, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", SOME)
 def test_two_processes_end_with_the_parts_of_one_and_resume_exactly(case, tmp_path):
     whole = trained(tmp_path / "whole", case)
     check_is_what_one_process_trains(whole, tmp_path / "single", case)
     check_resuming(tmp_path, whole, case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_fsdp_ends_with_the_parts_of_one_process_and_resumes_exactly(case, tmp_path):
     whole = trained(tmp_path / "whole", case, **fsdp(case))
     check_is_what_one_process_trains(whole, tmp_path / "single", case)
     check_resuming(tmp_path, whole, case, **fsdp(case))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "changes"),
     [
@@ -121,6 +128,7 @@ def test_fsdp_loads_the_best_parts(case, changes, tmp_path):
     check_resuming(tmp_path, whole, case, "mo_sara", **changes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_ends_with_the_parts_of_one_process_and_resumes_exactly(case, stage, tmp_path):

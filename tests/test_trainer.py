@@ -172,8 +172,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_other_settings(changes,
     assert log_of(resumed) == log_of(whole)
 
 
-# New processes take most of the time, so the quick tests kill one method's run.
-@pytest.mark.parametrize("method", [pytest.param("sara", marks=pytest.mark.slow), "mo_sara"])
+# New processes take most of the time.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sara", "mo_sara"])
 def test_a_killed_run_ends_with_the_bits_and_the_log_of_the_uninterrupted_one(method, tmp_path):
     whole = make_trainer(tmp_path / "whole", method)
     whole.train()

@@ -191,6 +191,7 @@ def test_the_settings_suit_the_method_and_the_demo(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
     try:
         base_models.smollm2_file()

@@ -152,6 +152,7 @@ def test_a_folder_is_the_same_however_it_is_spelled(run_paper, tmp_path, monkeyp
     assert (tmp_path / "runs/paper/small/table.md").read_text().startswith("# A table, model_name_or_path model\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_terminated_table_ends_its_run_too(run_paper, tmp_path):
     switch = tmp_path / "switch"
