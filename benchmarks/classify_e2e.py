@@ -23,7 +23,7 @@ from harness.base_models import SMOLLM2, load_base
 from harness.own_data import accuracy_and_f1
 from hf_sara import SaraArguments, SaraTrainer, from_hub, storage
 
-RATES = {"SARA": (2.5e-3, 8e-3, 2.5e-2), "Mo-SARA": (7e-3, 2e-2, 6e-2), "LoRA r 2": (2.5e-3, 8e-3, 2.5e-2)}
+RATES = {"SARA": (2.5e-3, 8e-3, 2.5e-2), "Mo-SARA": (2e-2, 6e-2, 1.5e-1), "LoRA r 2": (2.5e-3, 8e-3, 2.5e-2)}
 ARGUMENTS = {
     "SARA": SaraArguments(threshold=0.012),
     "Mo-SARA": SaraArguments(method="mo_sara", threshold=0.5, num_heads=3),
