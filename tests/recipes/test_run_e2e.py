@@ -267,6 +267,7 @@ def test_an_error_of_the_user_is_one_line(tmp_path, monkeypatch):
     assert exit.value.code == f"run_e2e: The data folder {data!r} has no train.txt, valid.txt, test.txt."
 
 
+@pytest.mark.slow
 def test_the_data_are_fetched_from_a_web_server(data, tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data))
     handler.log_message = lambda *_: None

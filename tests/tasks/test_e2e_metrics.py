@@ -15,6 +15,7 @@ REFERENCES = [
 ]
 
 
+@pytest.mark.slow
 def test_perfect_predictions_score_one_with_no_java_on_the_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     # A line break in a text does not make it two.
