@@ -139,15 +139,17 @@ class BaseRecord:
             raise ValueError(f"its base's dtype {record['dtype']!r} is not one that a base can have")
         return cls(**{"class_name" if key == "class" else key: value for key, value in record.items()})
 
-    def label_names(self) -> dict[int, str] | None:
-        """The names of a classifier's labels as a model's configuration has them."""
-        return None if self.id2label is None else {int(key): label for key, label in self.id2label.items()}
+    def labels(self) -> dict[str, Any]:
+        """A classifier's labels as the two fields of a model's configuration, or nothing for another model."""
+        if self.id2label is None:
+            return {}
+        names = {int(key): label for key, label in self.id2label.items()}
+        return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
 
     def restore(self, config: Any) -> None:
         """Give a configuration what the training had set in it: labels, kind of loss, pad and eos tokens."""
-        names = self.label_names()
-        if names is not None:
-            config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+        for key, value in self.labels().items():
+            setattr(config, key, value)
         for key in ("problem_type", "pad_token_id", "eos_token_id"):
             if getattr(self, key) is not None and hasattr(config, key):
                 setattr(config, key, getattr(self, key))

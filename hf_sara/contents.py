@@ -185,7 +185,7 @@ class AdapterContents:
 
     def base_dtype(self) -> torch.dtype:
         """The dtype of the base. A copy that is trained in its place may have a wider one."""
-        held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
+        held = held_ids(self.model)
         base = ((n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in held)
         return next(parameter.dtype for name, parameter in base if not is_of_update(name))
 
@@ -252,7 +252,7 @@ class AdapterContents:
             whole (`nn.Module`, *optional*): The module that trains, if the model is only a part of it.
         """
         whole = self.model if whole is None else whole
-        held = {id(tensor) for other in adapters_on(self.model).values() for tensor in other.trained().values()}
+        held = held_ids(self.model)
         lost = {n: p for n, p in whole.named_parameters() if p.requires_grad and id(p) not in held}
         if lost:
             names = list(lost)
@@ -297,13 +297,18 @@ class AdapterContents:
 
 def _freeze(model: nn.Module) -> list[str]:
     """Freeze the base and return the names of the parameters that were trainable."""
-    held = {id(tensor) for adapter in adapters_on(model).values() for tensor in adapter.trained().values()}
+    held = held_ids(model)
     names = {
         n: p for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held
     }
     for parameter in names.values():
         parameter.requires_grad_(False)
     return list(names)
+
+
+def held_ids(model: nn.Module) -> set[int]:
+    """The ids of the tensors that the adapters of a model train."""
+    return {id(tensor) for adapter in adapters_on(model).values() for tensor in adapter.trained().values()}
 
 
 def thaw(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
-"""Files: atomic writes and digests."""
+"""Files: atomic writes, and the form of digests."""
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -46,12 +45,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_digest(what: str, digest: str) -> None:

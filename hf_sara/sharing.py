@@ -89,11 +89,9 @@ def from_hub(
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
         kind = base_class(base.class_name, trust_remote_code)
-        labels = base.label_names()
-        if labels is not None and "config" not in kwargs:
+        if "config" not in kwargs:
             # A head is made with as many outputs as there are labels.
-            names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-            kwargs = {**names, **kwargs}
+            kwargs = {**base.labels(), **kwargs}
         try:
             model, loading = kind.from_pretrained(
                 name,

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter import SaraAdapter
-from ..carrier import adapters_on, unwrap
+from ..carrier import unwrap
+from ..contents import held_ids
 from ..copies import TokenRows
 
 # TRL's functions that make a reference in trainers whose constructors do not take one: the first loads it by the name
@@ -39,7 +40,7 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
         [`~transformers.PreTrainedModel`]: The copy. Its modules and its trained tensors are its own.
     """
     model: Any = adapter.model
-    own = {id(tensor) for other in adapters_on(model).values() for tensor in other.trained().values()}
+    own = held_ids(model)
     # Trained rows of an embedding are written into its weight.
     own |= {id(m.weight) for m in model.modules() for c in getattr(m, "sara", {}).values() if isinstance(c, TokenRows)}
     memo = {id(tensor): tensor for tensor in model.parameters() if share and id(tensor) not in own}
