@@ -8,6 +8,8 @@ from typing import Any
 from .methods import METHODS, Method
 from .spectrum import check_threshold
 
+# All linears but heads and embeddings, as in PEFT.
+ALL_LINEAR = "all-linear"
 V_POSITIONS = ("back", "front", "none")
 FACTORS = ("recompute", "save")
 
@@ -34,8 +36,12 @@ class SaraArguments:
             router.
         target_modules (`list[str]`, *optional*):
             Names of the linear modules to adapt (`["q_proj", "v_proj"]`; one projection of a fused module is
-            `"c_attn.q"`), or one regular expression that the whole name of a site must match. If it is left out, the
-            query and value projections of the model families that `hf_sara` knows are adapted.
+            `"c_attn.q"`), or one regular expression that the whole name of a site must match, or `"all-linear"` for
+            all linear modules but heads and embeddings. If it is left out, the query and value projections are
+            adapted, and of a multi-modal model those of its text model.
+        exclude_modules (`list[str]`, *optional*):
+            Names of linear modules that are not adapted, although `target_modules` or its default chooses them. They
+            are matched as in `target_modules`.
         layers (`str`, *optional*):
             Layers to adapt, counted from 0: `"0-7,12"`. If it is left out, all layers are adapted.
         modules_to_save (`list[str]`, *optional*):
@@ -80,8 +86,13 @@ class SaraArguments:
     target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the linear modules to adapt, or one regular expression. Default: query and value."
+            "help": "Names of the linear modules to adapt, or one regular expression, or all-linear. "
+            "Default: query and value."
         },
+    )
+    exclude_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of linear modules that are not adapted, or one regular expression."},
     )
     layers: str | None = field(default=None, metadata={"help": "Layers to adapt, from 0: 0-7,12. Default: all."})
     modules_to_save: list[str] | None = field(
@@ -126,10 +137,18 @@ class SaraArguments:
             raise ValueError(f"num_heads={self.num_heads!r} has to be a whole number of at least 1.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} has to lie in [0, 1).")
-        if isinstance(self.target_modules, str):
-            self.target_modules = [self.target_modules]
+        for name in ("target_modules", "exclude_modules"):
+            given = getattr(self, name)
+            names = [given] if isinstance(given, str) else given
+            setattr(self, name, None if names is None else list(names))
+            if names is not None and not all(isinstance(one, str) and one for one in names):
+                raise ValueError(f"{name}={given!r} has to be a list of names, or one regular expression.")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
+        if self.target_modules is not None and ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError(f"target_modules={self.target_modules} has to be '{ALL_LINEAR}' alone, or names.")
+        # An empty list excludes nothing.
+        self.exclude_modules = self.exclude_modules or None
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if self.modules_to_save is not None:

@@ -20,8 +20,9 @@ from .factors import Factors
 from .methods import Delta
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
+from .patterns import is_of_update
 from .planning import AdapterSpec
-from .sites import PlannedSite, is_of_update
+from .sites import PlannedSite
 from .tensor_files import check_tensors
 
 logger = logging.getLogger(__name__)

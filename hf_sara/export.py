@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import SaraAdapter, adapter_of
 from .base_model import BaseRecord, class_of
 from .files import write_file
+from .linears import linear_shape
 from .parts import ModulePart, TokenPart
-from .sites import is_of_update, linear_shape
+from .patterns import is_of_update
 from .tensor_files import check_tensors, to_bytes
 
 logger = logging.getLogger(__name__)

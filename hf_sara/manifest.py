@@ -13,12 +13,13 @@ from typing import Any, get_type_hints
 from .arguments import SaraArguments
 from .base_model import BaseRecord
 from .files import check_digest
+from .layouts import OutputSlice
 from .methods import Method
 from .parts import ModulePart, Part, TokenPart
 from .planning import AdapterSpec
 from .records import check_fields
 from .seeds import SEED_FIELDS, Seed
-from .sites import OutputSlice, PlannedSite
+from .sites import PlannedSite
 from .spectrum import check_threshold
 from .tensor_files import BUFFER_DTYPES
 

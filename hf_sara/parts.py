@@ -6,7 +6,6 @@ arguments say otherwise, and every other part is named in `modules_to_save` or `
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .arguments import SaraArguments
-from .sites import Site, is_of_update
-from .targets import matches
+from .heads import default_heads, own_parameters, random_parameters
+from .patterns import is_of_update, is_within, matches
+from .sites import Site
 
 Shapes = dict[str, tuple[int, ...]]
-
-# A model for one of these tasks has a head of its own, which the checkpoint of a pretrained model does not have.
-TASKS_WITH_A_NEW_HEAD = re.compile(
-    r"For(Sequence|Token|Image|Audio|AudioFrame|Video)Classification|ForQuestionAnswering|ForMultipleChoice"
-    r"|ForXVector|Reward"
-)
 
 
 @dataclass(frozen=True)
@@ -157,50 +150,12 @@ def find_parts(model: nn.Module, args: SaraArguments, sites: Sequence[Site]) -> 
     return parts
 
 
-def default_heads(model: Any) -> list[str]:
-    """The modules of the head that the model's task makes anew, or none for another task."""
-    kind = next((k.__name__ for k in type(model).__mro__ if TASKS_WITH_A_NEW_HEAD.search(k.__name__)), None)
-    if kind is None:
-        return []
-    heads = [name for name, child in model.named_children() if _is_head(model, name, child)]
-    random = random_parameters(model)
-    own = [name for name, _ in model.named_parameters(recurse=False) if name in random]
-    if own:
-        raise ValueError(
-            f"{', '.join(own)} is not in the checkpoint of the base, and belongs to no module, so that it cannot be "
-            f"trained and saved. Load the {kind} without it, as its configuration allows, or say modules_to_save=[]."
-        )
-    if not heads and random:
-        raise ValueError(
-            f"The head of this {kind} cannot be told from its body, and these parameters are random, because they are "
-            f"not in the checkpoint of the base: {', '.join(random[:5])}. Name their modules in modules_to_save, or "
-            "say modules_to_save=[] to leave them as they are."
-        )
-    return heads
-
-
-def _is_head(model: Any, name: str, child: nn.Module) -> bool:
-    """A head is a child with parameters that is neither the body nor an embedding."""
-    if isinstance(child, (PreTrainedModel, nn.Embedding)) or "embed" in name or not any(_own_parameters(child)):
-        return False
-    if hasattr(model, model.base_model_prefix):
-        return name != model.base_model_prefix
-    # Without a body of a known name, a child with a list of layers is taken for one.
-    return not any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in child.modules())
-
-
-def random_parameters(model: nn.Module) -> list[str]:
-    """The parameters that no checkpoint gave, of a model that was loaded from one. transformers marks the others."""
-    names = {n: hasattr(p, "_is_hf_initialized") for n, p in model.named_parameters() if not is_of_update(n)}
-    return [name for name, loaded in names.items() if not loaded] if any(names.values()) else []
-
-
 def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """The outermost modules that the patterns match, in the order of the model."""
     offered = [
         name
         for name, module in model.named_modules()
-        if name and not is_of_update(name) and any(_own_parameters(module))
+        if name and not is_of_update(name) and any(own_parameters(module))
     ]
     found: list[str] = []
     for pattern in patterns:
@@ -229,7 +184,7 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
         module = model.get_submodule(name)
         parameters: Shapes = {}
         ties: dict[str, str] = {}
-        for key, parameter in _own_parameters(module):
+        for key, parameter in own_parameters(module):
             full = f"{name}.{key}"
             if not parameter.is_floating_point():
                 raise ValueError(
@@ -368,23 +323,9 @@ def parts_collide(model: nn.Module, part: Part, other: Part) -> bool:
 def weight_owners(model: nn.Module) -> Mapping[int, list[str]]:
     """By the id of a parameter, its full names in all modules that have it. A tied parameter has several."""
     owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in _own_parameters(model):
+    for name, parameter in own_parameters(model):
         owners[id(parameter)].append(name)
     return owners
-
-
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a name is that of one of these modules, or of a module or a tensor in one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
-def _own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """The parameters of each module in a module once, also if the module has several names."""
-    for path, inner in module.named_modules():
-        for name, parameter in inner._parameters.items():
-            full = f"{path}.{name}" if path else name
-            if parameter is not None and not is_of_update(f".{full}"):
-                yield full, parameter
 
 
 def _own_buffers(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

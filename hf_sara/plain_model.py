@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from .adapter import SaraAdapter, adapter_of
 from .carrier import adapters_on
-from .sites import is_of_update
+from .patterns import is_of_update
 
 
 def merge(

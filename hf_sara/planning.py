@@ -12,7 +12,8 @@ from .methods.base import Shapes
 from .parallel import for_each
 from .parts import Part, find_parts
 from .parts import count as count_part
-from .sites import PlannedSite, Site, is_of_update
+from .patterns import is_of_update
+from .sites import PlannedSite, Site
 from .spectrum import Spectrum, find_rank, find_spectrum
 from .targets import find_sites
 

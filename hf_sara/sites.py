@@ -6,42 +6,18 @@ A *site* is one weight matrix W of shape (d_in, d_out), so that y = x W + b. `nn
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-
-@dataclass(frozen=True)
-class OutputSlice:
-    """
-    The output columns of one projection inside a fused module. The outputs stand in `groups` equal blocks, and the
-    projection owns the columns `start` to `stop` of every block. With one group, they are a plain range. If q, k and v
-    are interleaved per head, there is one group per head.
-
-    Args:
-        groups (`int`): Number of blocks.
-        start (`int`): First column of the projection within a block.
-        stop (`int`): First column after the projection within a block.
-    """
-
-    groups: int
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        """Number of output columns of the projection, d_out."""
-        return self.groups * (self.stop - self.start)
-
-    def view(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """A view of the projection's part, in which `dim` becomes the two dimensions (groups, stop - start)."""
-        dim = dim % tensor.dim()
-        blocks = tensor.unflatten(dim, (self.groups, -1))
-        return blocks.narrow(dim + 1, self.start, self.stop - self.start)
+from .layouts import OutputSlice, fused_slices
+from .linears import is_linear, linear_shape, read_weight
+from .patterns import is_of_update
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class Site:
 
     def read(self, module: nn.Linear) -> torch.Tensor:
         """The weight W of the site in its module."""
-        return self.orient(plain_weight(module, self.name), module)
+        return self.orient(read_weight(module, self.name), module)
 
     def orient(self, stored: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """The weight W of the site, taken from a weight that is stored as this kind of module stores it."""
@@ -121,103 +97,32 @@ class PlannedSite(Site):
 AnySite = TypeVar("AnySite", bound=Site)
 
 
-def plain_weight(module: Any, name: str) -> torch.Tensor:
-    """The stored weight of a linear as a floating-point tensor. A quantized weight is dequantized."""
-    weight = module.weight.detach()
-    if hasattr(module.weight, "ds_id") and not weight.numel():
-        raise ValueError(
-            f"{name}: DeepSpeed has spread this weight over the processes while the model was loaded. Load the model, "
-            "and attach the adapter, before TrainingArguments with ZeRO stage 3 are made."
-        )
-    if weight.is_meta:
-        raise ValueError(f"{name}: the weight is on the meta device, it has no values yet. Load the model first.")
-    quant_state = getattr(module.weight, "quant_state", None)
-    if quant_state is not None or weight.dtype == torch.int8:
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{name}: the weight is stored as {weight.dtype}, and its values cannot be read. Load the base in a "
-            "floating-point dtype, or with bitsandbytes quantization."
-        )
-    return weight
-
-
-def is_of_update(name: str) -> bool:
-    """Whether the full name of a module or a parameter is that of an update, and not of the base model."""
-    return ".sara." in f"{name}."
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a kind of linear that can hold sites."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear. It is not read from the weight, because a quantized one has another shape."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    linear = cast(nn.Linear, module)
-    return linear.in_features, linear.out_features
-
-
-def fused_slices(model: nn.Module, leaf: str, d_out: int) -> dict[str, OutputSlice]:
-    """The projections of a fused module by label (`"q"`, `"k"`, `"v"`), or nothing for a plain module."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    kind = (getattr(config, "model_type", None), leaf)
-    if kind == ("gpt2", "c_attn"):
-        third = d_out // 3
-        # The c_attn of a cross-attention holds k and v only, because its q is a module of its own.
-        if d_out == 3 * config.hidden_size:
-            return _consecutive(q=third, k=third, v=third)
-        return _consecutive(k=d_out // 2, v=d_out // 2)
-    if kind == ("phi3", "qkv_proj"):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        key_value = config.num_key_value_heads * head
-        return _consecutive(q=config.num_attention_heads * head, k=key_value, v=key_value)
-    if kind in (("gpt_neox", "query_key_value"), ("bloom", "query_key_value")):
-        return _per_head(config.num_attention_heads, d_out)
-    if kind == ("falcon", "query_key_value"):
-        heads = config.num_attention_heads
-        head = config.hidden_size // heads
-        if config.new_decoder_architecture:
-            queries = heads // config.num_kv_heads * head
-            return _consecutive(groups=config.num_kv_heads, q=queries, k=head, v=head)
-        if config.multi_query:
-            return _consecutive(q=heads * head, k=head, v=head)
-        return _per_head(heads, d_out)
-    return {}
-
-
-def _consecutive(groups: int = 1, **widths: int) -> dict[str, OutputSlice]:
-    slices, start = {}, 0
-    for label, width in widths.items():
-        slices[label] = OutputSlice(groups, start, start + width)
-        start += width
-    return slices
-
-
-def _per_head(heads: int, d_out: int) -> dict[str, OutputSlice]:
-    width = d_out // heads // 3
-    return _consecutive(groups=heads, q=width, k=width, v=width)
-
-
 def all_sites(model: nn.Module) -> list[Site]:
     """Every site that the model offers, in the order of its modules."""
     sites = []
-    for module_name, module in model.named_modules():
-        if not is_linear(module) or not module_name or is_of_update(module_name):
-            continue
+    for module_name, module, config in _linears(model):
         d_in, d_out = linear_shape(module)
-        slices = fused_slices(model, module_name.rsplit(".", 1)[-1], d_out)
+        slices = fused_slices(config, module_name.rsplit(".", 1)[-1], d_out)
         if not slices:
-            sites.append(Site(module_name, module_name, (d_in, d_out)))
+            sites.append(whole_site(module_name, module))
         for label, output_slice in slices.items():
             sites.append(Site(f"{module_name}.{label}", module_name, (d_in, output_slice.size), output_slice))
     return sites
+
+
+def whole_site(name: str, module: nn.Module) -> Site:
+    """The site that is the whole output of a linear, whether it is a fused one or not."""
+    return Site(name, name, linear_shape(module))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """The linears of a model by name, each with the configuration of the innermost model that it belongs to."""
+    configs: dict[str, Any] = {"": getattr(model, "config", None)}
+    for name, module in model.named_modules():
+        outer = configs[name.rpartition(".")[0]] if name else configs[""]
+        configs[name] = module.config if isinstance(module, PreTrainedModel) else outer
+        if name and is_linear(module) and not is_of_update(name):
+            yield name, module, outer
 
 
 def sites_by_kind(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:

@@ -26,6 +26,7 @@ from .errors import AdapterError
 from .factors import Factors, find_factors, sketch, sketches_agree
 from .files import write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
+from .linears import is_linear
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
 from .parts import (
@@ -33,14 +34,14 @@ from .parts import (
     Part,
     TokenPart,
     input_embedding,
-    is_within,
     module_parts,
     refuse_collisions,
     refuse_overlap,
 )
+from .patterns import is_within
 from .records import parse_json
 from .seeds import Seed
-from .sites import PlannedSite, Site, all_sites
+from .sites import PlannedSite, Site, all_sites, whole_site
 from .tensor_files import SAFETENSORS_DTYPES, TensorFile, check_tensors, tensors_digest, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,13 @@ class SavedAdapter(Config):
 
     def sites_on(self, model: nn.Module) -> list[PlannedSite]:
         """Check that the model has each site with the same shape and columns; returns the sites."""
-        offered = {site.name: site for site in all_sites(model)}
+        offered, modules = {site.name: site for site in all_sites(model)}, dict(model.named_modules())
         for site in self.sites:
             there = offered.get(site.name)
+            module = modules.get(site.name)
+            if there is None and site.slice is None and module is not None and is_linear(module):
+                # Its layout was not known to an earlier version, which adapted the module as a whole.
+                there = whole_site(site.name, module)
             if there is None:
                 raise AdapterError(
                     f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} does not "

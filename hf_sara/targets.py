@@ -1,26 +1,19 @@
 """The choice of a model's sites by an adapter's arguments."""
 
-import re
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from .arguments import SaraArguments, parse_layers
+from .arguments import ALL_LINEAR, SaraArguments, parse_layers
+from .default_targets import default_sites, place, role_of
+from .heads import task_heads
+from .linears import has_sizes, is_linear, why_not
+from .patterns import PLAIN_NAME, is_of_update, is_within, matches
 from .sites import Site, all_sites
 
-# The query and value projections of model families. As in the paper, they are adapted if `target_modules` is left out.
-QV_PROJ = ("q_proj", "v_proj")
-DEFAULT_TARGETS = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), QV_PROJ),
-    **dict.fromkeys(("gptj", "opt", "vit", "olmo", "olmo2", "stablelm", "phi", "granite", "smollm3"), QV_PROJ),
-    "phi3": ("qkv_proj.q", "qkv_proj.v"),
-    "gpt2": ("c_attn.q", "c_attn.v"),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value.q", "query_key_value.v")),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "value")),
-    **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
-}
-
-PLAIN_NAME = re.compile(r"[\w.]+")
+logger = logging.getLogger(__name__)
 
 
 def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
@@ -29,75 +22,165 @@ def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
-        args ([`SaraArguments`]): The arguments. Only `target_modules` and `layers` are read.
+        args ([`SaraArguments`]): The arguments. Only `target_modules`, `exclude_modules` and `layers` are read.
 
     Returns:
         `list[Site]`: At least one site, in the order of the model's modules.
 
     Raises:
-        `ValueError`: If a name or a layer matches nothing. The message lists what the model has.
+        `ValueError`: If a name or a layer matches nothing, or a module that is chosen cannot hold an update. The
+            message says what the model has, or why.
     """
     offered = all_sites(model)
-    targets = args.target_modules
-    if targets is None:
-        model_type = _model_type(model)
-        if model_type not in DEFAULT_TARGETS:
-            raise ValueError(
-                f"No default target modules are known for the model type {model_type!r}. Set target_modules to names "
-                f"or a regular expression. {_offer(offered)}"
-            )
-        targets = list(DEFAULT_TARGETS[model_type])
+    if args.target_modules is None or args.target_modules == [ALL_LINEAR]:
+        chosen = _general_choice(model, offered, everything=args.target_modules is not None)
+    else:
+        chosen = _named(model, offered, args.target_modules)
+    if args.exclude_modules is not None:
+        chosen = _without(chosen, offered, args.exclude_modules)
+    if args.layers is None:
+        return chosen
+    layers = parse_layers(args.layers)
+    present = {site.layer for site in chosen if site.layer is not None}
+    if layers - present:
+        raise ValueError(
+            f"layers={args.layers!r} names {sorted(layers - present)}, but the chosen modules are in the layers "
+            f"{sorted(present)}."
+        )
+    return [site for site in chosen if site.layer in layers]
+
+
+def _named(model: nn.Module, offered: Sequence[Site], targets: Sequence[str]) -> list[Site]:
+    for target in targets:
+        if not any(_is_target(site, [target]) for site in offered):
+            raise ValueError(f"target_modules={target!r} matches no linear module. {_what_else(model, target)}")
     chosen = [site for site in offered if _is_target(site, targets)]
-    if args.target_modules is not None:
-        for target in targets:
-            if not any(_is_target(site, [target]) for site in offered):
-                raise ValueError(f"target_modules={target!r} matches no linear module. {_offer(offered)}")
-    if not chosen:
-        raise ValueError(f"The model has none of the modules {', '.join(targets)}. {_offer(offered)}")
-    if args.layers is not None:
-        layers = parse_layers(args.layers)
-        present = {site.layer for site in chosen if site.layer is not None}
-        if layers - present:
-            raise ValueError(
-                f"layers={args.layers!r} names {sorted(layers - present)}, but the chosen modules are in the layers "
-                f"{sorted(present)}."
-            )
-        chosen = [site for site in chosen if site.layer in layers]
+    useless = _useless(model, chosen)
+    if useless:
+        name, reason = next(iter(useless.items()))
+        raise ValueError(f"{name} cannot be adapted: {reason}. Name it in exclude_modules, or choose other modules.")
+    experts = {name: shape for name, shape in _fused_experts(model).items() if _names_experts(name, targets)}
+    if experts:
+        logger.warning("%s.", _says_experts(experts))
     return chosen
 
 
-def _model_type(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", "") or type(model).__name__
-    if model_type not in DEFAULT_TARGETS and hasattr(config, "get_text_config"):
-        text_type = getattr(config.get_text_config(), "model_type", model_type)
-        return text_type if text_type in DEFAULT_TARGETS else model_type
-    return model_type
+def _general_choice(model: nn.Module, offered: Sequence[Site], everything: bool) -> list[Site]:
+    heads = _heads(model)
+    inner = [site for site in offered if not is_within(site.module, heads)]
+    chosen = inner if everything else default_sites(model, inner)
+    packed = {name: kind for name, kind in _packed(model).items() if everything or role_of(place(model, name)[1])}
+    if packed:
+        name, kind = next(iter(packed.items()))
+        raise ValueError(f"{name} {_says_packed(kind)}")
+    useless = _useless(model, chosen)
+    usable = [site for site in chosen if site.module not in useless]
+    if not usable:
+        reasons = "".join(f" {name} cannot be adapted: {reason}." for name, reason in list(useless.items())[:1])
+        raise ValueError(
+            f"This {type(model).__name__} has no query and value projections that can be adapted by default.{reasons} "
+            f"Set target_modules to names or a regular expression. {_offer(offered)}"
+        )
+    if useless:
+        name, reason = next(iter(useless.items()))
+        logger.warning("%d modules are not adapted, such as %s: %s.", len(useless), name, reason)
+    experts = _fused_experts(model) if everything else {}
+    if experts:
+        logger.warning("%s.", _says_experts(experts))
+    return usable
 
 
-def _is_target(site: Site, targets: list[str]) -> bool:
+def _heads(model: Any) -> list[str]:
+    """The heads of a model: what its task makes anew, and its output embedding."""
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        output = None
+    return [*task_heads(model), *(name for name, module in model.named_modules() if module is output)]
+
+
+def _useless(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
+    """The modules of sites that cannot hold updates, with the reasons."""
+    found = {}
+    for name in dict.fromkeys(site.module for site in sites):
+        parent, _, leaf = name.rpartition(".")
+        reason = why_not(model.get_submodule(name), model.get_submodule(parent), leaf)
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def _without(chosen: Sequence[Site], offered: Sequence[Site], excluded: Sequence[str]) -> list[Site]:
+    for name in excluded:
+        if not any(_is_target(site, [name], "exclude_modules") for site in offered):
+            raise ValueError(f"exclude_modules={name!r} matches no linear module. {_offer(offered)}")
+    left = [site for site in chosen if not _is_target(site, excluded, "exclude_modules")]
+    if not left:
+        raise ValueError(f"exclude_modules={list(excluded)} excludes all of the chosen modules. {_offer(chosen)}")
+    return left
+
+
+def _is_target(site: Site, targets: Sequence[str], argument: str = "target_modules") -> bool:
     # A plain name may also be that of a fused module, which then stands for all of its projections.
     return any(
-        matches(site.name, target, "target_modules")
-        or (PLAIN_NAME.fullmatch(target) is not None and matches(site.module, target, "target_modules"))
+        matches(site.name, target, argument)
+        or (PLAIN_NAME.fullmatch(target) is not None and matches(site.module, target, argument))
         for target in targets
     )
 
 
-def matches(name: str, pattern: str, argument: str) -> bool:
-    """
-    Whether a choice of modules includes a full name. A plain name has to be the end of the full name, and begin there
-    after a dot. Anything else is a regular expression for the whole name. An error names the argument that it is of.
-    """
-    if PLAIN_NAME.fullmatch(pattern):
-        return f".{name}".endswith(f".{pattern}")
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{argument}={pattern!r} is not a valid regular expression: {error}.") from error
+# ---- what a model has instead ----
 
 
-def _offer(sites: list[Site]) -> str:
+def _what_else(model: nn.Module, target: str) -> str:
+    """A sentence on what a name stands for that is no linear."""
+    packed = {name: kind for name, kind in _packed(model).items() if matches(name, target, "target_modules")}
+    if packed:
+        name, kind = next(iter(packed.items()))
+        return f"{name} {_says_packed(kind)}"
+    experts = {name: shape for name, shape in _fused_experts(model).items() if _names_experts(name, [target])}
+    return f"{_says_experts(experts)}." if experts else _offer(all_sites(model))
+
+
+def _packed(model: nn.Module) -> dict[str, str]:
+    """The modules with the sizes of a linear whose packed weights cannot be read, and the names of their classes."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if has_sizes(module) and not is_linear(module) and not is_of_update(name)
+    }
+
+
+def _says_packed(kind: str) -> str:
+    return (
+        f"is a {kind}, which stores its weight in a form of its own, so that its singular values cannot be read. Load "
+        "the base in a floating-point dtype, or with bitsandbytes quantization."
+    )
+
+
+def _fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters that hold the matrices of several experts in one tensor, and their shapes."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name and not is_of_update(name)
+    }
+
+
+def _names_experts(name: str, targets: Sequence[str]) -> bool:
+    names = (name, name.rpartition(".")[0])
+    return any(matches(one, target, "target_modules") for one in names for target in targets)
+
+
+def _says_experts(experts: dict[str, tuple[int, ...]]) -> str:
+    name, shape = next(iter(experts.items()))
+    return (
+        f"{name} and {len(experts) - 1} more are fused parameters of experts, {shape[0]} matrices in one tensor of "
+        f"shape {shape}, which hf_sara does not adapt"
+    )
+
+
+def _offer(sites: Sequence[Site]) -> str:
     """The linear modules that a model has, in one line: `q_proj (4096 x 4096, 32 times)`."""
     counts: dict[tuple[str, tuple[int, int]], int] = {}
     for site in sites:

@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sara import SaraAdapter, SaraArguments
 from hf_sara.contents import add_deltas
-from hf_sara.sites import OutputSlice, PlannedSite
+from hf_sara.layouts import OutputSlice
+from hf_sara.sites import PlannedSite
 
 D_IN, K = 10, 4
 # d_out of the site, outputs of the module, columns of the site: a whole module, and parts of fused ones.

@@ -12,8 +12,30 @@ PACKAGE = Path(hf_sara.__file__).parent
 # From the bottom to the top. A module may import what stands before it, wherever the import is written.
 FLOORS = (
     *("_lapack", "errors", "files", "records", "repos", "cache", "parallel", "spectrum", "factors", "tensor_files"),
-    *("sites", "seeds", "methods.base", "methods.products", "methods.sara", "methods.mo_sara", "methods"),
-    *("arguments", "targets", "parts", "planning", "base_model", "manifest", "format1", "storage"),
+    *(
+        "patterns",
+        "layouts",
+        "linears",
+        "sites",
+        "seeds",
+        "methods.base",
+        "methods.products",
+        "methods.sara",
+        "methods.mo_sara",
+        "methods",
+    ),
+    *(
+        "arguments",
+        "heads",
+        "default_targets",
+        "targets",
+        "parts",
+        "planning",
+        "base_model",
+        "manifest",
+        "format1",
+        "storage",
+    ),
     *(
         "own_tokenizer",
         "card_text",

@@ -8,15 +8,16 @@ of the package asks the method for its facts, and never compares its name.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..factors import Factors, find_factors
+from ..layouts import OutputSlice
+from ..linears import compute_device, compute_dtype
 from ..seeds import Seed
-from ..sites import OutputSlice, PlannedSite
+from ..sites import PlannedSite
 from ..spectrum import find_rank
 
 Shapes = dict[str, tuple[int, ...]]
@@ -150,10 +151,8 @@ class Method:
             model ([`~transformers.PreTrainedModel`]): The base model; the update is not attached to it.
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
-        weight = site.linear(model).weight
-        # A quantized weight is stored in a dtype that nothing can be computed in, so the model's dtype is taken.
-        dtype = weight.dtype if weight.is_floating_point() else cast(PreTrainedModel, model).dtype
-        delta = self.delta_class(self, site, dtype, weight.device)
+        module = site.linear(model)
+        delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
         return delta

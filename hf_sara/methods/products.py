@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..sites import OutputSlice
+from ..layouts import OutputSlice
 
 
 def is_plain(module: nn.Module) -> bool:
