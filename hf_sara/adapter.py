@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from .factors import Factors
 from .manifest import Manifest, current_versions
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
+from .sites import PlannedSite
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class SaraAdapter(AttachedUpdates):
         factors = saved.factors_on(model, sites)
         adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
         try:
-            adapter.load_state_dict(tensors)
+            adapter.load_state_dict(tensors, saved.untrained)
+            adapter.rest([site for site in sites if site.name in saved.untrained])
         except BaseException:
             adapter.detach()
             raise
@@ -143,10 +145,16 @@ class SaraAdapter(AttachedUpdates):
 
     # ---- files ----
 
-    def manifest(self) -> Manifest:
-        """The description of the adapter that its files hold besides its tensors."""
+    def manifest(self, untrained: Collection[PlannedSite] = ()) -> Manifest:
+        """
+        The description of the adapter that its files hold besides its tensors.
+
+        Args:
+            untrained (`Collection[PlannedSite]`, *optional*): The sites whose tensors are those of their start.
+        """
         base, versions = BaseRecord.of(self.model, self.base_dtype()), current_versions()
-        return Manifest(self.args, self.threshold, self.sites, self.parts, self.seeds, base, versions)
+        names = frozenset(site.name for site in untrained)
+        return Manifest(self.args, self.threshold, self.sites, self.parts, self.seeds, base, versions, untrained=names)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
@@ -160,6 +168,7 @@ class SaraAdapter(AttachedUpdates):
             `ValueError`: If a parameter trains that no adapter of the model holds.
         """
         self.refuse_others()
+        self.rest(self.untrained_sites())
         storage.write(folder, self.manifest(), self.state_dict(), self.saved_factors())
 
     def write_card(self, folder: str | PathLike, *, tags: str | Sequence[str] = (), **card: Any) -> None:

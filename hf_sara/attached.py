@@ -1,18 +1,31 @@
 """An adapter on a model that can be switched off, merged and removed."""
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
 
 from .carrier import adapters_on, set_adapters
 from .contents import AdapterContents, refuse_in_use, thaw
 from .copies import refuse_spread
+from .frozen_buffers import hold_buffers
 from .merging import MergedWeights
+from .parts import ModulePart
+from .sites import PlannedSite
+
+logger = logging.getLogger(__name__)
 
 
 class AttachedUpdates(AdapterContents):
     """The contents of an adapter, and what can be done with them: switching off, merging and removing."""
 
     _merged: MergedWeights | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._told: set[str] = set()
 
     # ---- switching ----
 
@@ -41,6 +54,7 @@ class AttachedUpdates(AdapterContents):
                 delta.enabled = deltas[site.name]
             for (host, copy), enabled in zip(self.copies(), copies, strict=True):
                 copy.switch(host, enabled)
+            self._hold_buffers()
 
     def _set_enabled(self, enabled: bool) -> None:
         refuse_spread(self.model, self.parts, self.name, enabled)
@@ -50,11 +64,56 @@ class AttachedUpdates(AdapterContents):
             copy.switch(host, enabled)
         for _, delta in self.deltas():
             delta.enabled = enabled
+        self._hold_buffers()
+
+    def _hold_buffers(self) -> None:
+        """Hold the buffers of a base whose modules are in use now, after the trained copies were switched."""
+        if any(isinstance(part, ModulePart) for part in self.parts):
+            hold_buffers(self.model)
 
     def _refuse_merged(self, action: str) -> None:
         if self.merged:
             raise ValueError(
                 f"Cannot {action} the adapter {self.name!r}: it is merged into the weights. Unmerge first."
+            )
+
+    # ---- updates that did not train ----
+
+    def untrained_sites(self, state: Mapping[str, torch.Tensor] | None = None) -> list[PlannedSite]:
+        """
+        The sites whose updates learned nothing and took no part, although others did: those of experts that got no
+        token, or of a cross-attention without an encoder. Their tensors are still those of their random start.
+
+        Args:
+            state (`Mapping[str, torch.Tensor]`, *optional*): See [`SaraAdapter.changed`].
+        """
+        changed = self.changed(state)
+        if changed:
+            return [
+                site
+                for site, delta in self.deltas()
+                if not delta.usage.learning and not any(f"{site.name}.{name}" in changed for name in delta.trained())
+            ]
+        idle = [site for site, delta in self.deltas() if not delta.usage.called]
+        return idle if len(idle) < len(self.sites) else []
+
+    def rest(self, sites: Sequence[PlannedSite]) -> None:
+        """
+        Let the updates of sites add nothing. SARA's random start would change what the base computes there, and the
+        training has not made it any better.
+        """
+        for site in sites:
+            self.delta(site).rest()
+        news = [site.name for site in sites if site.name not in self._told]
+        self._told.update(news)
+        if news:
+            logger.warning(
+                "The updates of %d of %d sites were never used in the training, so they add nothing: %s%s. The model "
+                "did not call their modules then. If it never will, leave them out with exclude_modules.",
+                len(news),
+                len(self.sites),
+                ", ".join(news[:5]),
+                " ..." if len(news) > 5 else "",
             )
 
     # ---- merging ----
@@ -77,6 +136,7 @@ class AttachedUpdates(AdapterContents):
         """
         self._refuse_merged("merge")
         self.spec.method.refuse_merge()
+        self.rest(self.untrained_sites())
         refuse_in_use(self.model, self.parts, self)
         refuse_spread(self.model, self.parts, self.name, False)
         self._merged = MergedWeights(self.model, list(self.deltas()), self.copies())
@@ -111,6 +171,7 @@ class AttachedUpdates(AdapterContents):
         self._remove()
         others = {name: other for name, other in adapters_on(self.model).items() if other is not self}
         set_adapters(self.model, others)
+        hold_buffers(self.model)
         if others:
             next(reversed(others.values()))._unfrozen += self._unfrozen
         else:

@@ -3,9 +3,8 @@
 Nothing here knows of files or of the Hub.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
 from .factors import Factors
+from .frozen_buffers import hold_buffers
 from .methods import Delta
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
@@ -28,7 +28,7 @@ from .tensor_files import check_tensors
 logger = logging.getLogger(__name__)
 
 
-def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+def add_deltas(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
     """
     The forward hook of a linear, which adds the enabled updates to its output. It captures no state, so that a copy of
     the model uses its own updates.
@@ -36,9 +36,11 @@ def add_deltas(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torc
     # This is true if the output is that of the frozen linear itself, which no other hook can have seen or changed.
     own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
     linear = module if own else None
+    x = args[0] if args else next(iter(kwargs.values()))
     for delta in module.sara.values():
         if delta.enabled:
-            output = delta(args[0], output, linear)
+            delta.usage.note(delta.training)
+            output = delta(x, output, linear)
             linear = None
     return output
 
@@ -47,7 +49,7 @@ def insert_delta(module: Any, key: str, delta: Delta) -> None:
     """Put an update on a linear, beside the updates that it already has."""
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
-        module.register_forward_hook(add_deltas)
+        module.register_forward_hook(add_deltas, with_kwargs=True)
     module.sara[key] = delta.train(module.training)
 
 
@@ -90,6 +92,7 @@ class AdapterContents:
             raise
         self._initial = self._fingerprints()
         set_adapters(self.model, {**adapters_on(self.model), self.name: self})
+        hold_buffers(self.model)
 
     def _insert(self, factors: Mapping[str, Factors]) -> None:
         for site in self.sites:
@@ -206,8 +209,14 @@ class AdapterContents:
         return self.frozen_factors() if self.spec.method.saves_factors else {}
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter."""
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], untrained: Collection[str] = ()) -> None:
+        """
+        Copy tensors into the trained ones. Their names and shapes have to be exactly those of the adapter.
+
+        Args:
+            tensors (`Mapping[str, torch.Tensor]`): The tensors of [`SaraAdapter.state_dict`].
+            untrained (`Collection[str]`, *optional*): The sites whose tensors are those of their start.
+        """
         check_tensors(tensors, self.spec.state_shapes())
         reshard(self.model)
         for name, tensor in self.tensors().items():
@@ -216,6 +225,9 @@ class AdapterContents:
                 # This process holds a shard of the tensor, see `state_dict`.
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)
+        for site, delta in self.deltas():
+            names = [f"{site.name}.{name}" for name in delta.trained() if site.name in untrained]
+            self._initial |= {name: _fingerprint(tensors[name]) for name in names}
         self.mirror_rows()
 
     def num_parameters(self) -> int:
@@ -227,9 +239,20 @@ class AdapterContents:
     def _fingerprints(self) -> dict[str, int]:
         return {name: _fingerprint(tensor) for name, tensor in self.trained().items()}
 
+    def changed(self, state: Mapping[str, torch.Tensor] | None = None) -> set[str]:
+        """
+        The names of the trained tensors that have other bits than at the adapter's start, here or on a copied model.
+
+        Args:
+            state (`Mapping[str, torch.Tensor]`, *optional*): The tensors as whole ones, for a model that is spread
+                over processes.
+        """
+        now = self._fingerprints() if state is None else {name: _fingerprint(state[name]) for name in self._initial}
+        return {name for name, bits in self._initial.items() if now[name] != bits}
+
     def is_untrained(self) -> bool:
         """Whether the trained tensors have the bits with which the adapter started, here or on a copied model."""
-        return self._fingerprints() == self._initial
+        return not self.changed()
 
     def train_alone(self) -> None:
         """
@@ -263,36 +286,6 @@ class AdapterContents:
                 f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. "
                 + ("Name their modules in modules_to_save, or freeze them" if inside else "Freeze them")
                 + ": parameter.requires_grad_(False)."
-            )
-
-    @contextlib.contextmanager
-    def watch_rows(self) -> Iterator[None]:
-        """
-        Raise a `RuntimeError` if a module that shares the weight of trained rows runs no forward within a `with`
-        block, because what reads the weight in another way gives the rows no gradient.
-        """
-        rows = {id(copy): copy for _, copy in self.copies() if isinstance(copy, TokenRows) and copy.part.trained}
-        idle = {
-            name: module
-            for name, module in self.model.named_modules()
-            if any(id(child) in rows for child in getattr(module, "sara", nn.ModuleDict()).values())
-        }
-
-        def saw(module: nn.Module, *_: Any) -> None:
-            for name in [name for name, other in idle.items() if other is module]:
-                del idle[name]
-
-        watched = [module.register_forward_hook(saw) for module in idle.values()]
-        try:
-            yield
-        finally:
-            for handle in watched:
-                handle.remove()
-        if idle:
-            raise RuntimeError(
-                f"{', '.join(idle)} shares the weight of the trained rows, and the training reads the weight without "
-                "calling the module, so that the rows have no gradient from there. Use modules_to_save in place of "
-                "trainable_token_indices."
             )
 
 

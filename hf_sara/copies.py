@@ -200,6 +200,37 @@ def _store_key(part: Part, name: str) -> str:
     return f"{name}{DOT}{part.name.replace('.', DOT)}"
 
 
+@contextlib.contextmanager
+def watch_rows(model: nn.Module) -> Iterator[None]:
+    """
+    Raise a `RuntimeError` if a module that shares the weight of trained rows runs no forward within a `with` block,
+    because what reads the weight in another way gives the rows no gradient.
+    """
+    idle = {
+        name: module
+        for name, module in model.named_modules()
+        for child in getattr(module, "sara", nn.ModuleDict()).values()
+        if isinstance(child, TokenRows) and child.part.trained and child.rows.requires_grad
+    }
+
+    def saw(module: nn.Module, *_: Any) -> None:
+        for name in [name for name, other in idle.items() if other is module]:
+            del idle[name]
+
+    watched = [module.register_forward_hook(saw) for module in idle.values()]
+    try:
+        yield
+    finally:
+        for handle in watched:
+            handle.remove()
+    if idle:
+        raise RuntimeError(
+            f"{', '.join(idle)} shares the weight of the trained rows, and the training reads the weight without "
+            "calling the module, so that the rows have no gradient from there. Use modules_to_save in place of "
+            "trainable_token_indices."
+        )
+
+
 def _insert(module: Any, key: str, child: nn.Module, hooks: Mapping[str, Any]) -> None:
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()

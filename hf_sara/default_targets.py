@@ -5,23 +5,33 @@ They are found by the names that models give to the linears of an attention, and
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .linears import is_linear
 from .patterns import is_within
 from .sites import Site
 
-# A name of one of these forms has a role: `q_proj`, `query`, `to_q`, `Wqkv`, `kv_b_proj`, `c_attn`, ...
-ROLES = {"query": "q", "key": "k", "value": "v", "key_value": "kv", "query_key_value": "qkv"}
-NAME_WITH_A_ROLE = re.compile(
-    r"(?P<before>(?:.*_)?)w?(?P<role>query_key_value|key_value|query|key|value|qkv|kv|q|k|v)(?P<after>(?:_.*)?)"
-)
-FUSED_NAMES = ("c_attn", "att_proj")
-# The sub-configurations of a model of texts alone.
+# The words of a name that have a role, the longest first: `q_proj`, `query`, `to_q`, `Wqkv`, `kv_b_proj`, ...
+ROLES = {
+    "qkv": ("query_key_value", "qkv[a-z]?", "c_attn", "att_proj"),
+    "kv": ("key_value", "kv"),
+    "q": ("query", "queries", "q"),
+    "k": ("keys?", "k"),
+    "v": ("values?", "v"),
+}
+PATTERNS = {
+    role: re.compile(rf"(?P<before>(?:.*_)?)w?(?:{'|'.join(words)})(?P<after>(?:proj|_.*)?)")
+    for role, words in ROLES.items()
+}
+# Inner models of a model with two configurations of texts, and their sub-configurations.
 TEXT_CONFIGS = {"encoder", "decoder"}
+TEXT_INPUTS = {"input_ids", "decoder_input_ids", "inputs_embeds"}
+
+Named = tuple[str, Site]
 
 
 def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
@@ -33,68 +43,95 @@ def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
         model ([`~transformers.PreTrainedModel`]): The model.
         offered (`Sequence[Site]`): Its sites. Those of fused modules with a known layout are projections.
     """
-    families: dict[str, list[tuple[str, Site]]] = defaultdict(list)
+    families: dict[str, list[Named]] = defaultdict(list)
     for site in offered:
         parent, leaf = place(model, site.module)
         families[parent].append((site.label or leaf, site))
-    found = {site.name for family in families.values() for site in _pair(family)}
+    for lenient in (False, True):
+        names = {site.name for family in families.values() for site in _query_and_value(family, lenient)}
+        if names:
+            break
+    found = [site for site in offered if site.name in names]
     text = _text_model(model)
-    inside = {name for name in found if text and is_within(name, [text])}
-    return [site for site in offered if site.name in (inside or found)]
+    return [site for site in found if text and is_within(site.name, [text])] or _beside_towers(model, found)
 
 
 def place(model: nn.Module, name: str) -> tuple[str, str]:
     """
-    The module that a linear belongs to, and its name there. If it is alone in a wrapper whose name has a role, its
-    name is that of the wrapper.
+    The module that a linear belongs to, and its name there. If it is the only linear of a wrapper whose name has a
+    role, its name is that of the wrapper.
     """
     parent, _, leaf = name.rpartition(".")
-    if role_of(leaf) is None and parent:
-        outer, _, wrapper = parent.rpartition(".")
-        if role_of(wrapper) is not None and len(list(model.get_submodule(parent).children())) == 1:
+    outer, _, wrapper = parent.rpartition(".")
+    if role_of(leaf) is None and role_of(wrapper) is not None:
+        inside = (module for module in model.get_submodule(parent).modules() if is_linear(module))
+        if len(list(inside)) == 1:
             return outer, wrapper
     return parent, leaf
 
 
 def role_of(leaf: str) -> tuple[str, str] | None:
     """The role that a name says, `"q"`, `"k"`, `"v"`, `"kv"` or `"qkv"`, and the rest of the name; `None` if none."""
-    if leaf in FUSED_NAMES:
-        return "qkv", ""
-    match = NAME_WITH_A_ROLE.fullmatch(leaf.lower())
-    if match is None:
-        return None
-    return ROLES.get(match["role"], match["role"]), f"{match['before']} {match['after']}"
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", leaf).lower()
+    for role, pattern in PATTERNS.items():
+        match = pattern.fullmatch(words)
+        if match is not None:
+            return role, f"{match['before']} {match['after']}"
+    return None
 
 
-def _pair(family: Sequence[tuple[str, Site]]) -> list[Site]:
-    """The query and the value among the sites of one parent, or a fused projection of both."""
-    by_role: dict[str, dict[str, list[tuple[str, Site]]]] = defaultdict(lambda: defaultdict(list))
+def _query_and_value(family: Sequence[Named], lenient: bool) -> list[Site]:
+    """
+    The query and the value among the linears of one parent, or a fused projection of both.
+
+    Args:
+        family (`Sequence[tuple[str, Site]]`): The sites of the parent by name.
+        lenient (`bool`): Whether one of the two is enough, for models whose other one is no linear.
+    """
+    by_role: dict[str, dict[str, list[Named]]] = defaultdict(lambda: defaultdict(list))
     for name, site in family:
         role = role_of(name)
         if role is not None:
             by_role[role[0]][role[1]].append((name, site))
     # A fused module of unknown layout is adapted as a whole.
-    fused = [site for rest in by_role["qkv"].values() for _, site in rest]
+    fused = [site for _, site in _flat(by_role["qkv"])]
     queries, values = by_role["q"], by_role["v"] or by_role["kv"]
-    if not queries or not values:
-        return fused
-    # `q_b_proj` belongs to `kv_b_proj`, and `query_global` to `value_global`.
-    both = queries.keys() & values.keys()
-    return fused + [site for side in (queries, values) for site in _shortest(side, both)]
+    if queries and values:
+        # `q_b_proj` belongs to `kv_b_proj`, and `query_global` to `value_global`.
+        both = queries.keys() & values.keys()
+        return fused + _shortest(queries, both) + _shortest(values, both)
+    if lenient:
+        fused += [site for _, site in _flat(by_role["kv"])]
+        fused += [site for _, site in _flat(queries) if by_role["k"]]
+    return fused
 
 
-def _shortest(side: dict[str, list[tuple[str, Site]]], both: Any) -> list[Site]:
-    named = [pair for rest, pairs in side.items() if rest in both or not both for pair in pairs]
-    least = min(len(name) for name, _ in named)
-    return [site for name, site in named if len(name) == least]
+def _flat(side: dict[str, list[Named]]) -> list[Named]:
+    return [named for found in side.values() for named in found]
+
+
+def _shortest(side: dict[str, list[Named]], both: Iterable[str]) -> list[Site]:
+    found = _flat({rest: side[rest] for rest in both}) or _flat(side)
+    least = min(len(name) for name, _ in found)
+    return [site for name, site in found if len(name) == least]
 
 
 def _text_model(model: Any) -> str | None:
     """The name of the text model in a multi-modal model, or `None` for a model of texts alone, or of images alone."""
     config = getattr(model, "config", None)
     inner = set() if config is None else {k for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
-    takes_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    if not inner or (inner <= TEXT_CONFIGS and takes_text) or not hasattr(model, "get_decoder"):
+    if not inner or (inner <= TEXT_CONFIGS and _takes_text(model)) or not hasattr(model, "get_decoder"):
         return None
     decoder = model.get_decoder()
     return next((name for name, module in model.named_modules() if module is decoder), None)
+
+
+def _beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """The sites that are in no inner model of images or sounds, if the model itself takes texts; else all sites."""
+    inner = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    towers = [name for name, module in inner if name and not _takes_text(module)] if _takes_text(model) else []
+    return [site for site in sites if not is_within(site.module, towers)] or list(sites)
+
+
+def _takes_text(model: Any) -> bool:
+    return getattr(model, "main_input_name", "input_ids") in TEXT_INPUTS

@@ -95,6 +95,8 @@ def export_lora(
     adapter.spec.method.refuse_export()
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
+    _refuse_two_places(adapter)
+    adapter.rest(adapter.untrained_sites())
     pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
     # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
     # naming the tensor.
@@ -115,6 +117,18 @@ def export_lora(
     report = ExportReport(ranks, errors, len(payload) + len(config))
     logger.info("Exported a LoRA: %s", report)
     return report
+
+
+def _refuse_two_places(adapter: SaraAdapter) -> None:
+    """Raise a `ValueError` if an adapted module is in two places of the model, of which PEFT would adapt one."""
+    adapted = {id(site.linear(adapter.model)): site.module for site in adapter.sites}
+    for name, module in adapter.model.named_modules(remove_duplicate=False):
+        first = adapted.get(id(module), name)
+        if name != first:
+            raise ValueError(
+                f"{first} and {name} are the same module, and a LoRA of PEFT would be on one of them only. Give each "
+                "place a module of its own before the adapter is attached, or share the adapter itself."
+            )
 
 
 def _lora_pair(adapter: SaraAdapter, module_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,12 +223,25 @@ def _lora_config(adapter: SaraAdapter, ranks: dict[str, int], base_name: str | N
         "target_modules": _target_modules(model, ranks),
         "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
         "bias": "none",
-        "modules_to_save": [part.name for part in adapter.parts if isinstance(part, ModulePart)] or None,
+        "modules_to_save": _modules_to_save(adapter) or None,
         "trainable_token_indices": {
             part.name: list(part.indices) for part in adapter.parts if isinstance(part, TokenPart)
         }
         or None,
     }
+
+
+def _modules_to_save(adapter: SaraAdapter) -> list[str]:
+    """
+    The names of the modules that are trained in full. PEFT takes every module whose name ends with one of them, so a
+    name with which another one ends gets the prefix that all names have in PEFT's model.
+    """
+    others = [name for name, _ in adapter.model.named_modules() if not is_of_update(name)]
+    names = [part.name for part in adapter.parts if isinstance(part, ModulePart)]
+    return [
+        f"base_model.model.{name}" if any(other.endswith(name) and other != name for other in others) else name
+        for name in names
+    ]
 
 
 def _task_type(class_name: str) -> str | None:

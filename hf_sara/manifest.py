@@ -6,7 +6,7 @@ A config has exactly the known fields. Its shapes are used only after they were 
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, get_type_hints
 
@@ -42,7 +42,7 @@ CONFIG_FIELDS = {
     "tokens": list,
     "sites": list,
 }
-SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict}
+SITE_FIELDS = {"name": str, "shape": list[int], "k": int, "slice": dict, "trained": bool}
 MODULE_FIELDS = {
     "name": str,
     "parameters": dict[str, list[int]],
@@ -66,11 +66,14 @@ class Manifest(AdapterSpec):
         seeds (`dict[str, Seed]`): The seeds of the frozen factors by site; empty for a method that has none.
         base ([`BaseRecord`]): The base model of the training.
         versions (`dict[str, str]`): Versions of the packages that made the adapter.
+        untrained (`frozenset[str]`, *optional*): The sites whose tensors are those of their random start. A checkpoint
+            keeps them, so that the training can go on with them.
     """
 
     seeds: dict[str, Seed]
     base: BaseRecord
     versions: dict[str, str]
+    untrained: frozenset[str] = field(default=frozenset(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def config_text(manifest: Manifest, format_version: int, dtype: str, digests: Ma
         record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
         if site.slice is not None:
             record["slice"] = asdict(site.slice)
+        if site.name in manifest.untrained:
+            record["trained"] = False
         if site.name in manifest.seeds:
             record.update(manifest.seeds[site.name].to_json())
         records.append("    " + json.dumps(record, separators=(",", ":")))
@@ -161,6 +166,7 @@ def parse_config(config: Any, format_version: int) -> Config:
         sites=sites,
         parts=_read_parts(config),
         seeds=seeds,
+        untrained=frozenset(site.name for site, r in zip(sites, records, strict=True) if not r.get("trained", True)),
         base=base,
         versions=config["versions"],
         dtype=config["dtype"],
@@ -176,7 +182,7 @@ def parse_config(config: Any, format_version: int) -> Config:
 
 def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
     hints = {**SITE_FIELDS, **SEED_FIELDS} if method.has_factors else SITE_FIELDS
-    check_fields(what, record, hints, optional={"slice", "clusters"})
+    check_fields(what, record, hints, optional={"slice", "trained", "clusters"})
     name, shape, k, part = record["name"], tuple(record["shape"]), record["k"], None
     if "slice" in record:
         check_fields(f"the slice of {name!r}", record["slice"], get_type_hints(OutputSlice))

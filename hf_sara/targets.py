@@ -32,62 +32,73 @@ def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
             message says what the model has, or why.
     """
     offered = all_sites(model)
-    if args.target_modules is None or args.target_modules == [ALL_LINEAR]:
-        chosen = _general_choice(model, offered, everything=args.target_modules is not None)
+    everything = args.target_modules == [ALL_LINEAR]
+    if args.target_modules is None or everything:
+        chosen = _general_choice(model, offered, everything)
     else:
         chosen = _named(model, offered, args.target_modules)
     if args.exclude_modules is not None:
         chosen = _without(chosen, offered, args.exclude_modules)
-    if args.layers is None:
-        return chosen
-    layers = parse_layers(args.layers)
-    present = {site.layer for site in chosen if site.layer is not None}
-    if layers - present:
-        raise ValueError(
-            f"layers={args.layers!r} names {sorted(layers - present)}, but the chosen modules are in the layers "
-            f"{sorted(present)}."
-        )
-    return [site for site in chosen if site.layer in layers]
+    if args.layers is not None:
+        layers = parse_layers(args.layers)
+        present = {site.layer for site in chosen if site.layer is not None}
+        if layers - present:
+            raise ValueError(
+                f"layers={args.layers!r} names {sorted(layers - present)}, but the chosen modules are in the layers "
+                f"{sorted(present)}."
+            )
+        chosen = [site for site in chosen if site.layer in layers]
+    return _useful(model, chosen, lenient=everything)
 
 
 def _named(model: nn.Module, offered: Sequence[Site], targets: Sequence[str]) -> list[Site]:
     for target in targets:
         if not any(_is_target(site, [target]) for site in offered):
             raise ValueError(f"target_modules={target!r} matches no linear module. {_what_else(model, target)}")
-    chosen = [site for site in offered if _is_target(site, targets)]
-    useless = _useless(model, chosen)
-    if useless:
-        name, reason = next(iter(useless.items()))
-        raise ValueError(f"{name} cannot be adapted: {reason}. Name it in exclude_modules, or choose other modules.")
     experts = {name: shape for name, shape in _fused_experts(model).items() if _names_experts(name, targets)}
+    if experts:
+        logger.warning("%s.", _says_experts(experts))
+    return [site for site in offered if _is_target(site, targets)]
+
+
+def _general_choice(model: nn.Module, offered: Sequence[Site], everything: bool) -> list[Site]:
+    """All sites but those of heads, or query and value among them."""
+    heads = _heads(model)
+    inner = [site for site in offered if not is_within(site.module, heads)]
+    packed = {name: kind for name, kind in _packed(model).items() if everything or role_of(place(model, name)[1])}
+    if packed:
+        name, kind = next(iter(packed.items()))
+        raise ValueError(f"{name} {_says_packed(kind)}")
+    chosen = inner if everything else default_sites(model, inner)
+    if not chosen:
+        raise ValueError(
+            f"This {type(model).__name__} has no query and value projections that are linear modules, so there is no "
+            f"default choice. Set target_modules to names, a regular expression, or '{ALL_LINEAR}'. {_offer(offered)}"
+        )
+    experts = _fused_experts(model) if everything else {}
     if experts:
         logger.warning("%s.", _says_experts(experts))
     return chosen
 
 
-def _general_choice(model: nn.Module, offered: Sequence[Site], everything: bool) -> list[Site]:
-    heads = _heads(model)
-    inner = [site for site in offered if not is_within(site.module, heads)]
-    chosen = inner if everything else default_sites(model, inner)
-    packed = {name: kind for name, kind in _packed(model).items() if everything or role_of(place(model, name)[1])}
-    if packed:
-        name, kind = next(iter(packed.items()))
-        raise ValueError(f"{name} {_says_packed(kind)}")
-    useless = _useless(model, chosen)
-    usable = [site for site in chosen if site.module not in useless]
-    if not usable:
-        reasons = "".join(f" {name} cannot be adapted: {reason}." for name, reason in list(useless.items())[:1])
-        raise ValueError(
-            f"This {type(model).__name__} has no query and value projections that can be adapted by default.{reasons} "
-            f"Set target_modules to names or a regular expression. {_offer(offered)}"
-        )
-    if useless:
-        name, reason = next(iter(useless.items()))
-        logger.warning("%d modules are not adapted, such as %s: %s.", len(useless), name, reason)
-    experts = _fused_experts(model) if everything else {}
-    if experts:
-        logger.warning("%s.", _says_experts(experts))
-    return usable
+def _useful(model: nn.Module, chosen: Sequence[Site], lenient: bool) -> list[Site]:
+    """The sites that can hold updates. If the choice is lenient, the others are left out, and otherwise an error."""
+    reasons = {}
+    for name in dict.fromkeys(site.module for site in chosen):
+        parent, _, leaf = name.rpartition(".")
+        reason = why_not(model.get_submodule(name), model.get_submodule(parent), leaf)
+        if reason is not None:
+            reasons[name] = reason
+    useful = [site for site in chosen if site.module not in reasons]
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        if not lenient or not useful:
+            raise ValueError(
+                f"{name} cannot be adapted: {reason}. Name it in exclude_modules, or choose other target_modules. "
+                f"{_offer(all_sites(model))}"
+            )
+        logger.warning("%d linears are not adapted, such as %s: %s.", len(reasons), name, reason)
+    return useful
 
 
 def _heads(model: Any) -> list[str]:
@@ -97,17 +108,6 @@ def _heads(model: Any) -> list[str]:
     except (AttributeError, NotImplementedError):
         output = None
     return [*task_heads(model), *(name for name, module in model.named_modules() if module is output)]
-
-
-def _useless(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
-    """The modules of sites that cannot hold updates, with the reasons."""
-    found = {}
-    for name in dict.fromkeys(site.module for site in sites):
-        parent, _, leaf = name.rpartition(".")
-        reason = why_not(model.get_submodule(name), model.get_submodule(parent), leaf)
-        if reason is not None:
-            found[name] = reason
-    return found
 
 
 def _without(chosen: Sequence[Site], offered: Sequence[Site], excluded: Sequence[str]) -> list[Site]:

@@ -206,7 +206,7 @@ def test_the_short_cuts_are_closed_where_the_output_is_not_the_frozen_linears_ow
     model.linear.register_forward_hook(
         lambda module, args, output: output + args[0].sin() @ torch.ones(D_IN, 9).double()
     )
-    model.linear.register_forward_hook(add_deltas)
+    model.linear.register_forward_hook(add_deltas, with_kwargs=True)
     changed = results(model, x)
     wide = x.clone().requires_grad_()
     expected = delta(wide, nn.functional.linear(wide, model.linear.weight) + wide.sin().sum(1, keepdim=True))

@@ -44,6 +44,7 @@ FLOORS = (
         "carrier",
         "token_rows",
         "copies",
+        "frozen_buffers",
         "merging",
         "contents",
         "attached",

@@ -191,7 +191,7 @@ def test_layers_choose_among_the_targets():
 
 def test_a_model_of_another_kind_needs_target_modules():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
-    with pytest.raises(ValueError, match=r"This Sequential has no query and value.*0 \(4 x 5, 1 times\)"):
+    with pytest.raises(ValueError, match=r"This Sequential has no query and value projections.*0 \(4 x 5, 1 times\)"):
         find_sites(model, SaraArguments())
     assert [site.name for site in find_sites(model, SaraArguments(target_modules=["1"]))] == ["1"]
     with pytest.raises(ValueError, match=r"no nn\.Linear or Conv1D"):

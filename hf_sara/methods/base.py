@@ -158,6 +158,27 @@ class Method:
         return delta
 
 
+class Usage:
+    """
+    A record of what an update was used for. It is one object also where several copies of a module share it, as those
+    that `nn.DataParallel` makes for each call.
+
+    Attributes:
+        called (`bool`): Whether the linear was called while the update was enabled.
+        learning (`bool`): Whether it was called in a training.
+    """
+
+    def __init__(self):
+        self.called = False
+        self.learning = False
+
+    def note(self, training: bool) -> None:
+        """Record a call. Nothing is read here, so that torch.compile needs no second graph after the first call."""
+        self.called = True
+        if training and torch.is_grad_enabled():
+            self.learning = True
+
+
 class Delta(nn.Module):
     """
     The base class of the updates of all methods. It knows where they stand, their dtypes, and whether they are
@@ -181,6 +202,7 @@ class Delta(nn.Module):
         # This is a module, because some trainers turn dropout off by going through a model's modules.
         self.dropout = nn.Dropout(method.options.dropout)
         self.enabled = True
+        self.usage = Usage()
         trained, frozen = method.trained_shapes(site.shape, site.k), method.frozen_shapes(site.shape, site.k)
         self.trained_names = tuple(trained)
         trained_dtype = torch.promote_types(dtype, torch.float32)
@@ -199,6 +221,12 @@ class Delta(nn.Module):
     def trained(self) -> Mapping[str, nn.Parameter]:
         """The trained tensors by name."""
         return {name: self.get_parameter(name) for name in self.trained_names}
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Let the update add nothing, in such a way that it can still learn. By default, all its tensors are zero."""
+        for tensor in self.trained().values():
+            tensor.zero_()
 
     @torch.no_grad()
     def set_factors(self, U: torch.Tensor, Vh: torch.Tensor) -> None:

@@ -116,6 +116,10 @@ class MoSaraDelta(Delta):
         return self.router(self._project(x, x.dtype)).t().reshape(*x.shape[:-1], self.num_heads)
 
     @torch.no_grad()
+    def rest(self):
+        (self.S if self.v_position == "none" else self.v).zero_()
+
+    @torch.no_grad()
     def low_rank(self):
         refuse_heads(self.num_heads)
         dtype = self.S.dtype

@@ -40,6 +40,10 @@ class SaraDelta(Delta):
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
     @torch.no_grad()
+    def rest(self):
+        (self.S if "S" in self.trained_names else self.Vh).zero_()
+
+    @torch.no_grad()
     def low_rank(self):
         S = self.S if "S" in self.trained_names else self.U.new_ones(self.k)
         return self.U, S, self.Vh

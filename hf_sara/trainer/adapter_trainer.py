@@ -6,7 +6,8 @@ SARA adapter, so Trainer alone would write the whole base at every checkpoint.
 
 import logging
 import os
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
 from ..contents import reshard
-from ..copies import own_names
+from ..copies import own_names, watch_rows
 from ..hub import TRAINING_ARGS_FILE
 from ..parts import Part, TokenPart
 from .frozen_base import FrozenBaseMixin
@@ -122,10 +123,21 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if self.model is not None:
             self.sara_adapter.train_alone()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:
             if self.model is not None:
                 self.sara_adapter.mirror_rows()
+        self._rest()
+        return result
+
+    def _rest(self) -> None:
+        """Let the updates that never took part add nothing. Until the end they can learn from their start."""
+        adapter = self.sara_adapter
+        # Without shards the tensors themselves are looked at, which needs no copies.
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sites = adapter.untrained_sites(self._gather()[0] if spread else None)
+        with gathered(self, [tensor for site in sites for tensor in adapter.delta(site).trained().values()], rank=0):
+            adapter.rest(sites)
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
@@ -139,7 +151,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def training_step(self, model, inputs, *args, **kwargs):
         if self._sara_checked_gradients:
             return super().training_step(model, inputs, *args, **kwargs)
-        with self.sara_adapter.watch_rows():
+        with watch_rows(self.sara_adapter.model):
             return super().training_step(model, inputs, *args, **kwargs)
 
     # ---- model_init and hyperparameter search ----
@@ -173,6 +185,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, and not the base. Every process has to call this, and one of them writes."""
+        if not _internal_call:
+            self._rest()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Trainer itself would gather the whole base, or nothing. Every process has to take part in gathering.
             self._write(output_dir, self._gather())
@@ -184,12 +198,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _gather(self) -> Contents:
         """The tensors to write, as whole tensors, also if FSDP or DeepSpeed has sharded them."""
         adapter = self.sara_adapter
-        if not self.is_deepspeed_enabled:
-            return adapter.state_dict(), adapter.saved_factors()
-        import deepspeed
-
         tensors = [*adapter.tensors().values(), *(t for _, delta in adapter.deltas() for t in delta.parameters())]
-        with deepspeed.zero.GatheredParameters(tensors):
+        with gathered(self, tensors):
             return adapter.state_dict(), adapter.saved_factors()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -202,7 +212,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
             return
         output_dir = output_dir_of(self) if output_dir is None else output_dir
         self.sara_adapter.refuse_others(self.accelerator.unwrap_model(self.model))
-        storage.write(output_dir, self.sara_adapter.manifest(), *contents)
+        adapter = self.sara_adapter
+        storage.write(output_dir, adapter.manifest(adapter.untrained_sites(contents[0])), *contents)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every access token by a placeholder.
@@ -255,13 +266,8 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         if getattr(config, "problem_type", "none") is None:
             # A classifier finds it out in its first forward, and a finished run that is resumed has none.
             config.problem_type = saved.base.problem_type
-        if self.is_deepspeed_enabled:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(list(adapter.tensors().values()), modifier_rank=0):
-                adapter.load_state_dict(tensors)
-        else:
-            adapter.load_state_dict(tensors)
+        with gathered(self, list(adapter.tensors().values()), rank=0):
+            adapter.load_state_dict(tensors, saved.untrained)
 
     def _prepare_for_training(self, *args, **kwargs):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -281,6 +287,15 @@ class AdapterTrainerMixin(FrozenBaseMixin):
                 return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
+
+
+def gathered(trainer: Any, tensors: Sequence[torch.Tensor], rank: int | None = None) -> AbstractContextManager:
+    """Let DeepSpeed's tensors be whole within a `with` block, in which one process, or none, may change them."""
+    if not trainer.is_deepspeed_enabled or not tensors:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=rank)
 
 
 def _differences(saved: storage.SavedAdapter, adapter: SaraAdapter) -> list[str]:

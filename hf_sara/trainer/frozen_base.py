@@ -78,24 +78,37 @@ class FrozenBaseMixin(ExactResumeMixin):
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
 
     def training_step(self, model, inputs, *args, **kwargs):
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        # DeepSpeed keeps gradients in its own place, so they cannot be checked here.
-        if not self._sara_checked_gradients and not self.is_deepspeed_enabled:
-            self._check_gradients()
-            self._sara_checked_gradients = True
+        if self._sara_checked_gradients:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._refuse_frozen()
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise RuntimeError(self._nothing_learns()) from error
+            raise
+        # DeepSpeed keeps gradients in its own place, and FSDP has empty shards, so that they cannot be checked here.
+        tensors = [tensor for tensor in self.trained().values() if tensor.numel()]
+        if not self.is_deepspeed_enabled and tensors and all(tensor.grad is None for tensor in tensors):
+            raise RuntimeError(self._nothing_learns())
+        self._sara_checked_gradients = True
         return loss
 
-    def _check_gradients(self) -> None:
-        trained = self.trained()
-        silent = [n for n, t in trained.items() if t.requires_grad and t.numel() and t.grad is None]
-        frozen = [n for n, t in trained.items() if not t.requires_grad]
-        if silent or frozen:
-            names = silent or frozen
+    def _refuse_frozen(self) -> None:
+        frozen = [name for name, tensor in self.trained().items() if not tensor.requires_grad]
+        if frozen:
             raise RuntimeError(
-                f"After the first backward pass {len(names)} trained tensors have no gradient: {', '.join(names[:5])}"
-                f"{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or the adapter is "
-                "frozen, disabled or merged. Choose other target_modules or layers, or enable the adapter."
+                f"{len(frozen)} tensors of the adapter are frozen and would not train: {', '.join(frozen[:5])}"
+                f"{' ...' if len(frozen) > 5 else ''}. Let them train: parameter.requires_grad_(True)."
             )
+
+    def _nothing_learns(self) -> str:
+        names = list(self.trained())
+        return (
+            f"After the first backward pass none of the {len(names)} trained tensors has a gradient: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or "
+            "the adapter is disabled or merged. Choose other target_modules or layers, or enable the adapter."
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_tensors(resume_from_checkpoint, "checkpoint")

@@ -1,0 +1,97 @@
+"""The buffers of a frozen base, which a training would change: statistics of normalisations, and ranges of values.
+
+A frozen base computes the same in training as later. So a normalisation uses its running statistics and does not move
+them, as layers that are frozen do in other libraries. Any other module that keeps buffers and looks at whether it
+trains works on copies of them, so that the base's stay as they are.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .carrier import adapters_on, drop_hooks
+from .parts import ModulePart
+from .patterns import is_of_update, is_within
+
+
+def hold_buffers(model: nn.Module) -> None:
+    """
+    Keep the buffers of a model that carries adapters, apart from those of modules that are trained in full now, and
+    let go of all others. This is called whenever one of the two may have changed.
+    """
+    adapters = adapters_on(model).values()
+    trained = [
+        copy.part.name
+        for adapter in adapters
+        for _, copy in adapter.copies()
+        if isinstance(copy.part, ModulePart) and copy.is_enabled()
+    ]
+    for name, module in model.named_modules():
+        held = bool(adapters) and not is_within(name, trained) and not is_of_update(name)
+        if isinstance(module, _NormBase):
+            _hold_norm(module, held and module.running_mean is not None)
+        elif any(_saved_buffers(module)):
+            _hold_others(module, held and _knows_training(type(module)))
+
+
+def _hold_norm(module: Any, held: bool) -> None:
+    if held and "train" not in vars(module):
+        module.sara_mode = module.training
+        # This can be copied and pickled together with its module, which a function inside of another cannot.
+        module.train = functools.partial(_note_mode, module)
+        nn.Module.train(module, False)
+    elif not held and "sara_mode" in vars(module):
+        del module.train
+        module.train(module.sara_mode)
+        del module.sara_mode
+
+
+def _note_mode(module: Any, mode: bool = True) -> nn.Module:
+    """Stands in for `train` of a normalisation that stays in evaluation."""
+    module.sara_mode = mode
+    return module
+
+
+def _hold_others(module: nn.Module, held: bool) -> None:
+    hooked = any(hook is use_copies for hook in module._forward_pre_hooks.values())
+    if held and not hooked:
+        module.register_forward_pre_hook(use_copies)
+        module.register_forward_hook(use_own, always_call=True)
+    elif hooked and not held:
+        drop_hooks(module, (use_copies, use_own))
+
+
+def use_copies(module: Any, args: Any) -> None:
+    """The forward pre-hook of a module that may change its buffers in a training."""
+    if module.training:
+        module.sara_buffers = dict(_saved_buffers(module))
+        for name, buffer in module.sara_buffers.items():
+            module._buffers[name] = buffer.clone()
+
+
+def use_own(module: Any, args: Any, output: Any) -> None:
+    """The forward hook that gives such a module its own buffers back."""
+    if "sara_buffers" in vars(module):
+        module._buffers.update(module.sara_buffers)
+        del module.sara_buffers
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own buffers that are part of its state."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+@functools.cache
+def _knows_training(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class looks at whether it trains. A class without code is taken for one that does."""
+    try:
+        return any(".training" in inspect.getsource(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)])
+    except (OSError, TypeError):
+        return True
