@@ -17,7 +17,12 @@ from huggingface_hub import HfFileSystem
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import SaraArguments
@@ -204,6 +209,22 @@ def names_in_model(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     own = model.state_dict()
     found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in keys}
     return {key: name for key, (name, converted) in found.items() if converted is None}
+
+
+def name_in_checkpoint(model: PreTrainedModel, name: str) -> str:
+    """
+    A name of a tensor that transformers renames to the given one when it loads the tensor. This is the name itself,
+    except for models whose own names look like older ones that are renamed.
+    """
+    if names_in_model(model, [name]).get(name, name) == name:
+        return name
+    (older,) = revert_weight_conversion(model, {name: torch.empty(0)})
+    if names_in_model(model, [older]).get(older) != name:
+        raise ValueError(
+            f"transformers renames {name} to {names_in_model(model, [name])[name]} when it loads tensors for this "
+            f"{type(model).__name__}, so a LoRA for it would not be found."
+        )
+    return older
 
 
 # ---- weights from files ----

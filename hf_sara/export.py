@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import SaraAdapter, adapter_of
-from .base_model import BaseRecord, class_of
+from .base_model import BaseRecord, class_of, name_in_checkpoint
 from .files import write_file
 from .linears import linear_shape
 from .parts import ModulePart, TokenPart
@@ -100,7 +100,7 @@ def export_lora(
     pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
     # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
     # naming the tensor.
-    exact = _lora_tensors(pairs)
+    exact = _lora_tensors(adapter.model, pairs)
     check_tensors(exact, {key: tuple(tensor.shape) for key, tensor in exact.items()})
     errors = dict.fromkeys(pairs, 0.0)
     for name, (A, B) in pairs.items():
@@ -108,7 +108,7 @@ def export_lora(
             A, B, errors[name] = truncate(A, B, max_rank)
             pairs[name] = A, B
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
-    payload = to_bytes({**_lora_tensors(pairs), **_part_tensors(adapter)})
+    payload = to_bytes({**_lora_tensors(adapter.model, pairs), **_part_tensors(adapter)})
     config = json.dumps(_lora_config(adapter, ranks, base_model_name_or_path), indent=2).encode() + b"\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +174,14 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return new_A, new_B, float(torch.linalg.vector_norm(S[rank:])) / whole if whole > 0.0 else 0.0
 
 
-def _lora_tensors(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {
-        f"base_model.model.{name}.{key}.weight": tensor.contiguous()
-        for name, pair in pairs.items()
-        for key, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
-    }
+def _lora_tensors(model: Any, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, pair in pairs.items():
+        # PEFT renames a LoRA's tensors as transformers renames those of the base.
+        stored = name_in_checkpoint(model, f"{name}.weight").removesuffix(".weight")
+        for key, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
+            found[f"base_model.model.{stored}.{key}.weight"] = tensor.contiguous()
+    return found
 
 
 def _part_tensors(adapter: SaraAdapter) -> dict[str, torch.Tensor]:

@@ -165,7 +165,7 @@ class Usage:
 
     Attributes:
         called (`bool`): Whether the linear was called while the update was enabled.
-        learning (`bool`): Whether it was called in a training.
+        learning (`bool`): Whether it was called in training mode.
     """
 
     def __init__(self):
@@ -175,7 +175,7 @@ class Usage:
     def note(self, training: bool) -> None:
         """Record a call. Nothing is read here, so that torch.compile needs no second graph after the first call."""
         self.called = True
-        if training and torch.is_grad_enabled():
+        if training:
             self.learning = True
 
 
