@@ -97,6 +97,21 @@ class AttachedUpdates(AdapterContents):
         idle = [site for site, delta in self.deltas() if not delta.usage.called]
         return idle if len(idle) < len(self.sites) else []
 
+    def warn_of_unmoved(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Warn of trained tensors that took part, and have the bits of their start all the same."""
+        changed = self.changed(state)
+        unused = {f"{site.name}.{name}" for site in self.untrained_sites(state) for name in self.delta(site).trained()}
+        known = {*changed, *unused, *self._told}
+        names = [name for name in self.trained() if name not in known] if changed else []
+        self._told.update(names)
+        if names:
+            logger.warning(
+                "%d trained tensors did not change in the training, so no gradient reaches them: %s%s.",
+                len(names),
+                ", ".join(names[:5]),
+                " ..." if len(names) > 5 else "",
+            )
+
     def rest(self, sites: Sequence[PlannedSite]) -> None:
         """
         Let the updates of sites add nothing. SARA's random start would change what the base computes there, and the

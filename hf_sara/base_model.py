@@ -211,12 +211,12 @@ def names_in_model(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     return {key: name for key, (name, converted) in found.items() if converted is None}
 
 
-def name_in_checkpoint(model: PreTrainedModel, name: str) -> str:
+def name_in_checkpoint(model: nn.Module, name: str) -> str:
     """
     A name of a tensor that transformers renames to the given one when it loads the tensor. This is the name itself,
     except for models whose own names look like older ones that are renamed.
     """
-    if names_in_model(model, [name]).get(name, name) == name:
+    if not isinstance(model, PreTrainedModel) or names_in_model(model, [name]).get(name, name) == name:
         return name
     (older,) = revert_weight_conversion(model, {name: torch.empty(0)})
     if names_in_model(model, [older]).get(older) != name:

@@ -44,9 +44,14 @@ def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
         offered (`Sequence[Site]`): Its sites. Those of fused modules with a known layout are projections.
     """
     families: dict[str, list[Named]] = defaultdict(list)
+    names_of = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of[module].append(name)
     for site in offered:
-        parent, leaf = place(model, site.module)
-        families[parent].append((site.label or leaf, site))
+        # A module that two layers share belongs to the attention of both.
+        for name in names_of[site.linear(model)]:
+            parent, leaf = place(model, name)
+            families[parent].append((site.label or leaf, site))
     for lenient in (False, True):
         names = {site.name for family in families.values() for site in _query_and_value(family, lenient)}
         if names:

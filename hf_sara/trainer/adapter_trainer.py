@@ -133,9 +133,9 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _rest(self) -> None:
         """Let the updates that never took part add nothing. Until the end they can learn from their start."""
         adapter = self.sara_adapter
-        # Without shards the tensors themselves are looked at, which needs no copies.
-        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        sites = adapter.untrained_sites(self._gather()[0] if spread else None)
+        state = self._gather()[0] if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
+        adapter.warn_of_unmoved(state)
+        sites = adapter.untrained_sites(state)
         with gathered(self, [tensor for site in sites for tensor in adapter.delta(site).trained().values()], rank=0):
             adapter.rest(sites)
 
