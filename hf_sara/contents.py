@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
+from .dequantizing import FULL_DTYPES
 from .factors import Factors
+from .linears import take_back
 from .methods import Delta
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
@@ -84,11 +86,11 @@ class AdapterContents:
         self._unfrozen = _freeze(model)
         try:
             self._insert(factors)
+            self._initial = self._fingerprints()
         except BaseException:
             self._remove()
             thaw(model, self._unfrozen)
             raise
-        self._initial = self._fingerprints()
         set_adapters(self.model, {**adapters_on(self.model), self.name: self})
 
     def _insert(self, factors: Mapping[str, Factors]) -> None:
@@ -137,7 +139,9 @@ class AdapterContents:
     def delta(self, site: PlannedSite) -> Delta:
         """The update's module at one site."""
         module: Any = self.model.get_submodule(site.module)
-        return module.sara[self._key(site)]
+        delta = module.sara[self._key(site)]
+        take_back(delta)
+        return delta
 
     def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
         """All sites with their updates' modules."""
@@ -187,8 +191,8 @@ class AdapterContents:
     def base_dtype(self) -> torch.dtype:
         """The dtype of the base. A copy that is trained in its place may have a wider one."""
         held = held_ids(self.model)
-        base = ((n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in held)
-        return next(parameter.dtype for name, parameter in base if not is_of_update(name))
+        base = ((n, p) for n, p in self.model.named_parameters() if p.dtype in FULL_DTYPES and id(p) not in held)
+        return next((parameter.dtype for name, parameter in base if not is_of_update(name)), torch.float32)
 
     def frozen_factors(self) -> dict[str, torch.Tensor]:
         """

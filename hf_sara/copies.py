@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from .carrier import drop_hooks
+from .linears import take_back
 from .parts import ModulePart, Part, TokenPart, row_owners, widened
-from .token_rows import TokenRows, use_rows
+from .token_rows import TokenRows, refuse_offloaded, use_rows
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
 DOT = ":"
@@ -67,12 +68,19 @@ def part_on(model: Any, part: Part, name: str) -> tuple[nn.Module, "ModuleCopy |
     """The module of an attached part, and what is attached there."""
     host: Any = model.get_submodule(part.name)
     if isinstance(part, ModulePart):
-        return host, _store(model)[_store_key(part, name)]
+        copy = _store(model)[_store_key(part, name)]
+        if part.ties:
+            refuse_offloaded(part, host, copy)
+        # Their values may have to change places, which those that accelerate has put aside would not do.
+        take_back(host)
+        take_back(copy)
+        return host, copy
     if name not in getattr(host, "sara", {}):
         raise ValueError(
             f"{part.name} is not the module any more whose rows the adapter {name!r} has. Resize the embeddings "
             "before an adapter is attached."
         )
+    refuse_offloaded(part, host, host.sara[name])
     return host, host.sara[name]
 
 

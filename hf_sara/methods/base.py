@@ -15,7 +15,7 @@ from torch import nn
 
 from ..factors import Factors, find_factors
 from ..layouts import OutputSlice
-from ..linears import compute_device, compute_dtype
+from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
@@ -152,6 +152,11 @@ class Method:
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
         module = site.linear(model)
+        if compute_device(module).type == "meta":
+            raise ValueError(
+                f"{site.name}: the weight is on the meta device, so it has no values now. Load the model first, and "
+                "without preload_module_classes if accelerate offloads it."
+            )
         delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
@@ -175,6 +180,7 @@ class Delta(nn.Module):
 
     def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
         super().__init__()
+        self.site_name = site.name
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = site.k
@@ -230,6 +236,11 @@ class Delta(nn.Module):
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
+        if "forward" in self.__dict__ and is_offloaded(self):
+            refuse_gradients(self, self.site_name)
+        if x.device != output.device:
+            # accelerate moves the input of a linear behind its hooks.
+            x = x.to(output.device)
         if self.dropout.p and self.training:
             x, linear = self.dropout(x), None
         if not torch.is_autocast_enabled(x.device.type):
