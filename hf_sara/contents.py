@@ -83,15 +83,18 @@ class AdapterContents:
         self.name = name
         self._resting = False
         _refuse_mixture(model, spec)
-        self._unfrozen = _freeze(model)
+        others = dict(adapters_on(model))
+        self._unfrozen = _trainable(model)
         try:
+            _freeze(model, self._unfrozen)
             self._insert(factors)
             self._initial = self._fingerprints()
+            set_adapters(model, {**others, name: self})
         except BaseException:
+            set_adapters(model, others)
             self._remove()
             thaw(model, self._unfrozen)
             raise
-        set_adapters(self.model, {**adapters_on(self.model), self.name: self})
 
     def _insert(self, factors: Mapping[str, Factors]) -> None:
         for site in self.sites:
@@ -300,15 +303,16 @@ class AdapterContents:
             )
 
 
-def _freeze(model: nn.Module) -> list[str]:
-    """Freeze the base and return the names of the parameters that were trainable."""
+def _trainable(model: nn.Module) -> list[str]:
+    """The names of the parameters of the base that train."""
     held = held_ids(model)
-    names = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held
-    }
-    for parameter in names.values():
-        parameter.requires_grad_(False)
-    return list(names)
+    return [n for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held]
+
+
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters train no more."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def held_ids(model: nn.Module) -> set[int]:

@@ -7,6 +7,7 @@ removed.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -173,11 +174,24 @@ def own_names(model: nn.Module) -> Iterator[None]:
 
 def show_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The state-dict hook of a model with parts."""
+    if _accelerate_asks():
+        return
     _exchange(model, state, prefix)
     for name, rows in _rows_in_use(model):
         weight = state.get(prefix + name)
         if weight is not None and not isinstance(weight, DTensor):
             state[prefix + name] = rows.replaced(weight, rows.get_buffer("base"))
+
+
+def _accelerate_asks() -> bool:
+    """
+    Whether accelerate offloads the model. It takes the state dict for what is in each place, and puts that there again
+    for each call.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.big_modeling":
+        frame = frame.f_back
+    return frame is not None
 
 
 def load_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -47,9 +47,7 @@ def dequantizer(module: Any) -> Callable[[], torch.Tensor] | None:
     if holds_numbers(weight) and weight.dim() == 2:
         return None
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return lambda: dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+        return lambda: _of_bitsandbytes(module)
     if isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point and weight.element_size() == 1:
         scale = _scale(module)
         if scale is not None:
@@ -65,6 +63,17 @@ def dequantizer(module: Any) -> Callable[[], torch.Tensor] | None:
     if any(callable(getattr(module, name, None)) for name in METHODS):
         return lambda: _own(module)
     return None
+
+
+def _of_bitsandbytes(module: Any) -> torch.Tensor:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has packed it anew, and rounded its scales, when the model was evaluated on this CPU. Load "
+            "the base again, and attach or load the adapter before the model is used"
+        )
+    return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
 
 
 def _scale(module: Any) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -117,19 +117,15 @@ def take_back(module: nn.Module) -> None:
             remove_hook_from_module(inner)
 
 
-def refuse_gradients(module: nn.Module, name: str) -> None:
-    """Let a backward pass raise a `RuntimeError` that would reach tensors which live for one call only."""
+def refuse_gradients(tensors: Iterable[torch.Tensor], why: str) -> None:
+    """Let a backward pass that reaches these tensors raise a `RuntimeError`, in place of training the wrong thing."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(functools.partial(_raise, why))
 
-    def refuse(gradient: torch.Tensor) -> None:
-        raise RuntimeError(
-            f"{name}: accelerate has offloaded what the adapter trains, so its gradients would be lost. Attach the "
-            "adapter after the offloading, or call model.sara_adapter.trained() before the optimizer is made, which "
-            "brings it back."
-        )
 
-    for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad and torch.is_grad_enabled():
-            parameter.register_hook(refuse)
+def _raise(why: str, gradient: torch.Tensor) -> None:
+    raise RuntimeError(why)
 
 
 # ---- the values of a weight ----

@@ -236,8 +236,8 @@ class Delta(nn.Module):
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
-        if "forward" in self.__dict__ and is_offloaded(self):
-            refuse_gradients(self, self.site_name)
+        if torch.is_grad_enabled():
+            self._refuse_lost_gradients(x, output)
         if x.device != output.device:
             # accelerate moves the input of a linear behind its hooks.
             x = x.to(output.device)
@@ -250,6 +250,23 @@ class Delta(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return self.add_update(x.to(dtype), output, dtype, None)
+
+    def _refuse_lost_gradients(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Let a backward pass fail that would lose gradients. A forward pass alone is right all the same."""
+        if "forward" in self.__dict__ and is_offloaded(self):
+            why = (
+                f"{self.site_name}: accelerate has offloaded what the adapter trains, so its gradients would be lost. "
+                "Attach the adapter after the offloading, or call model.sara_adapter.trained(), which brings it back, "
+                "before the optimizer is made."
+            )
+            refuse_gradients(self.parameters(recurse=False), why)
+        if x.requires_grad and not output.requires_grad:
+            why = (
+                f"{self.site_name}: this linear passes no gradient to its input, so the updates before it would learn "
+                "the wrong thing. Some quantized linears are for inference alone, and bitsandbytes' 4-bit ones are "
+                "after an evaluation on some CPUs. Train on a base of another quantization, or on another device."
+            )
+            refuse_gradients([x], why)
 
     def add_update(
         self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, linear: nn.Linear | None
