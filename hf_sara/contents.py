@@ -83,7 +83,7 @@ class AdapterContents:
         self.name = name
         self._resting = False
         _refuse_mixture(model, spec)
-        others = dict(adapters_on(model))
+        others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
         self._unfrozen = _trainable(model)
         try:
             _freeze(model, self._unfrozen)
@@ -92,6 +92,8 @@ class AdapterContents:
             set_adapters(model, {**others, name: self})
         except BaseException:
             set_adapters(model, others)
+            if others:
+                cast(Any, model).sara_adapter = current
             self._remove()
             thaw(model, self._unfrozen)
             raise

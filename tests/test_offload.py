@@ -34,9 +34,10 @@ WAYS = {
     "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, CPU),
     "dispatch_model": _dispatch,
 }
+SLOW_WAYS = WAYS.keys() - {"dispatch_model"}
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["dispatch_model", *(pytest.param(way, marks=pytest.mark.slow) for way in sorted(SLOW_WAYS))])
 def offload(request, tmp_path):
     """A function that offloads a model."""
 
@@ -92,7 +93,14 @@ def test_a_budget_and_fused_projections_are_read_from_an_offloaded_base(threads,
     assert plan(found, args).table() == plan(plain, args).table()
 
 
-@pytest.mark.parametrize("device_map", [PARTS, {"": "disk"}, {**dict.fromkeys(NAMES, "cpu"), "lm_head": "disk"}])
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        PARTS,
+        pytest.param({"": "disk"}, marks=pytest.mark.slow),
+        pytest.param({**dict.fromkeys(NAMES, "cpu"), "lm_head": "disk"}, marks=pytest.mark.slow),
+    ],
+)
 def test_from_hub_takes_a_device_map_with_the_disk(saved, device_map, tmp_path):
     folder, expected = saved
     make_model().save_pretrained(tmp_path / "base")
@@ -181,6 +189,13 @@ def test_the_trainer_trains_an_adapter_on_an_offloaded_base(method, tmp_path):
     before = model.sara_adapter.state_dict()
     trainer.train()
     assert not any(torch.equal(before[name], t) for name, t in model.sara_adapter.state_dict().items())
+
+
+def test_the_trainer_refuses_a_base_that_it_would_move(tmp_path):
+    model = accelerate.cpu_offload(make_model(), CPU)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens is offloaded by accelerate, .* device_map"):
+        make_trainer(tmp_path, model=model)
+    assert not hasattr(model, "sara_adapter")
 
 
 # ---- merging ----

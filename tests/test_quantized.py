@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["nf4", pytest.param("fp4", marks=pytest.mark.slow), "int8"])
 def quantized(request, folder):
     """A function that loads the base quantized, with the same bits each time."""
     pytest.importorskip("bitsandbytes", "0.46")
@@ -105,8 +105,8 @@ def test_the_gradients_on_bitsandbytes_are_those_of_the_dequantized_weights(quan
         assert error < 0.1 * tensor.grad.norm(), name
 
 
-def test_the_trainer_trains_on_bitsandbytes(quantized, method, tmp_path):
-    trainer = make_trainer(tmp_path, method, model=quantized(), save_strategy="no", report_to="none")
+def test_the_trainer_trains_on_bitsandbytes(quantized, tmp_path):
+    trainer = make_trainer(tmp_path, "mo_sara", model=quantized(), save_strategy="no", report_to="none")
     before = trainer.model.sara_adapter.state_dict()
     trainer.train()
     trainer.save_model()
@@ -380,7 +380,7 @@ def test_a_method_that_cannot_be_trusted_is_refused(kind, reason):
     assert [name for name, _ in model.named_modules()] == names
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj"], ["all-linear"]])
+@pytest.mark.parametrize("targets", [None, ["q_proj"], pytest.param(["all-linear"], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "make",
     [
