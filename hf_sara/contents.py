@@ -146,6 +146,12 @@ class AdapterContents:
         module: Any = self.model.get_submodule(site.module)
         delta = module.sara[self._key(site)]
         take_back(delta)
+        if any(tensor.is_meta for tensor in delta.parameters()):
+            raise ValueError(
+                f"{site.name}: its update is on the meta device, so it has no values now. accelerate's "
+                "preload_module_classes offloads it with a module around it. Leave that out, or bring the values back with "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
         return delta
 
     def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:

@@ -139,10 +139,16 @@ def read_weight(module: Any, name: str) -> torch.Tensor:
     Raises:
         `ValueError`: If its values cannot be read. The message has the name, and the class of the module.
     """
-    if is_offloaded(module):
+    if not is_offloaded(module):
+        return _values(module, name)
+    try:
         with with_values(module):
             return _values(module, name).clone()
-    return _values(module, name)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name}: accelerate has offloaded the weight of this {type(module).__name__}, and cannot fetch it: "
+            f"{error} Load the base without offloading."
+        ) from error
 
 
 def _values(module: Any, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from conftest import attach_trained, logits, make_inputs, make_model, sara_arguments, train
 from training import make_classifier, make_trainer
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_sara import SaraAdapter, SaraArguments, export_lora, from_hub, merge, plan
 
@@ -290,3 +290,30 @@ def test_weights_that_an_outer_hook_fetches_are_refused(saved):
     with pytest.raises(ValueError, match=f"{Q_PROJ}: the weight is on the meta device"):
         SaraAdapter.load(empty, saved[0])
     assert not hasattr(empty, "sara_adapter")
+
+
+def test_an_update_that_an_outer_hook_fetches_is_refused(tmp_path):
+    model = make_model()
+    adapter = attach_trained(model)
+    expected, state = logits(model), adapter.state_dict()
+    _preload(model, None)
+    torch.testing.assert_close(logits(model), expected)
+    for action in (adapter.trained, adapter.state_dict, lambda: adapter.save_pretrained(tmp_path), adapter.merge):
+        with pytest.raises(ValueError, match=f"{Q_PROJ}: its update is on the meta device, .* preload_module_classes"):
+            action()
+    assert not any(tmp_path.iterdir())
+    remove_hook_from_submodules(model)
+    assert all(torch.equal(adapter.state_dict()[name], tensor) for name, tensor in state.items())
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_quantized_weight_that_accelerate_cannot_fetch_is_named(tmp_path):
+    pytest.importorskip("bitsandbytes", "0.46")
+    make_model().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    accelerate.cpu_offload(model, CPU)
+    with pytest.raises(
+        ValueError, match=f"{Q_PROJ}: accelerate has offloaded the weight of this Linear4bit, and cannot"
+    ):
+        SaraAdapter.attach(model, sara_arguments())
