@@ -49,9 +49,10 @@ class SaraAdapter(AttachedUpdates):
         seeds: dict[str, Seed] | None = None,
         name: str = "default",
     ):
+        plan = Plan(spec.args, spec.threshold, spec.sites, spec.parts, count_base(model))
         super().__init__(model, spec, factors or {}, name)
         self.seeds = seeds or {}
-        logger.info("Attached %s", self.plan())
+        logger.info("Attached %s", plan)
 
     # ---- making an adapter ----
 

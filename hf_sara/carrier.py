@@ -78,10 +78,9 @@ def set_adapters(model: Any, adapters: dict[str, Any]) -> None:
         model.sara_adapters = adapters
         model.sara_adapter = next(reversed(adapters.values()))
     else:
-        del model.sara_adapters, model.sara_adapter
         drop_hooks(model, (refuse_names,))
-        for name in REFUSED_METHODS:
-            delattr(model, name)
+        for name in ("sara_adapters", "sara_adapter", *REFUSED_METHODS):
+            vars(model).pop(name, None)
 
 
 def check_name(model: nn.Module, name: str) -> None:

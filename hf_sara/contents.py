@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
+from .dequantizing import FULL_DTYPES
 from .factors import Factors
 from .frozen_buffers import hold_buffers
+from .linears import take_back
 from .methods import Delta
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
@@ -83,16 +85,22 @@ class AdapterContents:
         self.name = name
         self._resting = False
         _refuse_mixture(model, spec)
-        self._unfrozen = _freeze(model)
+        others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
+        self._unfrozen = _trainable(model)
         try:
+            _freeze(model, self._unfrozen)
             self._insert(factors)
+            self._initial = self._fingerprints()
+            set_adapters(model, {**others, name: self})
+            hold_buffers(model)
         except BaseException:
+            set_adapters(model, others)
+            if others:
+                cast(Any, model).sara_adapter = current
             self._remove()
+            hold_buffers(model)
             thaw(model, self._unfrozen)
             raise
-        self._initial = self._fingerprints()
-        set_adapters(self.model, {**adapters_on(self.model), self.name: self})
-        hold_buffers(self.model)
 
     def _insert(self, factors: Mapping[str, Factors]) -> None:
         for site in self.sites:
@@ -140,7 +148,15 @@ class AdapterContents:
     def delta(self, site: PlannedSite) -> Delta:
         """The update's module at one site."""
         module: Any = self.model.get_submodule(site.module)
-        return module.sara[self._key(site)]
+        delta = module.sara[self._key(site)]
+        take_back(delta)
+        if any(tensor.is_meta for tensor in delta.parameters()):
+            raise ValueError(
+                f"{site.name}: its update is on the meta device, so it has no values now. accelerate's "
+                "preload_module_classes offloads it with a module around it. Leave that out, or bring the values back with "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
+        return delta
 
     def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
         """All sites with their updates' modules."""
@@ -190,8 +206,8 @@ class AdapterContents:
     def base_dtype(self) -> torch.dtype:
         """The dtype of the base. A copy that is trained in its place may have a wider one."""
         held = held_ids(self.model)
-        base = ((n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in held)
-        return next(parameter.dtype for name, parameter in base if not is_of_update(name))
+        base = ((n, p) for n, p in self.model.named_parameters() if p.dtype in FULL_DTYPES and id(p) not in held)
+        return next((parameter.dtype for name, parameter in base if not is_of_update(name)), torch.float32)
 
     def frozen_factors(self) -> dict[str, torch.Tensor]:
         """
@@ -289,15 +305,16 @@ class AdapterContents:
             )
 
 
-def _freeze(model: nn.Module) -> list[str]:
-    """Freeze the base and return the names of the parameters that were trainable."""
+def _trainable(model: nn.Module) -> list[str]:
+    """The names of the parameters of the base that train."""
     held = held_ids(model)
-    names = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held
-    }
-    for parameter in names.values():
-        parameter.requires_grad_(False)
-    return list(names)
+    return [n for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held]
+
+
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters train no more."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def held_ids(model: nn.Module) -> set[int]:

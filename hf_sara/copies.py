@@ -7,6 +7,7 @@ removed.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from .carrier import drop_hooks
+from .linears import take_back
 from .parts import ModulePart, Part, TokenPart, row_owners, widened
-from .token_rows import TokenRows, use_rows
+from .token_rows import TokenRows, refuse_offloaded, use_rows
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
 DOT = ":"
@@ -67,12 +69,19 @@ def part_on(model: Any, part: Part, name: str) -> tuple[nn.Module, "ModuleCopy |
     """The module of an attached part, and what is attached there."""
     host: Any = model.get_submodule(part.name)
     if isinstance(part, ModulePart):
-        return host, _store(model)[_store_key(part, name)]
+        copy = _store(model)[_store_key(part, name)]
+        if part.ties:
+            refuse_offloaded(part, host, copy)
+        # Their values may have to change places, which those that accelerate has put aside would not do.
+        take_back(host)
+        take_back(copy)
+        return host, copy
     if name not in getattr(host, "sara", {}):
         raise ValueError(
             f"{part.name} is not the module any more whose rows the adapter {name!r} has. Resize the embeddings "
             "before an adapter is attached."
         )
+    refuse_offloaded(part, host, host.sara[name])
     return host, host.sara[name]
 
 
@@ -165,11 +174,24 @@ def own_names(model: nn.Module) -> Iterator[None]:
 
 def show_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The state-dict hook of a model with parts."""
+    if _accelerate_asks():
+        return
     _exchange(model, state, prefix)
     for name, rows in _rows_in_use(model):
         weight = state.get(prefix + name)
         if weight is not None and not isinstance(weight, DTensor):
             state[prefix + name] = rows.replaced(weight, rows.get_buffer("base"))
+
+
+def _accelerate_asks() -> bool:
+    """
+    Whether accelerate offloads the model. It takes the state dict for what is in each place, and puts that there again
+    for each call.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.big_modeling":
+        frame = frame.f_back
+    return frame is not None
 
 
 def load_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -9,31 +9,43 @@ import contextlib
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
+
+from .dequantizing import FULL_DTYPES, dequantizer, holds_numbers
 
 # Attributes of a weight that say nothing of its values.
 FACTS_OF_A_WEIGHT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_meta", "grad"}
-FULL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REMEDY = "Load the base in a floating-point dtype, or with bitsandbytes quantization."
+
+# A weight that is fetched for one reader is put away again, which must not happen while another thread reads it.
+_fetching = threading.RLock()
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a kind of linear whose weight can be read."""
-    return isinstance(module, (nn.Linear, Conv1D)) or (has_sizes(module) and _dequantizer(module) is not None)
+    return isinstance(module, (nn.Linear, Conv1D)) or (has_sizes(module) and dequantizer(module) is not None)
 
 
 def has_sizes(module: Any) -> bool:
     """Whether a module has the sizes of a linear, as modules with packed weights have too."""
     return all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features"))
+
+
+def is_packed(module: Any) -> bool:
+    """Whether a module looks like a linear, with a weight that cannot be read. Not all of these say their sizes."""
+    if is_linear(module) or hasattr(module, "num_embeddings"):
+        return False
+    own = module.parameters(recurse=False)
+    return has_sizes(module) or any(weight.dim() == 2 and not holds_numbers(weight) for weight in own)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -46,41 +58,74 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def is_quantized(module: Any) -> bool:
     """Whether the stored weight of a linear is not a plain tensor of floating-point numbers."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dtype not in FULL_DTYPES or getattr(weight, "quant_state", None) is not None:
-        return True
-    return is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return not holds_numbers(getattr(module, "weight", None))
 
 
 def compute_dtype(module: Any, model: Any) -> torch.dtype:
     """The dtype that a linear computes in. Nothing can be computed in that of a quantized weight."""
     weight = getattr(module, "weight", None)
-    if weight is not None and weight.dtype in FULL_DTYPES:
-        return weight.dtype
-    return model.dtype
+    tensors = (weight, model, *model.parameters())
+    return next((t.dtype for t in tensors if getattr(t, "dtype", None) in FULL_DTYPES), torch.float32)
 
 
 def compute_device(module: Any) -> torch.device:
     """The device that a linear computes on. An offloaded weight has no values on it between the calls."""
-    hook = getattr(module, "_hf_hook", None)
-    if is_offloaded(module) and getattr(hook, "execution_device", None) is not None:
-        device = hook.execution_device
-        return torch.device(device) if not isinstance(device, int) else torch.empty(0, device=device).device
-    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    devices = [hook.execution_device for hook in _offloading(module) if hook.execution_device is not None]
+    if devices:
+        return torch.device(devices[0])
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return next((tensor.device for tensor in (*own, *module.parameters())), torch.device("cpu"))
+
+
+# ---- offloading ----
 
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the values of a module's tensors elsewhere between its calls."""
+    return bool(_offloading(module))
+
+
+def _offloading(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    return any(getattr(one, "offload", False) for one in hooks)
+    return [one for one in getattr(hook, "hooks", [hook]) if getattr(one, "offload", False)]
 
 
 @contextlib.contextmanager
 def with_values(module: nn.Module) -> Iterator[None]:
     """Let a module have the values of its tensors within a `with` block, also if they are offloaded."""
-    with align_module_device(module) if is_offloaded(module) else contextlib.nullcontext():
-        yield
+    with _fetching:
+        hooks = _offloading(module)
+        for hook in hooks:
+            hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.post_forward(module, None)
+
+
+def take_back(module: nn.Module) -> None:
+    """
+    Let a module keep its tensors, which accelerate has offloaded. An adapter is small, and the tensors that accelerate
+    puts in its module for one call would lose what they learn.
+    """
+    for inner in module.modules():
+        if is_offloaded(inner):
+            for hook in _offloading(inner):
+                hook.pre_forward(inner)
+                hook.offload = False
+            remove_hook_from_module(inner)
+
+
+def refuse_gradients(tensors: Iterable[torch.Tensor], why: str) -> None:
+    """Let a backward pass that reaches these tensors raise a `RuntimeError`, in place of training the wrong thing."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(functools.partial(_raise, why))
+
+
+def _raise(why: str, gradient: torch.Tensor) -> None:
+    raise RuntimeError(why)
 
 
 # ---- the values of a weight ----
@@ -94,59 +139,45 @@ def read_weight(module: Any, name: str) -> torch.Tensor:
     Raises:
         `ValueError`: If its values cannot be read. The message has the name, and the class of the module.
     """
-    if is_offloaded(module):
+    if not is_offloaded(module):
+        return _values(module, name)
+    try:
         with with_values(module):
             return _values(module, name).clone()
-    return _values(module, name)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name}: accelerate has offloaded the weight of this {type(module).__name__}, and cannot fetch it: "
+            f"{error} Load the base without offloading."
+        ) from error
 
 
 def _values(module: Any, name: str) -> torch.Tensor:
-    weight = getattr(module, "weight", None)
-    if weight is not None and hasattr(weight, "ds_id") and not weight.numel():
+    weight: Any = getattr(module, "weight", None)
+    if hasattr(weight, "ds_id") and not weight.numel():
         raise ValueError(
             f"{name}: DeepSpeed has spread this weight over the processes while the model was loaded. Load the model, "
             "and attach the adapter, before TrainingArguments with ZeRO stage 3 are made."
         )
-    if weight is not None and weight.is_meta:
-        raise ValueError(f"{name}: the weight is on the meta device, it has no values yet. Load the model first.")
-    dequantize = _dequantizer(module)
-    values = weight.detach() if dequantize is None else dequantize().detach()
-    if values.dtype not in FULL_DTYPES or (is_traceable_wrapper_subclass(values) and not isinstance(values, DTensor)):
+    if getattr(weight, "is_meta", False):
         raise ValueError(
-            f"{name}: the weight of this {type(module).__name__} is stored as {values.dtype}, and its values cannot "
-            "be read. Load the base in a floating-point dtype, or with bitsandbytes quantization."
+            f"{name}: the weight is on the meta device, so it has no values now. Load the model first, and without "
+            "preload_module_classes if accelerate offloads it."
         )
+    if holds_numbers(weight) and weight.numel():
+        return weight.detach()
+    dequantize = dequantizer(module)
+    stored = f"stored as {weight.dtype}" if isinstance(weight, torch.Tensor) else "packed"
+    unreadable = f"{name}: the weight of this {type(module).__name__} is {stored}, and its values cannot be read"
+    if dequantize is None:
+        raise ValueError(f"{unreadable}. {REMEDY}")
+    try:
+        values = dequantize().detach()
+    except Exception as error:
+        # Each class fails in its own way, and none says what to do.
+        raise ValueError(f"{unreadable}: {error}. {REMEDY}") from error
+    if tuple(values.shape) != linear_shape(module)[::-1]:
+        raise ValueError(f"{unreadable}: they come in the shape {tuple(values.shape)}. {REMEDY}")
     return values
-
-
-def _dequantizer(module: Any) -> Any:
-    """The function that returns the values of a linear's quantized weight, or `None`."""
-    weight = getattr(module, "weight", None)
-    own = getattr(module, "dequantize", None) or getattr(module, "dequantize_weight", None)
-    if callable(own):
-        return own
-    if weight is None:
-        return None
-    if getattr(weight, "quant_state", None) is not None or (weight.dtype == torch.int8 and hasattr(module, "state")):
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return lambda: dequantize_bnb_weight(weight, state=getattr(module, "state", None))
-    scale = getattr(module, "weight_scale_inv", None)
-    if scale is not None and weight.element_size() == 1:
-        return lambda: _scaled(weight, scale)
-    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
-        return getattr(weight, "dequantize", None)
-    return None
-
-
-def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """An 8-bit floating-point weight times its scale: one number, or one for each block of rows and columns."""
-    scale = scale.detach().float()
-    if scale.numel() > 1:
-        sizes = [-(-size // blocks) for size, blocks in zip(weight.shape, scale.shape, strict=True)]
-        for dim, size in enumerate(sizes):
-            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
-    return weight.detach().float() * scale
 
 
 # ---- what cannot hold updates ----

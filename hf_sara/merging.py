@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .copies import ModuleCopy, TokenRows
+from .linears import is_offloaded, is_quantized
 from .methods import Delta, deltas_of
 from .sites import PlannedSite
 
@@ -26,8 +27,8 @@ class MergedWeights:
         order (`int`): A number that grows from merge to merge. The merge with the largest one is restored first.
 
     Raises:
-        `ValueError`: If a weight cannot be merged into, see [`merged_weight`] and [`refuse_tied`]. The weights are
-            then left as they were.
+        `ValueError`: If a weight cannot be merged into, see [`refuse_unwritable`], [`refuse_tied`] and
+            [`merged_weight`]. The weights are then left as they were.
     """
 
     @torch.no_grad()
@@ -39,6 +40,8 @@ class MergedWeights:
     ):
         self.model = model
         self._sites = [site for site, _ in deltas]
+        for site in self._sites:
+            refuse_unwritable(site, site.linear(model))
         refuse_tied(model, self._sites)
         merged = {site.name: merged_weight(site, site.linear(model), delta) for site, delta in deltas}
         values = [copy.merged(host) for host, copy in copies]
@@ -51,7 +54,14 @@ class MergedWeights:
 
     @torch.no_grad()
     def restore(self, copies: Sequence[tuple[nn.Module, ModuleCopy | TokenRows]]) -> None:
-        """Restore the exact bits that the weights had before."""
+        """
+        Restore the exact bits that the weights had before.
+
+        Raises:
+            `ValueError`: If a weight was quantized or offloaded meanwhile, see [`refuse_unwritable`].
+        """
+        for site in self._sites:
+            refuse_unwritable(site, site.linear(self.model))
         # Parts may share a tensor of the base, so the first to be written is the last to be restored.
         for (host, copy), before in reversed(list(zip(copies, self._parts, strict=True))):
             copy.write(host, before)
@@ -71,16 +81,29 @@ def merged_weight(site: PlannedSite, module: nn.Linear, delta: Delta) -> torch.T
     A site's weight plus its update, of shape (d_in, d_out). The sum is computed in at least float32 and rounded once.
 
     Raises:
-        `ValueError`: If no single matrix equals the update, the weight is quantized, or its dtype cannot hold the sum.
+        `ValueError`: If no single matrix equals the update, or the dtype of the weight cannot hold the sum.
     """
-    if not module.weight.is_floating_point() or getattr(module.weight, "quant_state", None) is not None:
-        raise ValueError(f"{site.name}: a quantized weight cannot be merged into. Load the base unquantized.")
     weight = site.read(module)
     update = delta.merged()
     merged = (weight.to(update.dtype) + update).to(weight.dtype)
     if not torch.isfinite(merged).all():
         raise ValueError(f"{site.name}: weight plus update leaves the range of {weight.dtype}. Use a wider dtype.")
     return merged
+
+
+def refuse_unwritable(site: PlannedSite, module: nn.Module) -> None:
+    """Raise a `ValueError` if no sum can be written into a weight, because it is quantized or offloaded."""
+    if is_quantized(module):
+        raise ValueError(
+            f"{site.name}: the weight of this {type(module).__name__} is quantized, so it cannot be merged into. Load "
+            "the base unquantized, and the adapter on it."
+        )
+    if is_offloaded(module) or module.get_parameter("weight").is_meta:
+        raise ValueError(
+            f"{site.name}: accelerate has offloaded the weight, and what is merged into it would be lost. Load the "
+            "base and the adapter without offloading, or bring the weights back with "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
+        )
 
 
 def refuse_tied(model: nn.Module, sites: Sequence[PlannedSite]) -> None:

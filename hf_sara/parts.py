@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from .arguments import SaraArguments
+from .dequantizing import holds_numbers
 from .heads import default_heads, own_parameters, random_parameters
+from .linears import is_packed
 from .patterns import is_of_update, is_within, matches
 from .sites import Site
 
@@ -184,13 +186,9 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
         module = model.get_submodule(name)
         parameters: Shapes = {}
         ties: dict[str, str] = {}
+        _refuse_quantized(module, name)
         for key, parameter in own_parameters(module):
             full = f"{name}.{key}"
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"{full}: the weight is quantized ({parameter.dtype}), so it cannot be trained. Load the base "
-                    f"with this module unquantized (llm_int8_skip_modules), or leave {name} out of modules_to_save."
-                )
             others = [o for o in owners[id(parameter)] if not is_within(o, names)]
             if others:
                 raise ValueError(
@@ -207,6 +205,20 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
         dtypes = {key: str(widened(buffer.dtype)).removeprefix("torch.") for key, buffer in buffers.items()}
         parts.append(ModulePart(name, parameters, shapes, dtypes, ties))
     return parts
+
+
+def _refuse_quantized(module: nn.Module, name: str) -> None:
+    """Raise a `ValueError` if a tensor of a part cannot be trained, because it is quantized or packed."""
+    for path, inner in module.named_modules():
+        full = f"{name}.{path}" if path else name
+        quantized = [n for n, p in inner.named_parameters(recurse=False) if not holds_numbers(p)]
+        if (quantized or is_packed(inner)) and not is_of_update(f".{full}"):
+            leaf = quantized[0] if quantized else "weight"
+            stored = str(inner.get_parameter(leaf).dtype) if quantized else f"in a {type(inner).__name__}"
+            raise ValueError(
+                f"{full}.{leaf}: the weight is quantized ({stored}), so it cannot be trained. Load the base "
+                f"with this module unquantized (llm_int8_skip_modules), or leave {name} out of modules_to_save."
+            )
 
 
 def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> list[TokenPart]:
@@ -228,6 +240,13 @@ def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> lis
         raise ValueError(
             f"trainable_token_indices: {name} is in modules_to_save, so all of its rows train. Leave one out."
         )
+    output = model.get_output_embeddings()
+    for one in (embedding, output):
+        if isinstance(one, (nn.Embedding, nn.Linear)) and not holds_numbers(one.weight):
+            raise ValueError(
+                f"trainable_token_indices: the weight of {names[one]}, a {type(one).__name__}, is quantized, so that "
+                "its rows cannot be trained. Load the base with this module unquantized (llm_int8_skip_modules)."
+            )
     for owner in row_owners(model, embedding):
         if not isinstance(owner, (nn.Embedding, nn.Linear)):
             raise ValueError(
@@ -241,7 +260,6 @@ def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> lis
             )
     rows_of = tuple(sorted(indices))
     parts = [TokenPart(name, rows_of, width)]
-    output = model.get_output_embeddings()
     own_weight = isinstance(output, nn.Linear) and output.weight is not embedding.weight
     if own_weight and not is_within(names[output], whole) and output.out_features == rows:
         random = random_parameters(model)
@@ -293,7 +311,7 @@ def refuse_overlap(model: nn.Module, parts: Sequence[Part], sites: Sequence[Site
         module = model.get_submodule(part.name)
         taken |= {id(parameter): part.name for parameter in module.parameters()}
     for site in sites:
-        part_name = taken.get(id(site.linear(model).weight))
+        part_name = taken.get(id(getattr(site.linear(model), "weight", None)))
         if part_name is not None:
             raise ValueError(
                 f"{site.name} cannot have a low-rank update, because {part_name} is trained beside it and has the "

@@ -176,8 +176,12 @@ def resolve_threshold(
 
 def count_base(model: nn.Module) -> int:
     """Parameters of the base model, without any attached update."""
+    own = {n: p for n, p in model.named_parameters() if not is_of_update(n)}
+    # accelerate gives every module that shares a weight an empty one of its own, if it offloads them.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    counted = (p for n, p in own.items() if not (p.is_meta and tied.get(n) in own))
     # ZeRO stage 3 spreads a parameter over the processes and keeps its whole size as `ds_numel`.
-    return sum(getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if not is_of_update(n))
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)
 
 
 def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, weight_of: WeightOf) -> float:

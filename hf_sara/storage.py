@@ -98,9 +98,12 @@ class SavedAdapter(Config):
                 # Its layout was not known to an earlier version, which adapted the module as a whole.
                 there = whole_site(site.name, module)
             if there is None:
+                missing = (
+                    "does not have" if module is None else f"has as a {type(module).__name__} that it cannot adapt"
+                )
                 raise AdapterError(
-                    f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} does not "
-                    f"have. It was trained on {self.base}."
+                    f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} {missing}. "
+                    f"It was trained on {self.base}."
                 )
             if (there.shape, there.slice, there.module) != (site.shape, site.slice, site.module):
                 raise AdapterError(

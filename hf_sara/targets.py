@@ -9,7 +9,7 @@ from torch import nn
 from .arguments import ALL_LINEAR, SaraArguments, parse_layers
 from .default_targets import default_sites, place, role_of
 from .heads import task_heads
-from .linears import has_sizes, is_linear, why_not
+from .linears import is_packed, why_not
 from .patterns import PLAIN_NAME, is_of_update, is_within, matches
 from .sites import Site, all_sites
 
@@ -143,11 +143,11 @@ def _what_else(model: nn.Module, target: str) -> str:
 
 
 def _packed(model: nn.Module) -> dict[str, str]:
-    """The modules with the sizes of a linear whose packed weights cannot be read, and the names of their classes."""
+    """The modules that look like linears whose packed weights cannot be read, and the names of their classes."""
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if has_sizes(module) and not is_linear(module) and not is_of_update(name)
+        if name and is_packed(module) and not is_of_update(name)
     }
 
 

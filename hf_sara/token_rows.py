@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .parts import TokenPart, row_scale, widened
+from .linears import is_offloaded
+from .parts import Part, TokenPart, row_scale, widened
 
 
 class TokenRows(nn.Module):
@@ -109,6 +110,16 @@ class TokenRows(nn.Module):
         return output.index_copy(-1, indices, columns.to(output.dtype))
 
 
+def refuse_offloaded(part: Part, *modules: nn.Module) -> None:
+    """Raise a `ValueError` if accelerate has offloaded modules of a part that has to share its tensors with others."""
+    if any(is_offloaded(inner) for module in modules for inner in module.modules()):
+        raise ValueError(
+            f"{part.name}: accelerate has offloaded it after the adapter was attached, so that it shares its weight "
+            "with no other module any more. Save the adapter before, and load it on a base that is offloaded already, "
+            f"with a device_map that keeps {part.name} on a device."
+        )
+
+
 def use_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
     """
     The forward hook of an embedding, and of a linear with its weight, which puts the trained rows into the output.
@@ -116,5 +127,7 @@ def use_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output:
     x = args[0] if args else kwargs["input"]
     for rows in module.sara.values():
         if isinstance(rows, TokenRows) and rows.is_enabled():
+            if "forward" in rows.__dict__:
+                refuse_offloaded(rows.part, rows)
             output = rows(module, x, output)
     return output

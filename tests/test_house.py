@@ -15,6 +15,7 @@ FLOORS = (
     *(
         "patterns",
         "layouts",
+        "dequantizing",
         "linears",
         "sites",
         "seeds",

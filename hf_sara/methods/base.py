@@ -15,7 +15,7 @@ from torch import nn
 
 from ..factors import Factors, find_factors
 from ..layouts import OutputSlice
-from ..linears import compute_device, compute_dtype
+from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
@@ -152,6 +152,11 @@ class Method:
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
         module = site.linear(model)
+        if compute_device(module).type == "meta":
+            raise ValueError(
+                f"{site.name}: the weight is on the meta device, so it has no values now. Load the model first, and "
+                "without preload_module_classes if accelerate offloads it."
+            )
         delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
@@ -196,6 +201,7 @@ class Delta(nn.Module):
 
     def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
         super().__init__()
+        self.site_name = site.name
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = site.k
@@ -258,6 +264,11 @@ class Delta(nn.Module):
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
         """
+        if torch.is_grad_enabled():
+            self._refuse_lost_gradients(x, output)
+        if x.device != output.device:
+            # accelerate moves the input of a linear behind its hooks.
+            x = x.to(output.device)
         if self.dropout.p and self.training:
             x, linear = self.dropout(x), None
         if not torch.is_autocast_enabled(x.device.type):
@@ -267,6 +278,23 @@ class Delta(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return self.add_update(x.to(dtype), output, dtype, None)
+
+    def _refuse_lost_gradients(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Let a backward pass fail that would lose gradients. A forward pass alone is right all the same."""
+        if "forward" in self.__dict__ and is_offloaded(self):
+            why = (
+                f"{self.site_name}: accelerate has offloaded what the adapter trains, so its gradients would be lost. "
+                "Attach the adapter after the offloading, or call model.sara_adapter.trained(), which brings it back, "
+                "before the optimizer is made."
+            )
+            refuse_gradients(self.parameters(recurse=False), why)
+        if x.requires_grad and not output.requires_grad:
+            why = (
+                f"{self.site_name}: this linear passes no gradient to its input, so the updates before it would learn "
+                "the wrong thing. Some quantized linears are for inference alone, and bitsandbytes' 4-bit ones are "
+                "after an evaluation on some CPUs. Train on a base of another quantization, or on another device."
+            )
+            refuse_gradients([x], why)
 
     def add_update(
         self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, linear: nn.Linear | None

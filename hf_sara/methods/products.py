@@ -10,9 +10,14 @@ from ..layouts import OutputSlice
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W + b."""
-    if type(module) is not nn.Linear or module.weight.requires_grad:
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        # accelerate, for one, puts another forward on the module, after which the weight may have no values.
         return False
-    return module.bias is None or not module.bias.requires_grad
+    weight, bias = module.weight, module.bias
+    # A quantized weight of a plain linear is of a class of its own.
+    if weight.requires_grad or type(weight) not in (nn.Parameter, torch.Tensor):
+        return False
+    return bias is None or not bias.requires_grad
 
 
 def uniform_(tensor: torch.Tensor, fan_in: int) -> None:

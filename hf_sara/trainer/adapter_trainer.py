@@ -26,6 +26,7 @@ from ..carrier import adapters_on, unwrap
 from ..contents import reshard
 from ..copies import own_names, watch_rows
 from ..hub import TRAINING_ARGS_FILE
+from ..linears import is_offloaded
 from ..parts import Part, TokenPart
 from .frozen_base import FrozenBaseMixin
 from .reference import reference_for
@@ -88,6 +89,12 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _attach(self, model: Any) -> None:
         """Attach the adapter, or find it on the model, and let nothing else train."""
         model = unwrap(model)
+        offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+        if offloaded is not None and getattr(model, "hf_device_map", None) is None:
+            raise ValueError(
+                f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it "
+                "by the device_map of from_pretrained, or with accelerate.dispatch_model."
+            )
         names, name = list(adapters_on(model)), self._sara_adapter_name
         if name is None and len(names) > 1:
             raise ValueError(
