@@ -153,8 +153,8 @@ class AdapterContents:
         if any(tensor.is_meta for tensor in delta.parameters()):
             raise ValueError(
                 f"{site.name}: its update is on the meta device, so it has no values now. accelerate's "
-                "preload_module_classes offloads it with a module around it. Leave that out, or bring the values back with "
-                "accelerate.hooks.remove_hook_from_submodules(model)."
+                "preload_module_classes offloads it with a module around it. Leave that out, or bring the values back "
+                "with accelerate.hooks.remove_hook_from_submodules(model)."
             )
         return delta
 

@@ -8,7 +8,7 @@ trains works on copies of them, so that the base's stay as they are.
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def hold_buffers(model: nn.Module) -> None:
         if isinstance(module, _NormBase):
             _hold_norm(module, held and module.running_mean is not None)
         elif any(_saved_buffers(module)):
-            _hold_others(module, held and _knows_training(type(module)))
+            _hold_others(module, held and _knows_training(cast(Any, type(module))))
 
 
 def _hold_norm(module: Any, held: bool) -> None:
@@ -89,7 +89,7 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @functools.cache
-def _knows_training(kind: type[nn.Module]) -> bool:
+def _knows_training(kind: Any) -> bool:
     """Whether the code of a class looks at whether it trains. A class without code is taken for one that does."""
     try:
         return any(".training" in inspect.getsource(base) for base in kind.__mro__[: kind.__mro__.index(nn.Module)])

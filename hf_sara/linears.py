@@ -236,11 +236,11 @@ def computes_product(module: nn.Linear) -> bool:
 
 def _reads_only_weight(kind: type[nn.Module], leaf: str) -> bool:
     """Whether the code of a class reads `self.<leaf>.weight`, and never calls `self.<leaf>` nor passes it on."""
-    return leaf in _weights_read(kind)
+    return leaf in _weights_read(cast(Any, kind))
 
 
 @functools.cache
-def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+def _weights_read(kind: Any) -> frozenset[str]:
     read, used = set(), set()
     for base in kind.__mro__:
         if base is nn.Module:

@@ -93,6 +93,11 @@ def merged_weight(site: PlannedSite, module: nn.Linear, delta: Delta) -> torch.T
 
 def refuse_unwritable(site: PlannedSite, module: nn.Module) -> None:
     """Raise a `ValueError` if no sum can be written into a weight, because it is quantized or offloaded."""
+    if "weight" not in dict(module.named_parameters(recurse=False)) and not is_quantized(module):
+        raise ValueError(
+            f"{site.name}: the weight of this {type(module).__name__} is parametrized, so it is computed from others, "
+            "and nothing can be written into it. Remove the parametrization before the adapter is attached."
+        )
     if is_quantized(module):
         raise ValueError(
             f"{site.name}: the weight of this {type(module).__name__} is quantized, so it cannot be merged into. Load "

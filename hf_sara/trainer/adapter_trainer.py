@@ -89,12 +89,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _attach(self, model: Any) -> None:
         """Attach the adapter, or find it on the model, and let nothing else train."""
         model = unwrap(model)
-        offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
-        if offloaded is not None and getattr(model, "hf_device_map", None) is None:
-            raise ValueError(
-                f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it "
-                "by the device_map of from_pretrained, or with accelerate.dispatch_model."
-            )
+        _refuse_offloaded(model)
         names, name = list(adapters_on(model)), self._sara_adapter_name
         if name is None and len(names) > 1:
             raise ValueError(
@@ -294,6 +289,16 @@ class AdapterTrainerMixin(FrozenBaseMixin):
                 return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
+
+
+def _refuse_offloaded(model: Any) -> None:
+    """Raise a `ValueError` if Trainer would move a model off the devices that accelerate has chosen for it."""
+    offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if offloaded is not None and getattr(model, "hf_device_map", None) is None:
+        raise ValueError(
+            f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it "
+            "by the device_map of from_pretrained, or with accelerate.dispatch_model."
+        )
 
 
 def gathered(trainer: Any, tensors: Sequence[torch.Tensor], rank: int | None = None) -> AbstractContextManager:
