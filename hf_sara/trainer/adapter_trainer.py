@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import transformers.trainer as transformers_trainer
 from torch import nn
 from transformers import set_seed
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HPSearchBackend, enable_full_determinism
+from transformers.trainer_utils import enable_full_determinism
 
 from .. import storage
 from ..adapter import SaraAdapter
@@ -28,9 +28,9 @@ from ..copies import own_names, watch_rows
 from ..hub import TRAINING_ARGS_FILE
 from ..linears import is_offloaded
 from ..parts import Part, TokenPart
-from .frozen_base import FrozenBaseMixin
 from .reference import reference_for
 from .resuming import output_dir_of
+from .searching import SearchMixin
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,11 @@ logger = logging.getLogger(__name__)
 Contents = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
-class AdapterTrainerMixin(FrozenBaseMixin):
+class AdapterTrainerMixin(SearchMixin):
     """
     A mixin that makes a subclass of [`~transformers.Trainer`] train, save, resume and load SARA adapters. Its argument
     and its errors are those of [`SaraTrainerMixin`], which adds model cards and the Hub.
     """
-
-    hp_space: Any
 
     def __init__(
         self,
@@ -156,32 +154,13 @@ class AdapterTrainerMixin(FrozenBaseMixin):
         with watch_rows(self.sara_adapter.model):
             return super().training_step(model, inputs, *args, **kwargs)
 
-    # ---- model_init and hyperparameter search ----
+    # ---- model_init ----
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         self._sara_trial_overrides = self._sara_fields_of(trial)
         self._attach(model)
         return model
-
-    def _sara_fields_of(self, trial: Any) -> dict[str, Any]:
-        """The fields of SaraArguments that a hyperparameter search tries."""
-        if trial is None or self.hp_search_backend is None:
-            return {}
-        values = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
-        return {field.name: values[field.name] for field in fields(SaraArguments) if field.name in values}
-
-    def _hp_search_setup(self, trial):
-        space: Any = self.hp_space if self.hp_search_backend is not None else None
-        ours = {field.name for field in fields(SaraArguments)}
-        if space is not None and trial is not None and self.hp_search_backend == HPSearchBackend.OPTUNA:
-            # The adapter's own fields were used when the model was made. Trainer would warn that they are unknown.
-            self.hp_space = lambda trial: {name: value for name, value in space(trial).items() if name not in ours}
-        try:
-            super()._hp_search_setup(trial)
-        finally:
-            if space is not None:
-                self.hp_space = space
 
     # ---- writing ----
 
