@@ -18,6 +18,7 @@ from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, r
 from .dequantizing import FULL_DTYPES
 from .factors import Factors
 from .frozen_buffers import hold_buffers
+from .input_gradients import hold_input_gradients
 from .linears import take_back
 from .methods import Delta
 from .methods.products import is_plain
@@ -93,12 +94,14 @@ class AdapterContents:
             self._initial = self._fingerprints()
             set_adapters(model, {**others, name: self})
             hold_buffers(model)
+            hold_input_gradients(model)
         except BaseException:
             set_adapters(model, others)
             if others:
                 cast(Any, model).sara_adapter = current
             self._remove()
             hold_buffers(model)
+            hold_input_gradients(model)
             thaw(model, self._unfrozen)
             raise
 

@@ -19,6 +19,20 @@ T5 = {
 }
 
 
+REFORMER = {
+    **{
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "attention_head_size": 6,
+        "feed_forward_size": 32,
+        "vocab_size": 40,
+    },
+    **{"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "max_position_embeddings": 32},
+    **{"local_attn_chunk_length": 2, "local_num_chunks_before": 1, "pad_token_id": 0, "eos_token_id": 2},
+    **{"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0, "initializer_range": 0.2},
+}
+
+
 def words(width: int = 6) -> torch.Tensor:
     return torch.randint(3, 40, (2, width), generator=torch.Generator().manual_seed(1))
 
@@ -162,6 +176,11 @@ OTHERS = {
         lambda: t.GemmaForCausalLM(t.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=8)),
         causal,
         {"q_proj", "v_proj"},
+    ),
+    "layers computed again": (
+        lambda: t.ReformerModelWithLMHead(t.ReformerConfig(**REFORMER)),
+        causal,
+        {"query", "value"},
     ),
     "relative positions": (lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), causal, {"q", "v"}),
     "experts beside a shared one": (

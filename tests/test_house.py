@@ -46,6 +46,7 @@ FLOORS = (
         "token_rows",
         "copies",
         "frozen_buffers",
+        "input_gradients",
         "merging",
         "contents",
         "attached",
