@@ -2,8 +2,8 @@
 
     python benchmarks/models_page.py RESULTS.jsonl
 
-Each line of the results is one architecture with one method: its class (`cls`), the method (`run`), the default sites by
-kind (`sites`), and how far the model was from what it should be after each stage of a round trip, as a share of the
+Each line of the results is one architecture with one method: its class (`cls`), the method (`run`), the default sites
+by kind (`sites`), and how far the model was from what it should be after each stage of a round trip, as a share of the
 largest output (`load`, `merge`, `unmerge`, `peft`, `detach`), or an `error`.
 """
 
@@ -31,10 +31,6 @@ EXCEPTIONS = {
     "SqueezeBert": f"{NO_LINEAR} convolutions.",
     "IBert": "has linears of its own kind, which store integers (`QuantLinear`).",
     "WavLM": "reads the weights of its query and value without calling the modules, so that an update has no effect.",
-    "ReformerModelWithLMHead": (
-        "computes its layers again in the backward pass, and gives no gradient to updates unless its input has one. "
-        "Call `model.enable_input_require_grads()` before the training."
-    ),
     "PPFormulaNet": "cannot be loaded by PEFT, with any LoRA. All else is equal.",
     "GlmOcr": "was not built: its tiny configuration is wrong.",
 }
@@ -69,14 +65,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Which models work",
         "",
         "hf_sara adapts any `PreTrainedModel`, and by default its query and value projections. This page has the",
-        f"architectures of transformers {version('transformers')} that were tried, each as a tiny random model. A round",
-        "trip attaches an adapter with the default sites, trains it, loads it on a fresh copy, merges and unmerges it,",
-        f"loads its LoRA with PEFT {version('peft')}, and detaches it. It is equal if every stage gives the outputs that it",
-        "should, and the base has the same bits after it. SARA, Mo-SARA with three heads and Mo-SARA with one head were",
-        "tried on each.",
+        f"architectures of transformers {version('transformers')} that were tried, each as a tiny random model. A",
+        "round trip attaches an adapter with the default sites, trains it, loads it on a fresh copy, merges and",
+        f"unmerges it, loads its LoRA with PEFT {version('peft')}, and detaches it. It is equal if every stage gives",
+        "the outputs that it should, and the base has the same bits after it. SARA, Mo-SARA with three heads and",
+        "Mo-SARA with one head were tried on each.",
         "",
-        f"**{len(equal)} of {len(by_class)} architectures are equal throughout.** The other {len(others)} are at the end,",
-        "with the reasons. For those that have no default, `target_modules` names what to adapt.",
+        f"**{len(equal)} of {len(by_class)} architectures are equal throughout.** The other {len(others)} are at the",
+        "end, with the reasons. For those that have no default, `target_modules` names what to adapt.",
         "",
         "| adapted by default | architectures |",
         "|---|---|",

@@ -20,16 +20,11 @@ T5 = {
 
 
 REFORMER = {
-    **{
-        "hidden_size": 24,
-        "num_attention_heads": 4,
-        "attention_head_size": 6,
-        "feed_forward_size": 32,
-        "vocab_size": 40,
-    },
-    **{"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "max_position_embeddings": 32},
+    **{"hidden_size": 24, "num_attention_heads": 4, "attention_head_size": 6, "feed_forward_size": 32},
+    **{"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "vocab_size": 40},
     **{"local_attn_chunk_length": 2, "local_num_chunks_before": 1, "pad_token_id": 0, "eos_token_id": 2},
     **{"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0, "initializer_range": 0.2},
+    "max_position_embeddings": 32,
 }
 
 
