@@ -15,7 +15,7 @@ from torch import nn
 
 from ..factors import Factors, find_factors
 from ..layouts import OutputSlice
-from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients
+from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients, refuse_outer_hooks
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
@@ -153,10 +153,7 @@ class Method:
         """
         module = site.linear(model)
         if compute_device(module).type == "meta":
-            raise ValueError(
-                f"{site.name}: the weight is on the meta device, so it has no values now. Load the model first, and "
-                "without preload_module_classes if accelerate offloads it."
-            )
+            refuse_outer_hooks(model, site.name)
         delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)

@@ -88,12 +88,7 @@ class AdapterTrainerMixin(FrozenBaseMixin):
     def _attach(self, model: Any) -> None:
         """Attach the adapter, or find it on the model, and let nothing else train."""
         model = unwrap(model)
-        offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
-        if offloaded is not None and getattr(model, "hf_device_map", None) is None:
-            raise ValueError(
-                f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it "
-                "by the device_map of from_pretrained, or with accelerate.dispatch_model."
-            )
+        _refuse_to_move(model)
         names, name = list(adapters_on(model)), self._sara_adapter_name
         if name is None and len(names) > 1:
             raise ValueError(
@@ -333,3 +328,13 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
+
+
+def _refuse_to_move(model: nn.Module) -> None:
+    """Raise a `ValueError` if Trainer would move a model whose tensors accelerate has offloaded."""
+    offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if offloaded is not None and getattr(model, "hf_device_map", None) is None:
+        raise ValueError(
+            f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it by "
+            "the device_map of from_pretrained, or with accelerate.dispatch_model."
+        )
