@@ -15,7 +15,7 @@ from torch import nn
 
 from ..factors import Factors, find_factors
 from ..layouts import OutputSlice
-from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients, refuse_outer_hooks
+from ..linears import compute_device, compute_dtype, is_offloaded, is_quantized, refuse_gradients, refuse_outer_hooks
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
@@ -155,6 +155,7 @@ class Method:
         if compute_device(module).type == "meta":
             refuse_outer_hooks(model, site.name)
         delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
+        delta.on_quantized = is_quantized(module)
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
         return delta
@@ -178,6 +179,8 @@ class Delta(nn.Module):
     def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.site_name = site.name
+        # Only the linears of some quantizations pass no gradient to their inputs.
+        self.on_quantized = False
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = site.k
@@ -257,7 +260,7 @@ class Delta(nn.Module):
                 "before the optimizer is made."
             )
             refuse_gradients(self.parameters(recurse=False), why)
-        if x.requires_grad and not output.requires_grad:
+        if self.on_quantized and x.requires_grad and not output.requires_grad:
             why = (
                 f"{self.site_name}: this linear passes no gradient to its input, so the updates before it would learn "
                 "the wrong thing. Some quantized linears are for inference alone, and bitsandbytes' 4-bit ones are "
