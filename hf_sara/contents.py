@@ -19,7 +19,7 @@ from .dequantizing import FULL_DTYPES
 from .factors import Factors
 from .frozen_buffers import hold_buffers
 from .input_gradients import hold_input_gradients
-from .linears import take_back
+from .linears import refuse_outer_hooks, take_back
 from .methods import Delta
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
@@ -154,11 +154,7 @@ class AdapterContents:
         delta = module.sara[self._key(site)]
         take_back(delta)
         if any(tensor.is_meta for tensor in delta.parameters()):
-            raise ValueError(
-                f"{site.name}: its update is on the meta device, so it has no values now. accelerate's "
-                "preload_module_classes offloads it with a module around it. Leave that out, or bring the values back "
-                "with accelerate.hooks.remove_hook_from_submodules(model)."
-            )
+            refuse_outer_hooks(self.model, site.name)
         return delta
 
     def deltas(self) -> Iterator[tuple[PlannedSite, Delta]]:
@@ -239,6 +235,8 @@ class AdapterContents:
         check_tensors(tensors, self.spec.state_shapes())
         reshard(self.model)
         for name, tensor in self.tensors().items():
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device, where no values can be loaded. Load the model first.")
             value = tensors[name].to(tensor.device)
             if isinstance(tensor, DTensor):
                 # This process holds a shard of the tensor, see `state_dict`.

@@ -117,6 +117,16 @@ def take_back(module: nn.Module) -> None:
             remove_hook_from_module(inner)
 
 
+def refuse_outer_hooks(model: nn.Module, name: str) -> None:
+    """Raise a `ValueError` if tensors without values are offloaded together with those of a module around theirs."""
+    if any(map(is_offloaded, model.modules())):
+        raise ValueError(
+            f"{name}: accelerate offloads this together with a module around it, as preload_module_classes asks for, "
+            "so its values cannot be had. Leave that out, or bring them back with "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
 def refuse_gradients(tensors: Iterable[torch.Tensor], why: str) -> None:
     """Let a backward pass that reaches these tensors raise a `RuntimeError`, in place of training the wrong thing."""
     for tensor in tensors:

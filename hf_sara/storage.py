@@ -26,7 +26,7 @@ from .errors import AdapterError
 from .factors import Factors, find_factors, sketch, sketches_agree
 from .files import write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
-from .linears import is_linear
+from .linears import is_linear, is_packed
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
 from .parts import (
@@ -98,9 +98,8 @@ class SavedAdapter(Config):
                 # Its layout was not known to an earlier version, which adapted the module as a whole.
                 there = whole_site(site.name, module)
             if there is None:
-                missing = (
-                    "does not have" if module is None else f"has as a {type(module).__name__} that it cannot adapt"
-                )
+                packed = module is not None and is_packed(module)
+                missing = f"has as a {type(module).__name__}, which it cannot adapt" if packed else "does not have"
                 raise AdapterError(
                     f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} {missing}. "
                     f"It was trained on {self.base}."

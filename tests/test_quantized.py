@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linea
 from transformers.integrations.gemma_quant import QuantizedLinear
 from transformers.integrations.metal_quantization import MetalLinear
 
-from hf_sara import SaraAdapter, SaraArguments, export_lora, from_hub, merge, plan
+from hf_sara import AdapterError, SaraAdapter, SaraArguments, export_lora, from_hub, merge, plan
 from hf_sara.linears import is_quantized
 
 KINDS = {
@@ -402,6 +402,12 @@ def test_a_packed_class_without_a_method_is_named(make, targets):
             layer.self_attn.q_proj.input_activation_scale.data.fill_(0.1)
     with pytest.raises(ValueError, match=f"{Q_PROJ}(:| is).* {kind}[ ,]"):
         SaraAdapter.attach(model, sara_arguments(target_modules=targets))
+
+
+def test_an_adapter_is_not_loaded_on_a_packed_class(tmp_path):
+    attach_trained(make_model()).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=f"'{Q_PROJ}', which this LlamaForCausalLM has as a Packed"):
+        SaraAdapter.load(replaced(Packed), tmp_path)
 
 
 def test_a_linear_that_passes_no_gradient_fails_in_the_backward_pass_alone(tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..factors import Factors, find_factors
 from ..layouts import OutputSlice
-from ..linears import compute_device, compute_dtype, is_offloaded, refuse_gradients
+from ..linears import compute_device, compute_dtype, is_offloaded, is_quantized, refuse_gradients, refuse_outer_hooks
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
@@ -153,11 +153,9 @@ class Method:
         """
         module = site.linear(model)
         if compute_device(module).type == "meta":
-            raise ValueError(
-                f"{site.name}: the weight is on the meta device, so it has no values now. Load the model first, and "
-                "without preload_module_classes if accelerate offloads it."
-            )
+            refuse_outer_hooks(model, site.name)
         delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
+        delta.on_quantized = is_quantized(module)
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
         return delta
@@ -202,6 +200,8 @@ class Delta(nn.Module):
     def __init__(self, method: Method, site: PlannedSite, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.site_name = site.name
+        # Only the linears of some quantizations pass no gradient to their inputs.
+        self.on_quantized = False
         self.shape = site.shape
         self.slice: OutputSlice | None = site.slice
         self.k = site.k
@@ -288,7 +288,7 @@ class Delta(nn.Module):
                 "before the optimizer is made."
             )
             refuse_gradients(self.parameters(recurse=False), why)
-        if x.requires_grad and not output.requires_grad:
+        if self.on_quantized and x.requires_grad and not output.requires_grad:
             why = (
                 f"{self.site_name}: this linear passes no gradient to its input, so the updates before it would learn "
                 "the wrong thing. Some quantized linears are for inference alone, and bitsandbytes' 4-bit ones are "

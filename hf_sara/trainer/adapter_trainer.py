@@ -87,7 +87,7 @@ class AdapterTrainerMixin(SearchMixin):
     def _attach(self, model: Any) -> None:
         """Attach the adapter, or find it on the model, and let nothing else train."""
         model = unwrap(model)
-        _refuse_offloaded(model)
+        _refuse_to_move(model)
         names, name = list(adapters_on(model)), self._sara_adapter_name
         if name is None and len(names) > 1:
             raise ValueError(
@@ -270,16 +270,6 @@ class AdapterTrainerMixin(SearchMixin):
             transformers_trainer.deepspeed_load_checkpoint = load
 
 
-def _refuse_offloaded(model: Any) -> None:
-    """Raise a `ValueError` if Trainer would move a model off the devices that accelerate has chosen for it."""
-    offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
-    if offloaded is not None and getattr(model, "hf_device_map", None) is None:
-        raise ValueError(
-            f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it "
-            "by the device_map of from_pretrained, or with accelerate.dispatch_model."
-        )
-
-
 def gathered(trainer: Any, tensors: Sequence[torch.Tensor], rank: int | None = None) -> AbstractContextManager:
     """Let DeepSpeed's tensors be whole within a `with` block, in which one process, or none, may change them."""
     if not trainer.is_deepspeed_enabled or not tensors:
@@ -332,3 +322,13 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
+
+
+def _refuse_to_move(model: nn.Module) -> None:
+    """Raise a `ValueError` if Trainer would move a model whose tensors accelerate has offloaded."""
+    offloaded = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
+    if offloaded is not None and getattr(model, "hf_device_map", None) is None:
+        raise ValueError(
+            f"{offloaded} is offloaded by accelerate, and Trainer would move the model to one device. Offload it by "
+            "the device_map of from_pretrained, or with accelerate.dispatch_model."
+        )
