@@ -83,10 +83,16 @@ def test_an_offloaded_base_has_the_ranks_and_outputs_of_a_plain_one(offload, met
     assert any(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_budget_and_fused_projections_are_read_from_an_offloaded_base(threads, monkeypatch):
+@pytest.fixture(params=[1, 4])
+def _threads(request):
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_a_budget_and_fused_projections_are_read_from_an_offloaded_base():
     # The projections of a fused module are read side by side.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     args = SaraArguments(parameter_budget=900)
     plain, found = make_model("gpt2"), make_model("gpt2")
     accelerate.cpu_offload(found, CPU)
