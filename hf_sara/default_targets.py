@@ -27,6 +27,8 @@ PATTERNS = {
     role: re.compile(rf"(?P<before>(?:.*_)?)w?(?:{'|'.join(words)})(?P<after>(?:proj|_.*)?)")
     for role, words in ROLES.items()
 }
+# In a state space layer and in a gated convolution, this linear makes what stands for query, key and value there.
+WITHOUT_ATTENTION = "in_proj"
 # Inner models of a model with two configurations of texts, and their sub-configurations.
 TEXT_CONFIGS = {"encoder", "decoder"}
 TEXT_INPUTS = {"input_ids", "decoder_input_ids", "inputs_embeds"}
@@ -91,7 +93,8 @@ def _query_and_value(family: Sequence[Named], lenient: bool) -> list[Site]:
 
     Args:
         family (`Sequence[tuple[str, Site]]`): The sites of the parent by name.
-        lenient (`bool`): Whether one of the two is enough, for models whose other one is no linear.
+        lenient (`bool`): Whether one of the two is enough, for models whose other one is no linear, and whether a
+            layer without attention has something in their place.
     """
     by_role: dict[str, dict[str, list[Named]]] = defaultdict(lambda: defaultdict(list))
     for name, site in family:
@@ -108,6 +111,7 @@ def _query_and_value(family: Sequence[Named], lenient: bool) -> list[Site]:
     if lenient:
         fused += [site for _, site in _flat(by_role["kv"])]
         fused += [site for _, site in _flat(queries) if by_role["k"]]
+        fused += [site for name, site in family if name == WITHOUT_ATTENTION]
     return fused
 
 

@@ -19,6 +19,10 @@ T5 = {
 }
 
 
+MAMBA = {
+    **{"hidden_size": 24, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 12, "expand": 2, "n_groups": 1},
+    **{"vocab_size": 40, "state_size": 8, "chunk_size": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
 REFORMER = {
     **{"hidden_size": 24, "num_attention_heads": 4, "attention_head_size": 6, "feed_forward_size": 32},
     **{"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "vocab_size": 40},
@@ -171,6 +175,11 @@ OTHERS = {
         lambda: t.GemmaForCausalLM(t.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=8)),
         causal,
         {"q_proj", "v_proj"},
+    ),
+    "no attention": (
+        lambda: t.Mamba2ForCausalLM(t.Mamba2Config(**MAMBA)),
+        causal,
+        {"in_proj"},
     ),
     "layers computed again": (
         lambda: t.ReformerModelWithLMHead(t.ReformerConfig(**REFORMER)),
