@@ -51,6 +51,13 @@ def make_deep_head():
     return model.eval()
 
 
+def make_idle():
+    """A model with a linear that it never calls."""
+    model = make_model()
+    model.model.extra = nn.Linear(24, 24, bias=False)
+    return model.eval()
+
+
 # Models by a name that the script's arguments can have.
 MODELS = {
     "llama": make_model,
@@ -60,6 +67,7 @@ MODELS = {
     "classifier": make_classifier,
     "bf16 classifier": functools.partial(make_classifier, torch.bfloat16),
     "deep head": make_deep_head,
+    "idle": make_idle,
 }
 
 
