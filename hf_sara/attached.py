@@ -80,14 +80,21 @@ class AttachedUpdates(AdapterContents):
 
     # ---- updates that did not train ----
 
-    def untrained_sites(self, state: Mapping[str, torch.Tensor] | None = None) -> list[PlannedSite]:
+    def untrained_sites(
+        self, state: Mapping[str, torch.Tensor] | None = None, by_use: bool = False
+    ) -> list[PlannedSite]:
         """
         The sites whose updates learned nothing and took no part, although others did: those of experts that got no
         token, or of a cross-attention without an encoder. Their tensors are still those of their random start.
 
         Args:
             state (`Mapping[str, torch.Tensor]`, *optional*): See [`SaraAdapter.changed`].
+            by_use (`bool`, *optional*, defaults to `False`): Whether an unused update counts although its tensors
+                changed. DeepSpeed decays also the weights that have no gradient.
         """
+        if by_use:
+            unused = [site for site, delta in self.deltas() if not delta.usage.learning]
+            return [site for site in unused if site.name not in self._loaded] if len(unused) < len(self.sites) else []
         changed = self.changed(state)
         if changed:
             return [

@@ -85,6 +85,7 @@ class AdapterContents:
         self.spec = spec
         self.name = name
         self._resting = False
+        self._loaded: set[str] = set()
         _refuse_mixture(model, spec)
         others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
         self._unfrozen = _trainable(model)
@@ -242,6 +243,7 @@ class AdapterContents:
                 # This process holds a shard of the tensor, see `state_dict`.
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)
+        self._loaded = {site.name for site in self.sites if site.name not in untrained}
         for site, delta in self.deltas():
             names = [f"{site.name}.{name}" for name in delta.trained() if site.name in untrained]
             self._initial |= {name: _fingerprint(tensors[name]) for name in names}

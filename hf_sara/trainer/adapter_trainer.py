@@ -135,7 +135,7 @@ class AdapterTrainerMixin(SearchMixin):
         adapter = self.sara_adapter
         state = self._gather()[0] if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         adapter.warn_of_unmoved(state)
-        sites = adapter.untrained_sites(state)
+        sites = adapter.untrained_sites(state, by_use=self.is_deepspeed_enabled)
         with gathered(self, [tensor for site in sites for tensor in adapter.delta(site).trained().values()], rank=0):
             adapter.rest(sites)
 
@@ -194,7 +194,8 @@ class AdapterTrainerMixin(SearchMixin):
         output_dir = output_dir_of(self) if output_dir is None else output_dir
         self.sara_adapter.refuse_others(self.accelerator.unwrap_model(self.model))
         adapter = self.sara_adapter
-        storage.write(output_dir, adapter.manifest(adapter.untrained_sites(contents[0])), *contents)
+        untrained = adapter.untrained_sites(contents[0], by_use=self.is_deepspeed_enabled)
+        storage.write(output_dir, adapter.manifest(untrained), *contents)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         # `to_json_string` replaces every access token by a placeholder.
