@@ -60,7 +60,7 @@ def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
             break
     found = [site for site in offered if site.name in names]
     text = _text_model(model)
-    return [site for site in found if text and is_within(site.name, [text])] or _beside_towers(model, found)
+    return _beside_towers(model, [site for site in found if text and is_within(site.name, [text])] or found)
 
 
 def place(model: nn.Module, name: str) -> tuple[str, str]:
@@ -125,10 +125,14 @@ def _shortest(side: dict[str, list[Named]], both: Iterable[str]) -> list[Site]:
     return [site for name, site in found if len(name) == least]
 
 
+def _inner_configs(model: Any) -> dict[str, PreTrainedConfig]:
+    config = getattr(model, "config", None)
+    return {} if config is None else {k: v for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+
+
 def _text_model(model: Any) -> str | None:
     """The name of the text model in a multi-modal model, or `None` for a model of texts alone, or of images alone."""
-    config = getattr(model, "config", None)
-    inner = set() if config is None else {k for k, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+    inner = set(_inner_configs(model))
     if not inner or (inner <= TEXT_CONFIGS and _takes_text(model)) or not hasattr(model, "get_decoder"):
         return None
     decoder = model.get_decoder()
@@ -137,9 +141,19 @@ def _text_model(model: Any) -> str | None:
 
 def _beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """The sites that are in no inner model of images or sounds, if the model itself takes texts; else all sites."""
-    inner = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
-    towers = [name for name, module in inner if name and not _takes_text(module)] if _takes_text(model) else []
+    towers = [name for name, module in model.named_modules() if name and _is_tower(model, module)]
     return [site for site in sites if not is_within(site.module, towers)] or list(sites)
+
+
+def _is_tower(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is an inner model that takes no texts, or has the configuration of one."""
+    if not _takes_text(model):
+        return False
+    if isinstance(module, PreTrainedModel) and not _takes_text(module):
+        return True
+    inner = {type(v): k for k, v in _inner_configs(model).items()}
+    kind = inner.get(type(getattr(module, "config", None)), "text_config")
+    return kind not in TEXT_CONFIGS and "text" not in kind
 
 
 def _takes_text(model: Any) -> bool:
