@@ -119,7 +119,7 @@ class SaraAdapter(AttachedUpdates):
         adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
         try:
             adapter.load_state_dict(tensors, saved.untrained)
-            adapter.rest([site for site in sites if site.name in saved.untrained])
+            adapter.rest(saved.untrained_sites())
         except BaseException:
             adapter.detach()
             raise
@@ -160,6 +160,7 @@ class SaraAdapter(AttachedUpdates):
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
         Write the adapter's files, without pickle. A crash leaves either the old adapter or the new one, never a mix.
+        Updates that were never used in a training are marked, and add nothing when the adapter is loaded.
 
         Args:
             folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
@@ -169,8 +170,9 @@ class SaraAdapter(AttachedUpdates):
             `ValueError`: If a parameter trains that no adapter of the model holds.
         """
         self.refuse_others()
-        self.rest(self.untrained_sites())
-        storage.write(folder, self.manifest(), self.state_dict(), self.saved_factors())
+        untrained = self.untrained_sites()
+        storage.write(folder, self.manifest(untrained), self.state_dict(), self.saved_factors())
+        self.warn_of_idle(untrained)
 
     def write_card(self, folder: str | PathLike, *, tags: str | Sequence[str] = (), **card: Any) -> None:
         """

@@ -140,9 +140,10 @@ class SaraArguments:
         for name in ("target_modules", "exclude_modules"):
             given = getattr(self, name)
             names = [given] if isinstance(given, str) else given
-            setattr(self, name, None if names is None else list(names))
-            if names is not None and not all(isinstance(one, str) and one for one in names):
+            listed = isinstance(names, (list, tuple, set, frozenset))
+            if names is not None and not (listed and all(isinstance(one, str) and one for one in names)):
                 raise ValueError(f"{name}={given!r} has to be a list of names, or one regular expression.")
+            setattr(self, name, None if names is None else list(names))
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty. Name at least one module, or leave it out for query and value.")
         if self.target_modules is not None and ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:

@@ -92,33 +92,22 @@ class AttachedUpdates(AdapterContents):
             by_use (`bool`, *optional*, defaults to `False`): Whether an unused update counts although its tensors
                 changed. DeepSpeed decays also the weights that have no gradient.
         """
+        unused = [site for site, delta in self.deltas() if not delta.usage.learning]
         if by_use:
-            unused = [site for site, delta in self.deltas() if not delta.usage.learning]
             return [site for site in unused if site.name not in self._loaded] if len(unused) < len(self.sites) else []
         changed = self.changed(state)
-        if changed:
-            return [
-                site
-                for site, delta in self.deltas()
-                if not delta.usage.learning and not any(f"{site.name}.{name}" in changed for name in delta.trained())
-            ]
+        names = {site.name: [f"{site.name}.{name}" for name in self.delta(site).trained()] for site in unused}
+        return [site for site in unused if changed and changed.isdisjoint(names[site.name])]
+
+    def idle_sites(self) -> list[PlannedSite]:
+        """
+        The untrained sites, or of an adapter that has not trained at all the sites whose modules were never called,
+        although others were. What the model computes with such a weight does not depend on the update.
+        """
+        if not self.is_untrained():
+            return self.untrained_sites()
         idle = [site for site, delta in self.deltas() if not delta.usage.called]
         return idle if len(idle) < len(self.sites) else []
-
-    def warn_of_unmoved(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Warn of trained tensors that took part, and have the bits of their start all the same."""
-        changed = self.changed(state)
-        unused = {f"{site.name}.{name}" for site in self.untrained_sites(state) for name in self.delta(site).trained()}
-        known = {*changed, *unused, *self._told}
-        names = [name for name in self.trained() if name not in known] if changed else []
-        self._told.update(names)
-        if names:
-            logger.warning(
-                "%d trained tensors did not change in the training, so no gradient reaches them: %s%s.",
-                len(names),
-                ", ".join(names[:5]),
-                " ..." if len(names) > 5 else "",
-            )
 
     def rest(self, sites: Sequence[PlannedSite]) -> None:
         """
@@ -127,17 +116,29 @@ class AttachedUpdates(AdapterContents):
         """
         for site in sites:
             self.delta(site).rest()
-        news = [site.name for site in sites if site.name not in self._told]
+
+    def warn_of_idle(self, sites: Sequence[PlannedSite]) -> None:
+        """Say once that the updates of sites add nothing."""
+        self._tell(
+            [site.name for site in sites],
+            "The model did not use the modules of %d sites while the adapter trained, so their updates add nothing: "
+            "%s. If it never will, leave them out with exclude_modules.",
+        )
+
+    def warn_of_unmoved(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Say once which tensors took part in a training, and have the bits of their start all the same."""
+        changed = self.changed(state)
+        unused = {f"{site.name}.{name}" for site in self.untrained_sites(state) for name in self.delta(site).trained()}
+        self._tell(
+            [name for name in self.trained() if changed and name not in changed and name not in unused],
+            "%d trained tensors did not change in the training, so no gradient reaches them: %s.",
+        )
+
+    def _tell(self, names: Sequence[str], text: str) -> None:
+        news = [name for name in names if name not in self._told]
         self._told.update(news)
         if news:
-            logger.warning(
-                "The updates of %d of %d sites were never used in the training, so they add nothing: %s%s. The model "
-                "did not call their modules then. If it never will, leave them out with exclude_modules.",
-                len(news),
-                len(self.sites),
-                ", ".join(news[:5]),
-                " ..." if len(news) > 5 else "",
-            )
+            logger.warning(text, len(news), ", ".join(news[:5]) + (" ..." if len(news) > 5 else ""))
 
     # ---- merging ----
 
@@ -159,10 +160,11 @@ class AttachedUpdates(AdapterContents):
         """
         self._refuse_merged("merge")
         self.spec.method.refuse_merge()
-        self.rest(self.untrained_sites())
         refuse_in_use(self.model, self.parts, self)
         refuse_spread(self.model, self.parts, self.name, False)
-        self._merged = MergedWeights(self.model, list(self.deltas()), self.copies())
+        idle = self.idle_sites()
+        self._merged = MergedWeights(self.model, [d for d in self.deltas() if d[0] not in idle], self.copies())
+        self.warn_of_idle(idle)
         self._set_enabled(False)
 
     def unmerge(self) -> None:

@@ -66,6 +66,10 @@ def plan(
     budget: Annotated[Optional[str], typer.Option(help="Solve the threshold: a count, or a share like 0.1%.")] = None,  # noqa: UP045
     num_heads: Annotated[int, typer.Option(help="Mo-SARA: vectors that the router mixes.")] = 5,
     target_modules: Annotated[Optional[list[str]], typer.Option(help="Modules to adapt; may be repeated.")] = None,  # noqa: UP045
+    exclude_modules: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Linear modules to leave out; may be repeated."),
+    ] = None,
     layers: Annotated[Optional[str], typer.Option(help="Layers to adapt: 0-7,12.")] = None,  # noqa: UP045
     modules_to_save: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -89,6 +93,7 @@ def plan(
             parameter_budget=budget,
             num_heads=num_heads,
             target_modules=target_modules or None,
+            exclude_modules=exclude_modules or None,
             layers=layers,
             modules_to_save=modules_to_save or None,
             trainable_token_indices=trainable_token_indices or None,

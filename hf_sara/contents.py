@@ -3,6 +3,7 @@
 Nothing here knows of files or of the Hub.
 """
 
+import inspect
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +22,7 @@ from .frozen_buffers import hold_buffers
 from .input_gradients import hold_input_gradients
 from .linears import refuse_outer_hooks, take_back
 from .methods import Delta
+from .methods.base import Usage
 from .methods.products import is_plain
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
 from .patterns import is_of_update
@@ -39,10 +41,10 @@ def add_deltas(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     # This is true if the output is that of the frozen linear itself, which no other hook can have seen or changed.
     own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
     linear = module if own else None
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else kwargs[module.sara.argument]
     for delta in module.sara.values():
         if delta.enabled:
-            delta.usage.note(delta.training)
+            delta.usage.note()
             output = delta(x, output, linear)
             linear = None
     return output
@@ -52,6 +54,8 @@ def insert_delta(module: Any, key: str, delta: Delta) -> None:
     """Put an update on a linear, beside the updates that it already has."""
     if not hasattr(module, "sara"):
         module.sara = nn.ModuleDict()
+        # Under this name the input comes if it is given by keyword.
+        module.sara.argument = next(iter(inspect.signature(module.forward).parameters))
         module.register_forward_hook(add_deltas, with_kwargs=True)
     module.sara[key] = delta.train(module.training)
 
@@ -153,7 +157,8 @@ class AdapterContents:
         """The update's module at one site."""
         module: Any = self.model.get_submodule(site.module)
         delta = module.sara[self._key(site)]
-        take_back(delta)
+        if "_hf_hook" in vars(delta):
+            take_back(delta)
         if any(tensor.is_meta for tensor in delta.parameters()):
             refuse_outer_hooks(self.model, site.name)
         return delta
@@ -247,6 +252,8 @@ class AdapterContents:
         for site, delta in self.deltas():
             names = [f"{site.name}.{name}" for name in delta.trained() if site.name in untrained]
             self._initial |= {name: _fingerprint(tensors[name]) for name in names}
+            if names:
+                delta.usage = Usage()
         self.mirror_rows()
 
     def num_parameters(self) -> int:

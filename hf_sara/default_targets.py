@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .heads import input_embedding
 from .linears import is_linear
 from .patterns import is_within
 from .sites import Site
@@ -54,6 +55,8 @@ def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
         for name in names_of[site.linear(model)]:
             parent, leaf = place(model, name)
             families[parent].append((site.label or leaf, site))
+    # The attention of a model is in its layers, and what stands beside them is a head.
+    families = {parent: family for parent, family in families.items() if parent} or families
     for lenient in (False, True):
         names = {site.name for family in families.values() for site in _query_and_value(family, lenient)}
         if names:
@@ -147,13 +150,13 @@ def _beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
 
 def _is_tower(model: nn.Module, module: nn.Module) -> bool:
     """Whether a module is an inner model that takes no texts, or has the configuration of one."""
-    if not _takes_text(model):
+    if not _takes_text(model) or input_embedding(model) is None:
         return False
     if isinstance(module, PreTrainedModel) and not _takes_text(module):
         return True
-    inner = {type(v): k for k, v in _inner_configs(model).items()}
-    kind = inner.get(type(getattr(module, "config", None)), "text_config")
-    return kind not in TEXT_CONFIGS and "text" not in kind
+    inner: dict[Any, str] = {type(config): key for key, config in _inner_configs(model).items()}
+    key = inner.get(type(getattr(module, "config", None)), "text_config")
+    return key not in TEXT_CONFIGS and "text" not in key
 
 
 def _takes_text(model: Any) -> bool:

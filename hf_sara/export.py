@@ -6,7 +6,7 @@ several heads depends on the token and has no such form.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from .files import write_file
 from .linears import linear_shape
 from .parts import ModulePart, TokenPart
 from .patterns import is_of_update
+from .sites import PlannedSite
 from .tensor_files import check_tensors, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
     _refuse_two_places(adapter)
-    adapter.rest(adapter.untrained_sites())
-    pairs = {name: _lora_pair(adapter, name) for name in dict.fromkeys(site.module for site in adapter.sites)}
+    idle = adapter.idle_sites()
+    pairs = {name: _lora_pair(adapter, name, idle) for name in dict.fromkeys(site.module for site in adapter.sites)}
     # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
     # naming the tensor.
     exact = _lora_tensors(adapter.model, pairs)
@@ -114,6 +115,7 @@ def export_lora(
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / LORA_TENSORS_FILE, payload)
     write_file(folder / LORA_CONFIG_FILE, config)
+    adapter.warn_of_idle(idle)
     report = ExportReport(ranks, errors, len(payload) + len(config))
     logger.info("Exported a LoRA: %s", report)
     return report
@@ -131,8 +133,13 @@ def _refuse_two_places(adapter: SaraAdapter) -> None:
             )
 
 
-def _lora_pair(adapter: SaraAdapter, module_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A (k, d_in) and lora_B (d_out, k) of a module. The projections of a fused one follow one another."""
+def _lora_pair(
+    adapter: SaraAdapter, module_name: str, idle: Collection[PlannedSite]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    lora_A (k, d_in) and lora_B (d_out, k) of a module. The projections of a fused one follow one another. Those of
+    idle sites are zero.
+    """
     d_in, d_out = linear_shape(adapter.model.get_submodule(module_name))
     sites = [site for site in adapter.sites if site.module == module_name]
     # The projections of a fused module share its input, so A is stacked. In B, each projection fills its own rows and
@@ -147,7 +154,8 @@ def _lora_pair(adapter: SaraAdapter, module_name: str) -> tuple[torch.Tensor, to
         A[start : start + site.k] = (U * root).t()
         rows = B[:, start : start + site.k]
         rows = rows if site.slice is None else site.slice.view(rows, dim=0)
-        rows.copy_(((S.sign() * root)[:, None] * Vh).t().reshape(rows.shape))
+        if site not in idle:
+            rows.copy_(((S.sign() * root)[:, None] * Vh).t().reshape(rows.shape))
         start += site.k
     return A, B
 

@@ -36,7 +36,9 @@ def hold_buffers(model: nn.Module) -> None:
         if isinstance(module, _NormBase):
             _hold_norm(module, held and module.running_mean is not None)
         elif any(_saved_buffers(module)):
-            _hold_others(module, held and _knows_training(cast(Any, type(module))))
+            # Another hook may change a buffer too, as that of a spectral norm does.
+            hooked = any(hook is not use_copies for hook in module._forward_pre_hooks.values())
+            _hold_others(module, held and (hooked or _knows_training(cast(Any, type(module)))))
 
 
 def _hold_norm(module: Any, held: bool) -> None:
@@ -60,7 +62,7 @@ def _note_mode(module: Any, mode: bool = True) -> nn.Module:
 def _hold_others(module: nn.Module, held: bool) -> None:
     hooked = any(hook is use_copies for hook in module._forward_pre_hooks.values())
     if held and not hooked:
-        module.register_forward_pre_hook(use_copies)
+        module.register_forward_pre_hook(use_copies, prepend=True)
         module.register_forward_hook(use_own, always_call=True)
     elif hooked and not held:
         drop_hooks(module, (use_copies, use_own))

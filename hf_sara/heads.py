@@ -1,4 +1,4 @@
-"""The head of a model: the modules that its task makes anew, and that no pretrained checkpoint has."""
+"""The ends of a model: its input embedding, and the head that its task makes anew."""
 
 import re
 from collections.abc import Iterable
@@ -74,3 +74,12 @@ def own_parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
             full = f"{path}.{name}" if path else name
             if parameter is not None and not is_of_update(f".{full}"):
                 yield full, parameter
+
+
+def input_embedding(model: Any) -> nn.Embedding | None:
+    """The input embedding of tokens, or `None` for a model that has none."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None

@@ -6,6 +6,7 @@ embeddings of a frozen base have no gradient, so autograd would see nothing to t
 
 import functools
 import inspect
+import re
 from typing import Any, cast
 
 import torch
@@ -36,7 +37,14 @@ def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None
 
 @functools.cache
 def _has_own_backward(kind: Any) -> bool:
-    """Whether the file of a model's class has functions with a gradient of their own."""
+    """Whether the file of a model's class has a function whose backward pass starts another one."""
     file = inspect.getmodule(kind)
     classes = [] if file is None else [value for value in vars(file).values() if inspect.isclass(value)]
-    return any(issubclass(value, torch.autograd.Function) for value in classes)
+    return any(issubclass(value, torch.autograd.Function) and _goes_backward(value) for value in classes)
+
+
+def _goes_backward(function: Any) -> bool:
+    try:
+        return re.search(r"\.backward|enable_grad", inspect.getsource(function.backward)) is not None
+    except (OSError, TypeError):
+        return False

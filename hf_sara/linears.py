@@ -16,14 +16,14 @@ from typing import Any, cast
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .dequantizing import FULL_DTYPES, dequantizer, holds_numbers
 
 # Attributes of a weight that say nothing of its values.
 FACTS_OF_A_WEIGHT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_meta", "grad"}
+# Attributes of a module by which it reaches its children without their names.
+OTHER_WAYS = ("children", "modules", "named_children", "named_modules", "_modules")
 REMEDY = "Load the base in a floating-point dtype, or with bitsandbytes quantization."
 
 # A weight that is fetched for one reader is put away again, which must not happen while another thread reads it.
@@ -44,8 +44,15 @@ def is_packed(module: Any) -> bool:
     """Whether a module looks like a linear, with a weight that cannot be read. Not all of these say their sizes."""
     if is_linear(module) or hasattr(module, "num_embeddings"):
         return False
-    own = module.parameters(recurse=False)
-    return has_sizes(module) or any(weight.dim() == 2 and not holds_numbers(weight) for weight in own)
+    if has_sizes(module):
+        return not holds_numbers(getattr(module, "weight", None))
+    own = module.named_parameters(recurse=False)
+    return any("weight" in name and weight.dim() == 2 and not holds_numbers(weight) for name, weight in own)
+
+
+def is_strange(module: Any) -> bool:
+    """Whether a module has the sizes of a linear and is none, although its weight may be a plain one."""
+    return has_sizes(module) and not is_linear(module) and any(True for _ in module.parameters())
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -203,87 +210,112 @@ def why_not(module: nn.Module, parent: nn.Module, leaf: str) -> str | None:
         leaf (`str`): Its name there.
     """
     kind, outer = type(module).__name__, type(parent).__name__
-    if isinstance(parent, nn.MultiheadAttention) or _reads_only_weight(type(parent), leaf):
+    if isinstance(parent, nn.MultiheadAttention) or leaf in _weights_read(cast(Any, type(parent))):
         return f"{outer} reads the weight of this {kind} without calling it, so an update would have no effect"
-    if _has_own_forward(module) and not computes_product(cast(nn.Linear, module)):
-        return f"this {kind} has a forward of its own, which computes something else than x W + b"
+    if _has_own_forward(module):
+        with with_values(module):
+            if not computes_product(module):
+                return f"this {kind} has a forward of its own, which computes something else than x W + b"
     return None
+
+
+def why_not_on(model: nn.Module, name: str) -> str | None:
+    """The reason of [`why_not`] for the linear of this full name."""
+    parent, _, leaf = name.rpartition(".")
+    return why_not(model.get_submodule(name), model.get_submodule(parent), leaf)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a linear of full precision computes something that its base class does not say."""
-    if is_quantized(module) or parametrize.is_parametrized(module) or is_offloaded(module):
+    if is_quantized(module):
         return False
     known = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    return isinstance(module, known) and type(module).forward is not known.forward
+    return _forward(module) is not None or type(module).forward is not known.forward
+
+
+def _forward(module: nn.Module) -> Any:
+    """The forward that somebody put on a module in place of its class's. accelerate keeps the one before its own."""
+    own = vars(module)
+    found = own.get("_old_forward", own.get("forward"))
+    return None if getattr(found, "__func__", None) is type(module).forward else found
 
 
 @torch.no_grad()
-def computes_product(module: nn.Linear) -> bool:
+def computes_product(module: Any) -> bool:
     """Whether a linear returns x W + b, for small and for large x. A module without values is believed."""
-    weight = module.weight
+    weight, bias = module.weight.detach(), module.bias
     if weight.is_meta:
         return True
+    stored = weight if isinstance(module, Conv1D) else weight.t()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(6, len(stored), generator=generator).to(weight.device, weight.dtype)
     training = module.training
     module.eval()
     try:
-        for size in (1, 100):
-            # Only the class's own forward is tried, so that no hook sees these numbers.
-            found, expected = module.forward(size * x), F.linear(size * x, weight, module.bias)
-            if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
-                return False
-            rounding = 32 * torch.finfo(weight.dtype).eps * expected.abs().max()
-            if not (found - expected).abs().max() <= rounding:
-                return False
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-        return False
+        return all(_is_product(module, size * x, stored, bias) for size in (1, 100))
     finally:
         module.train(training)
-    return True
 
 
-def _reads_only_weight(kind: type[nn.Module], leaf: str) -> bool:
-    """Whether the code of a class reads `self.<leaf>.weight`, and never calls `self.<leaf>` nor passes it on."""
-    return leaf in _weights_read(cast(Any, kind))
+def _is_product(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    expected = x.double() @ weight.double() + (0 if bias is None else bias.double())
+    # The forward itself is tried, so that no hook sees these numbers.
+    forward = _forward(module) or functools.partial(type(module).forward, module)
+    for shape in ((2, 3), (6,)):
+        try:
+            found = forward(x.unflatten(0, shape))
+        except Exception:
+            # Some take three dimensions only, and some take two.
+            continue
+        if not isinstance(found, torch.Tensor) or found.shape != (*shape, expected.shape[-1]):
+            return False
+        error = (found.reshape(expected.shape).double() - expected).norm()
+        return bool(error <= max(1e-4, torch.finfo(x.dtype).eps) * expected.norm())
+    return False
 
 
 @functools.cache
 def _weights_read(kind: Any) -> frozenset[str]:
-    read, used = set(), set()
-    for base in kind.__mro__:
-        if base is nn.Module:
-            break
-        for tree in _methods(base):
-            parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-            for node in ast.walk(tree):
-                name = _own_attribute(node)
-                if name is None:
-                    continue
-                outer = parents.get(node)
-                if not isinstance(outer, ast.Attribute):
-                    used.add(name)
-                elif outer.attr == "weight" and getattr(parents.get(outer), "attr", None) not in FACTS_OF_A_WEIGHT:
-                    read.add(name)
-                elif outer.attr == "forward":
-                    used.add(name)
+    """
+    The names x for which the forward of a class reads `self.x.weight`, and never calls `self.x` nor passes it on. A
+    class that goes over its children in another way is believed to call them.
+    """
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        methods = {**_methods(base), **methods}
+    read, used, seen, waiting = set(), set(), set(), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in methods:
+            continue
+        seen.add(name)
+        parents = {child: node for node in ast.walk(methods[name]) for child in ast.iter_child_nodes(node)}
+        if any(isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" for node in parents):
+            return frozenset()
+        for node in _attributes_of_self(methods[name]):
+            outer = parents[node]
+            waiting.append(node.attr)
+            if node.attr in OTHER_WAYS:
+                return frozenset()
+            if not isinstance(outer, ast.Attribute) or outer.attr == "forward":
+                used.add(node.attr)
+            elif outer.attr == "weight" and getattr(parents[outer], "attr", None) not in FACTS_OF_A_WEIGHT:
+                read.add(node.attr)
     return frozenset(read - used)
 
 
-def _methods(kind: type) -> Iterator[ast.AST]:
-    """The code of a class's own methods, apart from those that make its modules and fill them."""
+def _attributes_of_self(method: ast.FunctionDef) -> list[ast.Attribute]:
+    """The expressions `self.x` in a method."""
+    me = method.args.args[0].arg if method.args.args else None
+    attributes = (node for node in ast.walk(method) if isinstance(node, ast.Attribute))
+    return [node for node in attributes if isinstance(node.value, ast.Name) and node.value.id == me]
+
+
+def _methods(kind: type) -> dict[str, ast.FunctionDef]:
+    """The code of a class's own methods by name."""
     try:
         source = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
-        return
-    for node in cast(ast.ClassDef, source.body[0]).body:
-        if isinstance(node, ast.FunctionDef) and node.name not in ("__init__", "_init_weights", "reset_parameters"):
-            yield node
-
-
-def _own_attribute(node: ast.AST) -> str | None:
-    """The name x of an expression `self.x`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-        return node.attr
-    return None
+        return {}
+    body = cast(ast.ClassDef, source.body[0]).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}

@@ -75,6 +75,10 @@ class Manifest(AdapterSpec):
     versions: dict[str, str]
     untrained: frozenset[str] = field(default=frozenset(), kw_only=True)
 
+    def untrained_sites(self) -> list[PlannedSite]:
+        """The sites whose updates add nothing, although their tensors do not say so."""
+        return [site for site in self.sites if site.name in self.untrained]
+
 
 @dataclass(frozen=True)
 class Config(Manifest):

@@ -233,6 +233,8 @@ class _Merger:
             delta = self.saved.method.make_delta(site, self.model, factors.get(site.name))
             for name, tensor in delta.trained().items():
                 tensor.data.copy_(self.trained[f"{site.name}.{name}"])
+            if site.name in self.saved.untrained:
+                delta.rest()
             site.write(module, merged_weight(site, module, delta))
         for module_name, key in modules.items():
             module = self._linear(module_name)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .arguments import SaraArguments
 from .dequantizing import holds_numbers
-from .heads import default_heads, own_parameters, random_parameters
+from .heads import default_heads, input_embedding, own_parameters, random_parameters
 from .linears import is_packed
 from .patterns import is_of_update, is_within, matches
 from .sites import Site
@@ -271,15 +271,6 @@ def token_parts(model: Any, indices: Sequence[int], whole: Sequence[str]) -> lis
         # The base may lack them: the rows of new tokens are random there.
         parts.append(TokenPart(names[output], rows_of, output.in_features, trained=False))
     return parts
-
-
-def input_embedding(model: Any) -> nn.Embedding | None:
-    """The input embedding of tokens, or `None` for a model that has none."""
-    try:
-        found = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Embedding) else None
 
 
 def row_owners(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from .errors import AdapterError
 from .factors import Factors, find_factors, sketch, sketches_agree
 from .files import write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
-from .linears import is_linear, is_packed
+from .linears import is_linear, is_packed, why_not_on
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
 from .parallel import for_each
 from .parts import (
@@ -109,6 +109,9 @@ class SavedAdapter(Config):
                     f"{site.name}: the adapter in {self.folder} is for a weight of shape {_shape_text(site)}, this "
                     f"model's has {_shape_text(there)}. It was trained on {self.base}."
                 )
+            reason = why_not_on(model, site.module)
+            if reason is not None:
+                raise AdapterError(f"{site.name} cannot hold the update of {self.folder}: {reason}.")
         updates, weights = sum(map(self.count, self.sites)), sum(math.prod(site.shape) for site in self.sites)
         # The number of a router's heads is the one size that the base does not bound.
         if self.method.router_heads is not None and updates > 3 * weights:

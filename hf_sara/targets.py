@@ -9,7 +9,7 @@ from torch import nn
 from .arguments import ALL_LINEAR, SaraArguments, parse_layers
 from .default_targets import default_sites, place, role_of
 from .heads import task_heads
-from .linears import is_packed, why_not
+from .linears import is_packed, is_strange, why_not_on
 from .patterns import PLAIN_NAME, is_of_update, is_within, matches
 from .sites import Site, all_sites
 
@@ -33,12 +33,17 @@ def find_sites(model: nn.Module, args: SaraArguments) -> list[Site]:
     """
     offered = all_sites(model)
     everything = args.target_modules == [ALL_LINEAR]
+    if args.exclude_modules is not None:
+        _refuse_unknown(model, offered, args.exclude_modules, "exclude_modules")
+    excluded = args.exclude_modules or []
     if args.target_modules is None or everything:
-        chosen = _general_choice(model, offered, everything)
+        chosen = _general_choice(model, offered, excluded, everything)
     else:
         chosen = _named(model, offered, args.target_modules)
-    if args.exclude_modules is not None:
-        chosen = _without(chosen, offered, args.exclude_modules)
+    left = [site for site in chosen if not _is_target(site, excluded, "exclude_modules")]
+    if not left:
+        raise ValueError(f"exclude_modules={excluded} excludes all of the chosen modules. {_offer(chosen)}")
+    chosen = left
     if args.layers is not None:
         layers = parse_layers(args.layers)
         present = {site.layer for site in chosen if site.layer is not None}
@@ -61,14 +66,18 @@ def _named(model: nn.Module, offered: Sequence[Site], targets: Sequence[str]) ->
     return [site for site in offered if _is_target(site, targets)]
 
 
-def _general_choice(model: nn.Module, offered: Sequence[Site], everything: bool) -> list[Site]:
+def _general_choice(
+    model: nn.Module, offered: Sequence[Site], excluded: Sequence[str], everything: bool
+) -> list[Site]:
     """All sites but those of heads, or query and value among them."""
     heads = _heads(model)
     inner = [site for site in offered if not is_within(site.module, heads)]
-    packed = {name: kind for name, kind in _packed(model).items() if everything or role_of(place(model, name)[1])}
-    if packed:
-        name, kind = next(iter(packed.items()))
-        raise ValueError(f"{name} {_says_packed(kind)}")
+    for name, (reason, packed) in _others(model).items():
+        wanted = everything or role_of(place(model, name)[1]) is not None
+        if wanted and not is_within(name, heads) and not any(matches(name, e, "exclude_modules") for e in excluded):
+            if packed or not everything:
+                raise ValueError(f"{name} {reason} Name it in exclude_modules to leave it out.")
+            logger.warning("%s %s", name, reason)
     chosen = inner if everything else default_sites(model, inner)
     if not chosen:
         raise ValueError(
@@ -85,8 +94,7 @@ def _useful(model: nn.Module, chosen: Sequence[Site], lenient: bool) -> list[Sit
     """The sites that can hold updates. If the choice is lenient, the others are left out, and otherwise an error."""
     reasons = {}
     for name in dict.fromkeys(site.module for site in chosen):
-        parent, _, leaf = name.rpartition(".")
-        reason = why_not(model.get_submodule(name), model.get_submodule(parent), leaf)
+        reason = why_not_on(model, name)
         if reason is not None:
             reasons[name] = reason
     useful = [site for site in chosen if site.module not in reasons]
@@ -110,14 +118,13 @@ def _heads(model: Any) -> list[str]:
     return [*task_heads(model), *(name for name, module in model.named_modules() if module is output)]
 
 
-def _without(chosen: Sequence[Site], offered: Sequence[Site], excluded: Sequence[str]) -> list[Site]:
-    for name in excluded:
-        if not any(_is_target(site, [name], "exclude_modules") for site in offered):
-            raise ValueError(f"exclude_modules={name!r} matches no linear module. {_offer(offered)}")
-    left = [site for site in chosen if not _is_target(site, excluded, "exclude_modules")]
-    if not left:
-        raise ValueError(f"exclude_modules={list(excluded)} excludes all of the chosen modules. {_offer(chosen)}")
-    return left
+def _refuse_unknown(model: nn.Module, offered: Sequence[Site], names: Sequence[str], argument: str) -> None:
+    """Raise a `ValueError` if a name matches no linear, and nothing that looks like one."""
+    others = _others(model)
+    for name in names:
+        known = any(_is_target(site, [name], argument) for site in offered)
+        if not known and not any(matches(other, name, argument) for other in others):
+            raise ValueError(f"{argument}={name!r} matches no linear module. {_offer(offered)}")
 
 
 def _is_target(site: Site, targets: Sequence[str], argument: str = "target_modules") -> bool:
@@ -134,37 +141,43 @@ def _is_target(site: Site, targets: Sequence[str], argument: str = "target_modul
 
 def _what_else(model: nn.Module, target: str) -> str:
     """A sentence on what a name stands for that is no linear."""
-    packed = {name: kind for name, kind in _packed(model).items() if matches(name, target, "target_modules")}
-    if packed:
-        name, kind = next(iter(packed.items()))
-        return f"{name} {_says_packed(kind)}"
-    experts = {name: shape for name, shape in _fused_experts(model).items() if _names_experts(name, [target])}
-    return f"{_says_experts(experts)}." if experts else _offer(all_sites(model))
+    for name, (reason, _) in _others(model).items():
+        if matches(name, target, "target_modules"):
+            return f"{name} {reason}"
+    experts = _fused_experts(model)
+    meant = {name: shape for name, shape in experts.items() if _names_experts(name, [target])}
+    found = [] if meant else [_offer(all_sites(model))]
+    return " ".join([*found, *([f"{_says_experts(meant or experts)}."] if experts else [])])
 
 
-def _packed(model: nn.Module) -> dict[str, str]:
-    """The modules that look like linears whose packed weights cannot be read, and the names of their classes."""
-    return {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if name and is_packed(module) and not is_of_update(name)
-    }
-
-
-def _says_packed(kind: str) -> str:
-    return (
-        f"is a {kind}, which stores its weight in a form of its own, so that its singular values cannot be read. Load "
-        "the base in a floating-point dtype, or with bitsandbytes quantization."
-    )
+def _others(model: nn.Module) -> dict[str, tuple[str, bool]]:
+    """The modules that look like linears and cannot be adapted, each with the reason, and whether it is packed."""
+    found = {}
+    for name, module in model.named_modules():
+        kind, packed = type(module).__name__, is_packed(module)
+        if not name or is_of_update(name) or not (packed or is_strange(module)):
+            continue
+        if packed:
+            reason = (
+                f"is a {kind}, which stores its weight in a form of its own, so that its singular values cannot be "
+                "read. Load the base in a floating-point dtype, or with bitsandbytes quantization."
+            )
+        else:
+            reason = f"is a {kind}, which is no kind of linear that hf_sara knows, so it is not adapted."
+        found[name] = reason, packed
+    return found
 
 
 def _fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters that hold the matrices of several experts in one tensor, and their shapes."""
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name and not is_of_update(name)
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        expert = "expert" in f"{name}.{type(module).__name__}".lower() and not is_of_update(name)
+        own = {} if isinstance(module, nn.Linear) or not expert else dict(module.named_parameters(recurse=False))
+        # In some models they stand one below the other, in a module that is named after them.
+        dims = (2, 3) if "expert" in type(module).__name__.lower() else (3,)
+        found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in own.items() if tensor.dim() in dims}
+    return found
 
 
 def _names_experts(name: str, targets: Sequence[str]) -> bool:
@@ -174,9 +187,10 @@ def _names_experts(name: str, targets: Sequence[str]) -> bool:
 
 def _says_experts(experts: dict[str, tuple[int, ...]]) -> str:
     name, shape = next(iter(experts.items()))
+    beside = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
     return (
-        f"{name} and {len(experts) - 1} more are fused parameters of experts, {shape[0]} matrices in one tensor of "
-        f"shape {shape}, which hf_sara does not adapt"
+        f"{name}{beside} are fused parameters of experts, several matrices in one tensor of shape {shape}, which "
+        "hf_sara does not adapt"
     )
 
 

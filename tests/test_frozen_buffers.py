@@ -84,6 +84,15 @@ def test_copies_hold_their_buffers_too():
         assert not hasattr(other.model.norm[2], "sara_mode")
 
 
+def test_the_vectors_of_a_spectral_norm_stay():
+    model = make_model()
+    nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
+    before = base_state(model)
+    attach_trained(model)
+    assert any("weight_u" in name for name in before)
+    assert same_bits(before, base_state(model))
+
+
 def test_an_error_in_a_forward_leaves_the_buffers():
     model = with_ranges()
     SaraAdapter.attach(model, sara_arguments())

@@ -168,17 +168,17 @@ class Usage:
 
     Attributes:
         called (`bool`): Whether the linear was called while the update was enabled.
-        learning (`bool`): Whether it was called in training mode.
+        learning (`bool`): Whether it was called while gradients were recorded.
     """
 
     def __init__(self):
         self.called = False
         self.learning = False
 
-    def note(self, training: bool) -> None:
+    def note(self) -> None:
         """Record a call. Nothing is read here, so that torch.compile needs no second graph after the first call."""
         self.called = True
-        if training:
+        if torch.is_grad_enabled():
             self.learning = True
 
 

@@ -41,7 +41,9 @@ class SaraDelta(Delta):
 
     @torch.no_grad()
     def rest(self):
-        (self.S if "S" in self.trained_names else self.Vh).zero_()
+        # If both were zero, neither would ever have a gradient.
+        if self.Vh.any():
+            (self.S if "S" in self.trained_names else self.Vh).zero_()
 
     @torch.no_grad()
     def low_rank(self):

@@ -133,11 +133,26 @@ class AdapterTrainerMixin(SearchMixin):
     def _rest(self) -> None:
         """Let the updates that never took part add nothing. Until the end they can learn from their start."""
         adapter = self.sara_adapter
+        self._share_usage()
         state = self._gather()[0] if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         adapter.warn_of_unmoved(state)
         sites = adapter.untrained_sites(state, by_use=self.is_deepspeed_enabled)
         with gathered(self, [tensor for site in sites for tensor in adapter.delta(site).trained().values()], rank=0):
             adapter.rest(sites)
+        adapter.warn_of_idle(sites)
+
+    def _share_usage(self) -> None:
+        """Let every process know which updates any of them used. An expert may have its tokens on one of them."""
+        if self.args.world_size > 1:
+            uses = [delta.usage for _, delta in self.sara_adapter.deltas()]
+            flags = torch.tensor([[use.called, use.learning] for use in uses], dtype=torch.float)
+            flags = flags.to(self.args.device)
+            for use, (called, learning) in zip(uses, self.accelerator.reduce(flags, "sum").tolist(), strict=True):
+                use.called, use.learning = called > 0, learning > 0
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._share_usage()
+        return super()._save_checkpoint(*args, **kwargs)
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
@@ -149,7 +164,7 @@ class AdapterTrainerMixin(SearchMixin):
         adapter.refuse_others(self.accelerator.unwrap_model(self.model))
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if self._sara_checked_gradients:
+        if self._sara_learned:
             return super().training_step(model, inputs, *args, **kwargs)
         with watch_rows(self.sara_adapter.model):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -166,8 +181,6 @@ class AdapterTrainerMixin(SearchMixin):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, and not the base. Every process has to call this, and one of them writes."""
-        if not _internal_call:
-            self._rest()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # Trainer itself would gather the whole base, or nothing. Every process has to take part in gathering.
             self._write(output_dir, self._gather())

@@ -7,12 +7,16 @@ way.
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .resuming import ExactResumeMixin
 
 logger = logging.getLogger(__name__)
+
+# So many batches may pass in the beginning without a gradient, as one without an image for an adapter of images.
+PATIENCE = 10
 
 
 class FrozenBaseMixin(ExactResumeMixin):
@@ -22,7 +26,8 @@ class FrozenBaseMixin(ExactResumeMixin):
     """
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
-        self._sara_checked_gradients = False
+        self._sara_learned = False
+        self._sara_idle_steps = 0
         self._sara_input_gradients: PreTrainedModel | None = None
         self._sara_note_cache(model)
         if positional:
@@ -47,13 +52,14 @@ class FrozenBaseMixin(ExactResumeMixin):
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         self._sara_note_cache(model)
-        self._sara_checked_gradients = False
+        self._sara_learned = False
+        self._sara_idle_steps = 0
         return model
 
     def train(self, *args, **kwargs):
         """Train as Trainer does, and restore the model's configuration and hooks afterwards."""
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:
             if self._sara_input_gradients is not None:
                 self._sara_input_gradients.disable_input_require_grads()
@@ -61,6 +67,9 @@ class FrozenBaseMixin(ExactResumeMixin):
             config: Any = getattr(self.model, "config", None)
             if hasattr(config, "use_cache"):
                 config.use_cache = self._sara_use_cache
+        if self._sara_idle_steps and not self._sara_learned:
+            self._refuse_to_learn_nothing()
+        return result
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
@@ -78,21 +87,32 @@ class FrozenBaseMixin(ExactResumeMixin):
         return [*names, *(name for name in super().get_decay_parameter_names(model) if name not in set(names))]
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if self._sara_checked_gradients:
+        if self._sara_learned:
             return super().training_step(model, inputs, *args, **kwargs)
         self._refuse_frozen()
-        try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            if "does not require grad" in str(error):
-                raise RuntimeError(self._nothing_learns()) from error
-            raise
+        loss = super().training_step(model, inputs, *args, **kwargs)
         # DeepSpeed keeps gradients in its own place, and FSDP has empty shards, so that they cannot be checked here.
         tensors = [tensor for tensor in self.trained().values() if tensor.numel()]
-        if not self.is_deepspeed_enabled and tensors and all(tensor.grad is None for tensor in tensors):
-            raise RuntimeError(self._nothing_learns())
-        self._sara_checked_gradients = True
+        unseen = self.is_deepspeed_enabled or not tensors
+        self._sara_learned = unseen or any(tensor.grad is not None for tensor in tensors)
+        self._sara_idle_steps += not self._sara_learned
+        if self._sara_idle_steps >= PATIENCE:
+            self._refuse_to_learn_nothing()
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, *args, **kwargs):
+        found: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        loss = found[0] if return_outputs else found
+        if not torch.is_grad_enabled() or not model.training or loss.requires_grad:
+            return found
+        # No adapted module took part in this batch. Others may do in the next one.
+        if self.args.world_size > 1:
+            raise RuntimeError(
+                "A batch of this process used no module that is trained, and the other processes would wait for its "
+                "gradients. Give each batch something to train, or train in one process."
+            )
+        loss = loss + torch.zeros_like(loss, requires_grad=True)
+        return (loss, *found[1:]) if return_outputs else loss
 
     def _refuse_frozen(self) -> None:
         frozen = [name for name, tensor in self.trained().items() if not tensor.requires_grad]
@@ -102,10 +122,10 @@ class FrozenBaseMixin(ExactResumeMixin):
                 f"{' ...' if len(frozen) > 5 else ''}. Let them train: parameter.requires_grad_(True)."
             )
 
-    def _nothing_learns(self) -> str:
+    def _refuse_to_learn_nothing(self) -> None:
         names = list(self.trained())
-        return (
-            f"After the first backward pass none of the {len(names)} trained tensors has a gradient: "
+        raise RuntimeError(
+            f"In the first {self._sara_idle_steps} batches none of the {len(names)} trained tensors had a gradient: "
             f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Their modules take no part in the loss, or "
             "the adapter is disabled or merged. Choose other target_modules or layers, or enable the adapter."
         )
