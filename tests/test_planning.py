@@ -124,7 +124,7 @@ def attach_at_rank(config, k, **arguments):
     ("config", "base", "sites", "d"),
     [
         (LLAMA_7B, 6_738_415_616, 64, 4096),
-        (LLAMA_13B, 13_015_864_320, 80, 5120),
+        pytest.param(LLAMA_13B, 13_015_864_320, 80, 5120, marks=pytest.mark.slow),
         (GPT_J_6B, 6_050_882_784, 56, 4096),
         (GPT2_MEDIUM, 354_823_168, 48, 1024),
     ],

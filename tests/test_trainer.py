@@ -553,6 +553,7 @@ def check_resuming(tmp_path: Path, whole: dict[str, torch.Tensor], method: str, 
     assert log[0] == log[1]
 
 
+@pytest.mark.slow
 def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
     found = run_sharded(tmp_path, "sara", **FSDP)
     check_is_what_one_process_trains(found, "sara", tmp_path / "single")

@@ -25,7 +25,9 @@ SIGNATURES = {
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_optimizer_and_scheduler": "(self, output_dir)",
+    "_save_checkpoint": "(self, model, trial)",
     "call_model_init": "(self, trial=None)",
+    "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
     "create_model_card": "(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, "
     "tasks=None, dataset_tags=None, dataset=None, dataset_args=None)",
     "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
