@@ -94,7 +94,7 @@ class AttachedUpdates(AdapterContents):
         """
         unused = [site for site, delta in self.deltas() if not delta.usage.learning]
         if by_use:
-            return [site for site in unused if site.name not in self._loaded] if len(unused) < len(self.sites) else []
+            return unused if self._usage.learning else []
         changed = self.changed(state)
         names = {site.name: [f"{site.name}.{name}" for name in self.delta(site).trained()] for site in unused}
         return [site for site in unused if changed and changed.isdisjoint(names[site.name])]

@@ -43,8 +43,8 @@ def add_deltas(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     linear = module if own else None
     x = args[0] if args else kwargs[module.sara.argument]
     for delta in module.sara.values():
-        if delta.enabled:
-            delta.usage.note()
+        if delta.enabled and not delta.usage.rests(delta.training):
+            delta.usage.note(delta.training)
             output = delta(x, output, linear)
             linear = None
     return output
@@ -89,7 +89,7 @@ class AdapterContents:
         self.spec = spec
         self.name = name
         self._resting = False
-        self._loaded: set[str] = set()
+        self._usage = Usage()
         _refuse_mixture(model, spec)
         others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
         self._unfrozen = _trainable(model)
@@ -114,6 +114,7 @@ class AdapterContents:
         for site in self.sites:
             module = site.linear(self.model)
             delta = self.spec.method.make_delta(site, self.model, factors.get(site.name))
+            delta.usage = Usage(self._usage)
             if site.name in factors:
                 delta.follow_weight(module)
             insert_delta(module, self._key(site), delta)
@@ -248,12 +249,12 @@ class AdapterContents:
                 # This process holds a shard of the tensor, see `state_dict`.
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)
-        self._loaded = {site.name for site in self.sites if site.name not in untrained}
         for site, delta in self.deltas():
-            names = [f"{site.name}.{name}" for name in delta.trained() if site.name in untrained]
-            self._initial |= {name: _fingerprint(tensors[name]) for name in names}
-            if names:
-                delta.usage = Usage()
+            delta.usage = Usage(self._usage)
+            delta.usage.learning = site.name not in untrained
+            if site.name in untrained:
+                names = [f"{site.name}.{name}" for name in delta.trained()]
+                self._initial |= {name: _fingerprint(tensors[name]) for name in names}
         self.mirror_rows()
 
     def num_parameters(self) -> int:

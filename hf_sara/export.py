@@ -27,12 +27,15 @@ from .linears import linear_shape
 from .parts import ModulePart, TokenPart
 from .patterns import is_of_update
 from .sites import PlannedSite
+from .targets import fused_experts
 from .tensor_files import check_tensors, to_bytes
 
 logger = logging.getLogger(__name__)
 
 LORA_CONFIG_FILE = "adapter_config.json"
 LORA_TENSORS_FILE = "adapter_model.safetensors"
+# PEFT moves a LoRA of these names to the parameter in which transformers 5 fuses experts.
+NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
     _refuse_two_places(adapter)
+    _warn_of_experts(adapter)
     idle = adapter.idle_sites()
     pairs = {name: _lora_pair(adapter, name, idle) for name in dict.fromkeys(site.module for site in adapter.sites)}
     # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
@@ -131,6 +135,18 @@ def _refuse_two_places(adapter: SaraAdapter) -> None:
                 f"{first} and {name} are the same module, and a LoRA of PEFT would be on one of them only. Give each "
                 "place a module of its own before the adapter is attached, or share the adapter itself."
             )
+
+
+def _warn_of_experts(adapter: SaraAdapter) -> None:
+    """Warn of linears that PEFT takes for experts, and so does not load, because they have the names of experts."""
+    names = [site.module for site in adapter.sites if site.module.rsplit(".", 1)[-1] in NAMES_OF_EXPERTS]
+    if names and fused_experts(adapter.model):
+        logger.warning(
+            "PEFT takes %s for fused experts of this %s, because of the name, and does not load their LoRA. Leave "
+            "such modules out with exclude_modules, or merge the adapter, if PEFT is to load it.",
+            ", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
+            type(adapter.model).__name__,
+        )
 
 
 def _lora_pair(

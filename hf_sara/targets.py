@@ -60,7 +60,7 @@ def _named(model: nn.Module, offered: Sequence[Site], targets: Sequence[str]) ->
     for target in targets:
         if not any(_is_target(site, [target]) for site in offered):
             raise ValueError(f"target_modules={target!r} matches no linear module. {_what_else(model, target)}")
-    experts = {name: shape for name, shape in _fused_experts(model).items() if _names_experts(name, targets)}
+    experts = {name: shape for name, shape in fused_experts(model).items() if _names_experts(name, targets)}
     if experts:
         logger.warning("%s.", _says_experts(experts))
     return [site for site in offered if _is_target(site, targets)]
@@ -84,7 +84,7 @@ def _general_choice(
             f"This {type(model).__name__} has no query and value projections that are linear modules, so there is no "
             f"default choice. Set target_modules to names, a regular expression, or '{ALL_LINEAR}'. {_offer(offered)}"
         )
-    experts = _fused_experts(model) if everything else {}
+    experts = fused_experts(model) if everything else {}
     if experts:
         logger.warning("%s.", _says_experts(experts))
     return chosen
@@ -144,7 +144,7 @@ def _what_else(model: nn.Module, target: str) -> str:
     for name, (reason, _) in _others(model).items():
         if matches(name, target, "target_modules"):
             return f"{name} {reason}"
-    experts = _fused_experts(model)
+    experts = fused_experts(model)
     meant = {name: shape for name, shape in experts.items() if _names_experts(name, [target])}
     found = [] if meant else [_offer(all_sites(model))]
     return " ".join([*found, *([f"{_says_experts(meant or experts)}."] if experts else [])])
@@ -168,7 +168,7 @@ def _others(model: nn.Module) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def _fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters that hold the matrices of several experts in one tensor, and their shapes."""
     found: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():

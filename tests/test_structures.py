@@ -107,3 +107,12 @@ def test_fused_experts_are_named_where_they_are_asked_for(caplog):
     assert "fused parameters" not in caplog.text
     find_sites(model, SaraArguments(target_modules="all-linear"))
     assert "are fused parameters of experts" in caplog.text
+
+
+def test_an_export_that_peft_would_mix_up_is_warned_of(tmp_path, caplog):
+    model, _ = make("fused experts")
+    model.model.layers[0].mlp = make("separate linears")[0].model.layers[0].mlp
+    SaraAdapter.attach(model, SaraArguments(target_modules=["q_proj", "down_proj"], threshold=0.2))
+    caplog.clear()
+    export_lora(model, tmp_path)
+    assert "PEFT takes model.layers.0.mlp.down_proj for fused experts" in caplog.text

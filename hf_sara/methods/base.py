@@ -166,20 +166,36 @@ class Usage:
     A record of what an update was used for. It is one object also where several copies of a module share it, as those
     that `nn.DataParallel` makes for each call.
 
+    Args:
+        adapter ([`Usage`], *optional*): The record of the whole adapter.
+
     Attributes:
         called (`bool`): Whether the linear was called while the update was enabled.
-        learning (`bool`): Whether it was called while gradients were recorded.
+        learning (`bool`): Whether it was called in training mode, or while gradients were recorded, or whether the
+            update comes from an earlier training.
     """
 
-    def __init__(self):
+    def __init__(self, adapter: "Usage | None" = None):
+        self.adapter = adapter
         self.called = False
         self.learning = False
 
-    def note(self) -> None:
+    def note(self, training: bool) -> None:
         """Record a call. Nothing is read here, so that torch.compile needs no second graph after the first call."""
         self.called = True
-        if torch.is_grad_enabled():
+        if training or torch.is_grad_enabled():
             self.learning = True
+            if self.adapter is not None:
+                self.adapter.learning = True
+
+    def rests(self, training: bool) -> bool:
+        """
+        Whether an update adds nothing in an evaluation, because a training has used the adapter and not this update.
+        It would do the same after saving and loading.
+        """
+        if training or torch.is_grad_enabled() or self.learning:
+            return False
+        return self.adapter is not None and self.adapter.learning
 
 
 class Delta(nn.Module):
