@@ -27,7 +27,7 @@ EXCEPTIONS = {
     "RecurrentGemma": "could not be copied after a forward pass, which the trial needs.",
     "XLNet": f"{NO_LINEAR} parameters that are no modules.",
     "SqueezeBert": f"{NO_LINEAR} convolutions.",
-    "IBert": "has linears of its own kind, which store integers (`QuantLinear`).",
+    "IBert": "has linears of its own kind (`QuantLinear`), which return two things.",
     "WavLM": "reads the weights of its query and value without calling the modules, so that an update has no effect.",
     "PPFormulaNet": "cannot be loaded by PEFT, with any LoRA. All else is equal.",
     "GlmOcr": "was not built: its tiny configuration is wrong.",

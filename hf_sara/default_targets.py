@@ -112,7 +112,7 @@ def _query_and_value(family: Sequence[Named], lenient: bool) -> list[Site]:
         both = queries.keys() & values.keys()
         return fused + _shortest(queries, both) + _shortest(values, both)
     if lenient:
-        fused += [site for _, site in _flat(by_role["kv"])]
+        fused += [site for _, site in _flat(values)]
         fused += [site for _, site in _flat(queries) if by_role["k"]]
         fused += [site for name, site in family if name == WITHOUT_ATTENTION]
     return fused
