@@ -9,6 +9,7 @@ largest output (`load`, `merge`, `unmerge`, `peft`, `detach`), or an `error`.
 
 import argparse
 import json
+import textwrap
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -59,22 +60,20 @@ def page(rows: list[dict[str, Any]]) -> str:
     by_sites: dict[str, list[str]] = defaultdict(list)
     for name in equal:
         by_sites[site_names(by_class[name][0]["sites"])].append(name)
-    lines = [
-        "# Which models work",
-        "",
-        "hf_sara adapts any `PreTrainedModel`, and by default its query and value projections. This page has the",
-        f"architectures of transformers {version('transformers')} that were tried, each as a tiny random model. A",
-        "round trip attaches an adapter with the default sites, trains it, loads it on a fresh copy, merges and",
-        f"unmerges it, loads its LoRA with PEFT {version('peft')}, and detaches it. It is equal if every stage gives",
-        "the outputs that it should, and the base has the same bits after it. SARA, Mo-SARA with three heads and",
-        "Mo-SARA with one head were tried on each.",
-        "",
-        f"**{len(equal)} of {len(by_class)} architectures are equal throughout.** The other {len(others)} are at the",
-        "end, with the reasons. For those that have no default, `target_modules` names what to adapt.",
-        "",
-        "| adapted by default | architectures |",
-        "|---|---|",
-    ]
+    about = (
+        "hf_sara adapts any `PreTrainedModel`, and by default its query and value projections. This page has the "
+        f"architectures of transformers {version('transformers')} that were tried, each as a tiny random model. A "
+        "round trip attaches an adapter with the default sites, trains it, loads it on a fresh copy, merges and "
+        f"unmerges it, loads its LoRA with PEFT {version('peft')}, and detaches it. It is equal if every stage gives "
+        "the outputs that it should, and the base has the same bits after it. SARA, Mo-SARA with three heads and "
+        "Mo-SARA with one head were tried on each."
+    )
+    result = (
+        f"**{len(equal)} of {len(by_class)} architectures are equal throughout.** The other {len(others)} are at the "
+        "end, with the reasons. For those that have no default, `target_modules` names what to adapt."
+    )
+    lines = ["# Which models work", "", textwrap.fill(about, 119), "", textwrap.fill(result, 119), ""]
+    lines += ["| adapted by default | architectures |", "|---|---|"]
     for sites, names in sorted(by_sites.items(), key=lambda item: (-len(item[1]), item[0])):
         lines.append(f"| {sites} | {', '.join(sorted(names))} |")
     lines += ["", "## Exceptions", "", "| architecture | why |", "|---|---|"]
