@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,6 +117,9 @@ def take_back(module: nn.Module) -> None:
     """
     for inner in module.modules():
         if is_offloaded(inner):
+            # accelerate has offloaded the module, so it is loaded already.
+            from accelerate.hooks import remove_hook_from_module
+
             for hook in _offloading(inner):
                 hook.pre_forward(inner)
                 hook.offload = False
