@@ -319,7 +319,8 @@ def test_a_pushed_classifier_is_whole_in_another_process(server, tmp_path):
     label, numbers = done.stdout.strip().splitlines()[-2:]
     with torch.no_grad():
         expected = model.eval()(**tokenizer("The quick <star> fox", return_tensors="pt")).logits
-    assert json.loads(numbers) == expected.tolist()
+    # The other process may use another number of threads.
+    assert torch.allclose(torch.tensor(json.loads(numbers)), expected, atol=1e-5)
     assert label == labels["id2label"][int(expected.argmax())]
 
 
