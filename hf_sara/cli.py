@@ -279,10 +279,9 @@ def cache(
 ) -> None:
     """Print the size and the place of the cache of singular values and vectors."""
     with _errors():
-        from .cache import cache_folder
+        from .cache import cache_files, cache_folder
 
-        folder = cache_folder()
-        files = [path for path in folder.rglob("*.safetensors") if path.is_file()] if folder.is_dir() else []
+        folder, files = cache_folder(), cache_files()
         size = sum(path.stat().st_size for path in files)
         if clear:
             for path in files:

@@ -63,6 +63,7 @@ def find_factors(
     clusters: Sequence[tuple[int, int]] | None = None,
     site: str = "weight",
     digest: str | None = None,
+    use_cache: bool = True,
 ) -> Factors:
     """
     The leading singular vectors of a weight, in canonical form, computed in float64.
@@ -75,6 +76,7 @@ def find_factors(
             they are left out, they are found here.
         site (`str`, *optional*): Name for error messages.
         digest (`str`, *optional*): The weight's digest for the cache, if the caller has it already.
+        use_cache (`bool`, *optional*, defaults to `True`): Whether vectors of the cache may be taken.
 
     Returns:
         [`Factors`]: The vectors, in float32, or in float64 for a float64 weight.
@@ -83,14 +85,14 @@ def find_factors(
         `ValueError`: For a weight that is empty, zero or not finite, or a threshold out of range.
     """
     check_weight(weight, site)
-    digest = digest or weight_digest(weight)
+    digest, spectrum = digest or weight_digest(weight), None
     if k is None:
         if threshold is None:
             raise ValueError(f"{site}: give a threshold or k, which say how many singular vectors are wanted.")
         check_threshold(threshold, site)
-        spectrum = load_spectrum(digest)
+        spectrum = load_spectrum(digest, weight) if use_cache else None
         k = None if spectrum is None else spectrum.rank(threshold)
-    factors = None if k is None else load_factors(digest, k)
+    factors = load_factors(digest, k, weight, spectrum) if use_cache and k is not None else None
     if factors is not None and (clusters is None or list(clusters) == factors.clusters):
         return factors
     factors = _factorise(weight, k, threshold, clusters, digest)
@@ -230,13 +232,56 @@ def sketches_agree(one: torch.Tensor, other: torch.Tensor, k: int) -> bool:
     return bool(((one - other).abs() <= 1e-5 * max(1.0, math.sqrt(k))).all())
 
 
-def load_factors(digest: str, k: int) -> Factors | None:
-    """Factors from the cache, or `None`."""
-    found = read_entry(f"{digest}.k{k}")
-    if found is None:
-        return None
-    ends = [int(number) for number in found[1]["clusters"].split()]
-    return Factors(found[0]["U"], found[0]["Vh"], list(zip(ends[::2], ends[1::2], strict=True)))
+def load_factors(digest: str, k: int, weight: torch.Tensor, spectrum: Spectrum | None = None) -> Factors | None:
+    """Factors from the cache, or `None` where the cache has none that are those of the weight."""
+
+    def check(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Factors:
+        ends = [int(number) for number in metadata["clusters"].split()]
+        factors = Factors(tensors["U"], tensors["Vh"], list(zip(ends[::2], ends[1::2], strict=True)))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shapes = {"U": (weight.shape[0], k), "Vh": (k, weight.shape[1])}
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape or tensors[name].dtype != dtype:
+                raise ValueError(f"its {name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}")
+        if any(not 0 <= start < stop <= min(weight.shape) for start, stop in factors.clusters):
+            raise ValueError(f"its clusters {factors.clusters} are not ranges of its vectors")
+        if not are_leading_vectors(factors, weight, spectrum):
+            raise ValueError("its vectors are not the leading singular vectors of the weight")
+        return factors
+
+    return read_entry(f"{digest}.k{k}", check)
+
+
+def are_leading_vectors(factors: Factors, weight: torch.Tensor, spectrum: Spectrum | None = None) -> bool:
+    """
+    Whether factors are singular vectors of a weight, in order and in canonical form. Products with fixed vectors of
+    +-1 decide this, at a small part of what the factors cost. With a spectrum, they have to be the leading ones.
+    """
+    U, Vh, W = factors.U.double(), factors.Vh.double(), widened(weight).double()
+    r, other = probe(factors.k, 1, salt=5), probe(factors.k, 1, salt=6)
+    sigma = U.t() @ (W @ (Vh.t() @ r)) / r
+    largest = float(sigma.abs().max())
+    tolerance = (1e-5 if factors.U.dtype == torch.float32 else 1e-9) * math.sqrt(factors.k)
+    errors = [
+        (U.t() @ (U @ r) - r).abs().max(),
+        (Vh @ (Vh.t() @ r) - r).abs().max(),
+        (W @ (Vh.t() @ other) - U @ (sigma * other)).abs().max() / largest,
+        (W.t() @ (U @ other) - Vh.t() @ (sigma * other)).abs().max() / largest,
+        (sigma - sigma.cummin(0).values).max() / largest,
+        -sigma.min() / largest,
+    ]
+    if spectrum is not None:
+        errors.append((sigma[:, 0] - spectrum.values[: factors.k]).abs().max() / largest)
+    return all(float(error) <= tolerance for error in errors) and _are_canonical(factors)
+
+
+def _are_canonical(factors: Factors) -> bool:
+    """Whether the signs of the vectors that stand alone are those of the convention."""
+    right = factors.Vh if factors.U.shape[0] >= factors.Vh.shape[1] else factors.U.t()
+    alone = torch.ones(factors.k, dtype=torch.bool)
+    for start, stop in factors.clusters:
+        alone[start:stop] = False
+    return bool((right.double() @ probe(right.shape[1], 1) >= -1e-6)[alone, 0].all())
 
 
 def save_factors(digest: str, factors: Factors) -> None:

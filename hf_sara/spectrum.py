@@ -159,7 +159,7 @@ def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[S
     """Offer spectra to `use`, from the cheapest to the most accurate, until it returns something."""
     check_weight(weight, site)
     digest = digest or weight_digest(weight)
-    spectrum = load_spectrum(digest)
+    spectrum = load_spectrum(digest, weight)
     result = None if spectrum is None else use(spectrum)
     if result is not None:
         return result
@@ -221,10 +221,23 @@ def exact_spectrum(weight: torch.Tensor) -> Spectrum:
     return Spectrum(torch.linalg.svdvals(weight.double()))
 
 
-def load_spectrum(digest: str) -> Spectrum | None:
-    """A spectrum from the cache, or `None`."""
-    found = read_entry(f"{digest}.spectrum")
-    return None if found is None else Spectrum(found[0]["values"], float(found[1]["radius"]))
+def load_spectrum(digest: str, weight: torch.Tensor) -> Spectrum | None:
+    """A spectrum from the cache, or `None` where the cache has none that the weight can have."""
+
+    def check(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Spectrum:
+        spectrum = Spectrum(tensors["values"], float(metadata["radius"]))
+        values, n = spectrum.values, min(weight.shape)
+        if values.dtype != torch.float64 or values.shape != (n,) or not math.isfinite(spectrum.radius):
+            raise ValueError(f"its values are {values.dtype} of shape {tuple(values.shape)}")
+        if not bool((values[1:] <= values[:-1]).all()) or not bool((values >= 0).all()) or spectrum.radius < 0:
+            raise ValueError("its values are no singular values")
+        # The squares of the singular values and those of the entries of a matrix have the same sum.
+        whole = float(widened(weight).double().square().sum())
+        if not abs(float(values.square().sum()) - whole) <= n * spectrum.radius + 1e-6 * whole:
+            raise ValueError("its values belong to another matrix")
+        return spectrum
+
+    return read_entry(f"{digest}.spectrum", check)
 
 
 def save_spectrum(digest: str, spectrum: Spectrum) -> None:

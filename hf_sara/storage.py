@@ -224,7 +224,16 @@ class SavedAdapter(Config):
                 f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
                 f"differs). Load {self.base}, without merging or changing its weights, {remedy}."
             )
-        factors = find_factors(weight, k=site.k, clusters=seed.clusters, site=site.name, digest=here.sha256)
+
+        def find(use_cache: bool) -> Factors:
+            return find_factors(
+                weight, k=site.k, clusters=seed.clusters, site=site.name, digest=here.sha256, use_cache=use_cache
+            )
+
+        factors = find(use_cache=True)
+        if seed.sketch is not None and not sketches_agree(sketch(factors), seed.sketch, site.k):
+            # The cache may be to blame.
+            factors = find(use_cache=False)
         if seed.sketch is None or not sketches_agree(sketch(factors), seed.sketch, site.k):
             raise AdapterError(
                 f"{site.name}: the singular vectors computed here are not those of the training, although the weight "

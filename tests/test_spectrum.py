@@ -5,11 +5,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import rotated_lapack
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hf_sara import cache, factors, spectrum
-from hf_sara.factors import Factors, canonical_rotation, find_factors, probe, sketch, sketches_agree
+from hf_sara.factors import (
+    Factors,
+    are_leading_vectors,
+    canonical_rotation,
+    find_factors,
+    probe,
+    sketch,
+    sketches_agree,
+)
 from hf_sara.parallel import for_each
-from hf_sara.spectrum import Spectrum, find_rank, find_spectrum, rank_for_threshold
+from hf_sara.spectrum import Spectrum, find_rank, find_spectrum, rank_for_threshold, weight_digest
+from hf_sara.tensor_files import tensors_digest
 
 
 @pytest.fixture(autouse=True)
@@ -375,12 +386,111 @@ def test_a_damaged_cache_file_is_computed_again(damage, empty_cache, caplog):
         path.write_bytes({"truncated": content[:-20], "empty": b"", "noise": b"\xff" * len(content)}[damage])
     with caplog.at_level(logging.WARNING, logger="hf_sara"):
         again = find_factors(weight, threshold=0.5)
-    assert "cannot be read" in caplog.text
+    assert "is wrong or cannot be read" in caplog.text
     assert torch.equal(again.U, fresh.U)
     # The damaged file was replaced.
     caplog.clear()
     find_factors(weight, threshold=0.5)
     assert not caplog.records
+
+
+def poisoned(how, content):
+    """What somebody, or a damaged disk, may have left in the place of an entry."""
+    tensors = {name: value.clone() for name, value in content.items()}
+    first = next(iter(tensors))
+    if how == "random":
+        tensors = {name: torch.randn_like(value) for name, value in tensors.items()}
+    elif how == "permuted":
+        tensors = {n: v.flip(1 if n == "U" else 0).contiguous() for n, v in tensors.items()}
+    elif how == "signs":
+        tensors = {name: -value for name, value in tensors.items()}
+    elif how == "not finite":
+        tensors[first].view(-1)[0] = float("nan")
+    elif how == "another dtype":
+        tensors = {name: value.to(torch.float16) for name, value in tensors.items()}
+    elif how == "another shape":
+        tensors = {name: torch.cat([value, value]) for name, value in tensors.items()}
+    else:
+        tensors = {"other": torch.zeros(2)}
+    return tensors
+
+
+HOW = ("random", "permuted", "signs", "not finite", "another dtype", "another shape", "other names")
+
+
+@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("how", HOW)
+def test_a_poisoned_cache_is_not_believed(how, digest, empty_cache, caplog):
+    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    fresh, rank = find_factors(weight, threshold=0.5), find_rank(weight, 0.5)
+    entries = {path: load_file(path) for path in empty_cache.rglob("*.safetensors")}
+    assert len(entries) == 2
+    for path, content in entries.items():
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        changed = poisoned(how, content)
+        # With a digest, the entry was made on purpose.
+        metadata["digest"] = tensors_digest(changed) if digest else metadata["digest"]
+        save_file(changed, path, metadata=metadata)
+    with caplog.at_level(logging.WARNING, logger="hf_sara"):
+        again = find_factors(weight, threshold=0.5)
+    assert "it is computed again" in caplog.text
+    assert torch.equal(again.U, fresh.U)
+    assert torch.equal(again.Vh, fresh.Vh)
+    assert find_rank(weight, 0.5) == rank
+    # What was wrong is replaced.
+    caplog.clear()
+    find_factors(weight, threshold=0.5)
+    assert not caplog.records
+
+
+def test_entries_of_another_matrix_are_not_believed(empty_cache, caplog):
+    one, other = (torch.randn(20, 12, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    fresh = {id(weight): find_factors(weight, threshold=0.5) for weight in (one, other)}
+    names = {id(weight): weight_digest(weight) for weight in (one, other)}
+    for path in list(empty_cache.rglob(f"{names[id(other)]}*")):
+        name = names[id(one)]
+        target = path.parent.parent / name[:2] / path.name.replace(names[id(other)], name)
+        target.write_bytes(path.read_bytes())
+    with caplog.at_level(logging.WARNING, logger="hf_sara"):
+        again = find_factors(one, threshold=0.5)
+    assert "another matrix" in caplog.text
+    assert torch.equal(again.U, fresh[id(one)].U)
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (40, 64), (33, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_was_computed_is_believed(shape, dtype, empty_cache, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_sara"):
+        for scale in (1.0, 1e-3, 1e12):
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            weight = (scale * drawn).to(dtype)
+            for threshold in (0.05, 0.6, 1.0):
+                fresh = find_factors(weight, threshold=threshold)
+                again = find_factors(weight, threshold=threshold)
+                assert torch.equal(again.Vh, fresh.Vh)
+    assert not caplog.records
+
+
+def test_vectors_that_are_not_the_leading_ones_are_not_believed():
+    weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    whole = find_factors(weight, k=12)
+    spectrum = find_spectrum(weight)
+    leading, later = (Factors(whole.U[:, part], whole.Vh[part], []) for part in (slice(0, 4), slice(1, 5)))
+    assert are_leading_vectors(leading, weight, spectrum)
+    assert not are_leading_vectors(later, weight, spectrum)
+
+
+def test_only_the_caches_own_files_are_its_files(empty_cache):
+    find_factors(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), threshold=0.5)
+    own = set(empty_cache.rglob("*.safetensors"))
+    folder = next(iter(own)).parent
+    left_over = folder / "hf_sara-abcd1234.tmp"
+    left_over.write_bytes(b"")
+    for mine in (empty_cache / "model.safetensors", folder / "model.safetensors", empty_cache / "v3" / "x.tmp"):
+        mine.write_bytes(b"mine")
+    (folder / f"{next(iter(own)).name[:64]}.k1.safetensors").symlink_to(empty_cache / "model.safetensors")
+    assert set(cache.cache_files()) == {*own, left_over}
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(monkeypatch, tmp_path, caplog):
