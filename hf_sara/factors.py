@@ -76,7 +76,7 @@ def find_factors(
             they are left out, they are found here.
         site (`str`, *optional*): Name for error messages.
         digest (`str`, *optional*): The weight's digest for the cache, if the caller has it already.
-        use_cache (`bool`, *optional*, defaults to `True`): Whether vectors of the cache may be taken.
+        use_cache (`bool`, *optional*, defaults to `True`): Whether vectors come from the cache and go to it.
 
     Returns:
         [`Factors`]: The vectors, in float32, or in float64 for a float64 weight.
@@ -96,7 +96,8 @@ def find_factors(
     if factors is not None and (clusters is None or list(clusters) == factors.clusters):
         return factors
     factors = _factorise(weight, k, threshold, clusters, digest)
-    save_factors(digest, factors)
+    if use_cache:
+        save_factors(digest, factors)
     return factors
 
 
