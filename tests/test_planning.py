@@ -123,9 +123,9 @@ def attach_at_rank(config, k, **arguments):
 @pytest.mark.parametrize(
     ("config", "base", "sites", "d"),
     [
-        (LLAMA_7B, 6_738_415_616, 64, 4096),
+        pytest.param(LLAMA_7B, 6_738_415_616, 64, 4096, marks=pytest.mark.slow),
         pytest.param(LLAMA_13B, 13_015_864_320, 80, 5120, marks=pytest.mark.slow),
-        (GPT_J_6B, 6_050_882_784, 56, 4096),
+        pytest.param(GPT_J_6B, 6_050_882_784, 56, 4096, marks=pytest.mark.slow),
         (GPT2_MEDIUM, 354_823_168, 48, 1024),
     ],
     ids=["llama-7b", "llama-13b", "gpt-j-6b", "gpt2-medium"],

@@ -539,7 +539,7 @@ def three():
 CRASHES = [(when, step) for when in IS_NEW for step in (1, 2)]
 
 
-@pytest.mark.parametrize("full", [None, 1, 2])
+@pytest.mark.parametrize("full", [None, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_after_two_crashes_in_a_row_and_a_full_disk_the_folder_has_the_last_adapter_that_was_put_in_place(
     full, three, tmp_path
 ):

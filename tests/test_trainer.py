@@ -313,6 +313,7 @@ def test_model_init_gives_every_training_a_new_adapter_and_trains_it_alone(metho
     assert same_bits(trainer.sara_adapter.state_dict(), first.state_dict())
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_search_tries_fields_of_both_arguments(tmp_path, caplog):
     optuna = pytest.importorskip("optuna")
     seen = []
@@ -430,6 +431,7 @@ def test_activation_checkpointing_trains_the_same_adapter(family, reentrant, tmp
         torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_saves_clean_names(method, tmp_path):
     trainer = make_trainer(tmp_path, method, torch_compile=True, torch_compile_backend="eager", max_steps=2)
     trainer.train()

@@ -177,6 +177,7 @@ def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, mo
     assert parts == pytest.approx(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["gpt2"], indirect=True)
 def test_e2e_begins_at_a_given_checkpoint_and_then_goes_on_from_its_own(base, data, tmp_path, monkeypatch):
     run_e2e = load("run_e2e")

@@ -214,7 +214,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["e2e", "math"])
+@pytest.mark.parametrize("name", ["e2e", pytest.param("math", marks=pytest.mark.slow)])
 def test_a_run_is_scored_later_and_further_without_training_again(name, base, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})
     data = make_demo_data(tmp_path / "data") if name == "e2e" else make_math_demo_data(tmp_path / "data")
