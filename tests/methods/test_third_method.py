@@ -120,6 +120,7 @@ def test_its_export_is_what_peft_loads(family, tmp_path):
     assert torch.allclose(logits(exported, **make_inputs(exported)), live, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_writes_its_card(tmp_path):
     args = SaraArguments(method="scaled_directions", dropout=0.1)
     whole = make_trainer(tmp_path / "whole", sara_args=args)

@@ -293,6 +293,7 @@ def test_an_error_of_the_user_is_one_line(task, tmp_path, monkeypatch):
         runpy.run_path(script, run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_data_are_fetched_from_a_web_server(data, tmp_path):
     # The layout of the public repository: the whole training files, and dataset/NAME/test.json.
     def put(name, source, rows):

@@ -167,6 +167,7 @@ def test_batched_search_with_a_cache_is_the_plain_one(family, settings):
     assert [e2e.beam_search(model, [prompt], **settings)[0] for prompt in prompts_of()] == expected
 
 
+@pytest.mark.slow
 def test_many_random_models_search_alike():
     settings = {**SETTINGS[0], "eos_token_ids": (2, 7, 11, 23)}
     lengths = set()
