@@ -98,9 +98,8 @@ def rank_curves(
             folder or Hub id of a model in safetensors files, from which one matrix at a time is read.
         thresholds (`Sequence[float]`): Thresholds with 0 < threshold <= 1. Each matrix is factorised once for all of
             them, and its singular values are kept in the cache.
-        args ([`SaraArguments`], *optional*): Only `target_modules`, `exclude_modules` and `layers`
-            are read. Defaults to the query and
-            value projections of all layers.
+        args ([`SaraArguments`], *optional*): Only `target_modules`, `exclude_modules` and `layers` are read. Defaults
+            to the query and value projections of all layers.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         token (`str`, *optional*): Access token for private repositories.
 

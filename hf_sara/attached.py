@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from .carrier import adapters_on, set_adapters
-from .contents import AdapterContents, refuse_in_use, thaw
+from .contents import AdapterContents, hold_base, refuse_in_use, thaw
 from .copies import refuse_spread
 from .frozen_buffers import hold_buffers
-from .input_gradients import hold_input_gradients
 from .merging import MergedWeights
 from .parts import ModulePart
 from .sites import PlannedSite
@@ -196,8 +195,7 @@ class AttachedUpdates(AdapterContents):
         self._remove()
         others = {name: other for name, other in adapters_on(self.model).items() if other is not self}
         set_adapters(self.model, others)
-        hold_buffers(self.model)
-        hold_input_gradients(self.model)
+        hold_base(self.model)
         if others:
             next(reversed(others.values()))._unfrozen += self._unfrozen
         else:

@@ -211,13 +211,18 @@ def names_in_model(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     return {key: name for key, (name, converted) in found.items() if converted is None}
 
 
-def name_in_checkpoint(model: nn.Module, name: str) -> str:
+def names_in_checkpoint(model: nn.Module, names: list[str]) -> dict[str, str]:
     """
-    A name of a tensor that transformers renames to the given one when it loads the tensor. This is the name itself,
-    except for models whose own names look like older ones that are renamed.
+    By name of a tensor in the model, a name that transformers renames to it when it loads the tensor. This is the name
+    itself, except for models whose own names look like older ones that are renamed.
     """
-    if not isinstance(model, PreTrainedModel) or names_in_model(model, [name]).get(name, name) == name:
-        return name
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in names}
+    there = names_in_model(model, names)
+    return {name: name if there.get(name, name) == name else _older_name(model, name) for name in names}
+
+
+def _older_name(model: PreTrainedModel, name: str) -> str:
     (older,) = revert_weight_conversion(model, {name: torch.empty(0)})
     if names_in_model(model, [older]).get(older) != name:
         raise ValueError(

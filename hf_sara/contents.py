@@ -98,15 +98,13 @@ class AdapterContents:
             self._insert(factors)
             self._initial = self._fingerprints()
             set_adapters(model, {**others, name: self})
-            hold_buffers(model)
-            hold_input_gradients(model)
+            hold_base(model)
         except BaseException:
             set_adapters(model, others)
             if others:
                 cast(Any, model).sara_adapter = current
             self._remove()
-            hold_buffers(model)
-            hold_input_gradients(model)
+            hold_base(model)
             thaw(model, self._unfrozen)
             raise
 
@@ -326,6 +324,12 @@ def _freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Let parameters train no more."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
+
+
+def hold_base(model: nn.Module) -> None:
+    """Let a frozen base keep its buffers, and pass gradients on, after its adapters have changed."""
+    hold_buffers(model)
+    hold_input_gradients(model)
 
 
 def held_ids(model: nn.Module) -> set[int]:

@@ -143,20 +143,24 @@ def _text_model(model: Any) -> str | None:
 
 
 def _beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """The sites that are in no inner model of images or sounds, if the model itself takes texts; else all sites."""
-    towers = [name for name, module in model.named_modules() if name and _is_tower(model, module)]
-    return [site for site in sites if not is_within(site.module, towers)] or list(sites)
-
-
-def _is_tower(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is an inner model that takes no texts, or has the configuration of one."""
+    """
+    The sites that are in no tower, if the model itself takes texts, and else all sites. A tower is an inner model that
+    takes no texts, or a module that has the configuration of one.
+    """
     if not _takes_text(model) or input_embedding(model) is None:
-        return False
-    if isinstance(module, PreTrainedModel) and not _takes_text(module):
-        return True
-    inner: dict[Any, str] = {type(config): key for key, config in _inner_configs(model).items()}
-    key = inner.get(type(getattr(module, "config", None)), "text_config")
-    return key not in TEXT_CONFIGS and "text" not in key
+        return list(sites)
+    texts = {type(config) for key, config in _inner_configs(model).items() if key in TEXT_CONFIGS or "text" in key}
+    others = {type(config) for config in _inner_configs(model).values()} - texts
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and (
+            (isinstance(module, PreTrainedModel) and not _takes_text(module))
+            or type(getattr(module, "config", None)) in others
+        )
+    ]
+    return [site for site in sites if not is_within(site.module, towers)] or list(sites)
 
 
 def _takes_text(model: Any) -> bool:

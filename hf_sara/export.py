@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import SaraAdapter, adapter_of
-from .base_model import BaseRecord, class_of, name_in_checkpoint
+from .base_model import BaseRecord, class_of, names_in_checkpoint
 from .files import write_file
 from .linears import linear_shape
 from .parts import ModulePart, TokenPart
@@ -103,9 +103,11 @@ def export_lora(
     _warn_of_experts(adapter)
     idle = adapter.idle_sites()
     pairs = {name: _lora_pair(adapter, name, idle) for name in dict.fromkeys(site.module for site in adapter.sites)}
+    # PEFT renames a LoRA's tensors as transformers renames those of the base.
+    stored = names_in_checkpoint(adapter.model, [f"{name}.weight" for name in pairs])
     # This is checked before anything is cut, because a decomposition of numbers that are not finite fails without
     # naming the tensor.
-    exact = _lora_tensors(adapter.model, pairs)
+    exact = _lora_tensors(pairs, stored)
     check_tensors(exact, {key: tuple(tensor.shape) for key, tensor in exact.items()})
     errors = dict.fromkeys(pairs, 0.0)
     for name, (A, B) in pairs.items():
@@ -113,7 +115,7 @@ def export_lora(
             A, B, errors[name] = truncate(A, B, max_rank)
             pairs[name] = A, B
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
-    payload = to_bytes({**_lora_tensors(adapter.model, pairs), **_part_tensors(adapter)})
+    payload = to_bytes({**_lora_tensors(pairs, stored), **_part_tensors(adapter)})
     config = json.dumps(_lora_config(adapter, ranks, base_model_name_or_path), indent=2).encode() + b"\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,14 +200,15 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return new_A, new_B, float(torch.linalg.vector_norm(S[rank:])) / whole if whole > 0.0 else 0.0
 
 
-def _lora_tensors(model: Any, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, pair in pairs.items():
-        # PEFT renames a LoRA's tensors as transformers renames those of the base.
-        stored = name_in_checkpoint(model, f"{name}.weight").removesuffix(".weight")
-        for key, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
-            found[f"base_model.model.{stored}.{key}.weight"] = tensor.contiguous()
-    return found
+def _lora_tensors(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], stored: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA under PEFT's names, in which each module has its name in a checkpoint."""
+    return {
+        f"base_model.model.{stored[f'{name}.weight'].removesuffix('.weight')}.{key}.weight": tensor.contiguous()
+        for name, pair in pairs.items()
+        for key, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
 
 
 def _part_tensors(adapter: SaraAdapter) -> dict[str, torch.Tensor]:

@@ -7,15 +7,13 @@ trains works on copies of them, so that the base's stay as they are.
 
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .carrier import adapters_on, drop_hooks
-from .parts import ModulePart
+from .parts import ModulePart, saved_buffers
 from .patterns import is_of_update, is_within
 
 
@@ -35,7 +33,7 @@ def hold_buffers(model: nn.Module) -> None:
         held = bool(adapters) and not is_within(name, trained) and not is_of_update(name)
         if isinstance(module, _NormBase):
             _hold_norm(module, held and module.running_mean is not None)
-        elif any(_saved_buffers(module)):
+        elif any(saved_buffers(module)):
             # Another hook may change a buffer too, as that of a spectral norm does.
             hooked = any(hook is not use_copies for hook in module._forward_pre_hooks.values())
             _hold_others(module, held and (hooked or _knows_training(cast(Any, type(module)))))
@@ -71,7 +69,7 @@ def _hold_others(module: nn.Module, held: bool) -> None:
 def use_copies(module: Any, args: Any) -> None:
     """The forward pre-hook of a module that may change its buffers in a training."""
     if module.training:
-        module.sara_buffers = dict(_saved_buffers(module))
+        module.sara_buffers = dict(saved_buffers(module))
         for name, buffer in module.sara_buffers.items():
             module._buffers[name] = buffer.clone()
 
@@ -81,13 +79,6 @@ def use_own(module: Any, args: Any, output: Any) -> None:
     if "sara_buffers" in vars(module):
         module._buffers.update(module.sara_buffers)
         del module.sara_buffers
-
-
-def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own buffers that are part of its state."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer
 
 
 @functools.cache

@@ -43,7 +43,9 @@ def default_heads(model: Any) -> list[str]:
 
 def task_heads(model: Any) -> list[str]:
     """The children of a model that look like the head that its task makes anew. Most models have none."""
-    return [name for name, child in model.named_children() if _task(model) and _is_head(model, name, child)]
+    if _task(model) is None:
+        return []
+    return [name for name, child in model.named_children() if _is_head(model, name, child)]
 
 
 def _task(model: Any) -> str | None:

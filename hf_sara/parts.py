@@ -338,9 +338,16 @@ def weight_owners(model: nn.Module) -> Mapping[int, list[str]]:
 
 
 def _own_buffers(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """The buffers that are part of the module's state. Others are computed anew when the module is made."""
+    """The saved buffers of a module and of those in it, by their names there."""
     for path, inner in module.named_modules():
-        for name, buffer in inner._buffers.items():
+        for name, buffer in saved_buffers(inner):
             full = f"{path}.{name}" if path else name
-            if buffer is not None and name not in inner._non_persistent_buffers_set and not is_of_update(f".{full}"):
+            if not is_of_update(f".{full}"):
                 yield full, buffer
+
+
+def saved_buffers(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """A module's own buffers that are part of its state. Others are computed anew when the module is made."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer

@@ -52,6 +52,17 @@ def replaced(make):
     return model
 
 
+def trained_and_back(make, method, folder):
+    """A trained adapter on such a model, which gives the same outputs where it is loaded."""
+    model = replaced(make)
+    adapter = attach_trained(model, method)
+    adapter.save_pretrained(folder)
+    fresh = replaced(make)
+    SaraAdapter.load(fresh, folder)
+    assert torch.equal(logits(fresh), logits(model))
+    return adapter
+
+
 def _plain(weight):
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
@@ -211,12 +222,7 @@ def test_an_adapter_on_fp8_linears_trains_and_comes_back(method, tmp_path):
         scale = module.weight_scale_inv.repeat_interleave(rows, 0)[: module.out_features]
         return module.weight.float() * scale.repeat_interleave(columns, 1)[:, : module.in_features]
 
-    model = replaced(make)
-    adapter = attach_trained(model, method)
-    adapter.save_pretrained(tmp_path)
-    fresh = replaced(make)
-    SaraAdapter.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(model))
+    adapter = trained_and_back(make, method, tmp_path)
     if method == "sara":
         with pytest.raises(ValueError, match=f"{Q_PROJ}: the weight of this FP8Linear is quantized"):
             adapter.merge()
@@ -464,11 +470,6 @@ def test_an_adapter_on_hqq_trains_and_comes_back(method, tmp_path):
         config = hqq.BaseQuantizeConfig(nbits=4, group_size=8)
         return hqq.HQQLinear(linear.requires_grad_(False), config, compute_dtype=torch.float32, device="cpu")
 
-    model = replaced(make)
-    adapter = attach_trained(model, method)
-    adapter.save_pretrained(tmp_path)
-    fresh = replaced(make)
-    SaraAdapter.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(model))
+    adapter = trained_and_back(make, method, tmp_path)
     for site in adapter.sites:
-        torch.testing.assert_close(site.weight(model), site.weight(make_model()), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(site.weight(adapter.model), site.weight(make_model()), atol=0.1, rtol=0.1)
