@@ -189,7 +189,7 @@ def pull(
         from huggingface_hub import snapshot_download
 
         from . import hub, storage
-        from .files import write_files
+        from .files import naming, new_folder
 
         folder = hub.fetch_adapter(repo_id, revision=revision, tokenizer=True)
         tensors = storage.read(folder).tensors
@@ -197,9 +197,11 @@ def pull(
             if not Path(repo_id).is_dir():
                 # The folder's name is the commit, so that the card is that of this adapter.
                 snapshot_download(repo_id, revision=folder.name, allow_patterns=list(hub.UPLOAD_FILES))
-            to.mkdir(parents=True, exist_ok=True)
-            files = {to / name: folder / name for name in hub.UPLOAD_FILES if (folder / name).is_file()}
-            write_files({target: source.read_bytes() for target, source in files.items()})
+            with new_folder(to, replaced=hub.UPLOAD_FILES) as new:
+                for name in hub.UPLOAD_FILES:
+                    if (folder / name).is_file():
+                        with naming(new / name):
+                            (new / name).write_bytes((folder / name).read_bytes())
             folder = to
     _print_json({"folder": str(folder), "tensors": len(tensors)}) if as_json else typer.echo(str(folder))
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter import SaraAdapter, adapter_of
 from .base_model import BaseRecord, class_of, names_in_checkpoint
-from .files import write_file
+from .files import naming, new_folder
 from .linears import linear_shape
 from .parts import ModulePart, TokenPart
 from .patterns import is_of_update
@@ -117,10 +117,10 @@ def export_lora(
     ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
     payload = to_bytes({**_lora_tensors(pairs, stored), **_part_tensors(adapter)})
     config = json.dumps(_lora_config(adapter, ranks, base_model_name_or_path), indent=2).encode() + b"\n"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / LORA_TENSORS_FILE, payload)
-    write_file(folder / LORA_CONFIG_FILE, config)
+    with new_folder(Path(folder)) as new:
+        for name, content in ((LORA_TENSORS_FILE, payload), (LORA_CONFIG_FILE, config)):
+            with naming(new / name):
+                (new / name).write_bytes(content)
     adapter.warn_of_idle(idle)
     report = ExportReport(ranks, errors, len(payload) + len(config))
     logger.info("Exported a LoRA: %s", report)

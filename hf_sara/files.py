@@ -1,11 +1,22 @@
-"""Files: atomic writes, and the form of digests."""
+"""Files and folders that are written whole or not at all, and the form of digests.
+
+What is not ready yet has a temporary name, in which its writer is named. A writer that was killed leaves such a name
+behind, and the next write in the same folder deletes it.
+"""
 
 import contextlib
+import ctypes
+import functools
+import hashlib
 import os
+import platform
 import re
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{16}\.tmp")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -16,14 +27,13 @@ def write_file(path: Path, content: bytes) -> None:
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """
     Write several files under temporary names, then rename them in their order. A disk that is full, or a crash before
-    the first rename, leaves all of the old files.
+    the first rename, leaves all of the old files. The names are on the disk when this returns.
     """
-    # Two writers of one file have different temporary files: two threads, and two machines that share a disk.
-    writer = f"{os.getpid()}-{secrets.token_hex(8)}"
+    writer = _writer()
     temporary = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in contents}
     try:
         for path, content in contents.items():
-            with open(temporary[path], "wb") as file:
+            with naming(path), open(temporary[path], "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -34,10 +44,116 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
         raise
     for folder in {path.parent for path in contents}:
-        _sync_folder(folder)
+        sync_folder(folder)
+        delete_leftovers(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it lies in, unless they exist, and write their names to the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """
+    A new folder with a temporary name. When everything in it is written, it takes the place of `folder` in one moment,
+    with the other files that lie there. After an error, or a crash, `folder` is what it was.
+
+    Args:
+        folder (`Path`): The folder to make or to change.
+        replaced (`Collection[str]`, *optional*): Names of files that go, also if the new folder does not have them.
+    """
+    folder = Path(os.path.realpath(folder))
+    # Nothing can take the place of a mount point, and a folder may be writable within one that is not.
+    inside = os.path.ismount(folder) or (folder.is_dir() and not os.access(folder.parent, os.W_OK))
+    home = folder if inside else folder.parent
+    make_folder(home)
+    for place in {home, folder} if folder.is_dir() else {home}:
+        delete_leftovers(place)
+    new = home / f".{folder.name}.{_writer()}.tmp"
+    new.mkdir()
+    try:
+        yield new
+        for path in sorted(new.rglob("*")):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(new)
+        made = {path.name for path in new.iterdir()}
+        if inside or not _take_place(new, folder, replaced):
+            for name in set(replaced) - made:
+                (folder / name).unlink(missing_ok=True)
+            for name in sorted(made):
+                os.replace(new / name, folder / name)
+            sync_folder(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        name = None if error.filename is None else os.fsdecode(error.filename)
+        if error.errno is None or not (name is None or name.startswith(str(new))):
+            raise
+        # A person knows the folder by its own name only.
+        path = folder / Path(name or new).relative_to(new)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _take_place(new: Path, folder: Path, replaced: Collection[str]) -> bool:
+    """Put a folder into the place of another, which may exist. Returns whether the system can do that in one step."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return True
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file. Choose another folder, or delete it.")
+    shutil.copymode(folder, new)
+    kept = [path for path in folder.iterdir() if path.name not in replaced and not os.path.lexists(new / path.name)]
+    if any(TEMPORARY_NAME.fullmatch(path.name) for path in kept):
+        # Another process writes there, and would lose its file.
+        return False
+    for path in kept:
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new / path.name)
+    return _exchange(new, folder)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no second names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step. Returns whether the system can do that: Linux can, on most file systems."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the errors of the system name a file, such as that of a full disk, which does not name any by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Write the content of a file to the disk."""
+    with naming(path), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Write the names of a folder's files to the disk. Some systems cannot do this, and need no help with it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -45,6 +161,46 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ---- temporary names ----
+
+
+@functools.cache
+def _machine() -> str:
+    """A name for this machine since it was started, and for the processes on it that can see one another."""
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
+
+
+def _writer() -> str:
+    """A name for one write, which no other one has: of two threads, and of two machines that share a disk."""
+    return f"{_machine()}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what processes of this machine left under temporary names in a folder when they were killed."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            found = TEMPORARY_NAME.fullmatch(path.name)
+            if found and found[1] == _machine() and not _is_running(int(found[2])):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        # A signal of another system would end the process.
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def check_digest(what: str, digest: str) -> None:

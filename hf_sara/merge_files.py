@@ -21,10 +21,11 @@ from transformers.utils.logging import tqdm
 from . import storage
 from .base_model import empty_model, model_class, names_in_model, shard_names
 from .errors import AdapterError
+from .files import naming, new_folder
 from .merging import merged_weight, refuse_tied
 from .own_tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, has_own_tokenizer
 from .parts import ModulePart, TokenPart, input_embedding, weight_owners
-from .plain_model import new_folder
+from .plain_model import refuse_weights
 from .tensor_files import BUFFER_DTYPES, SAFETENSORS_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
         `ValueError`: If the adapter cannot be merged, a file is damaged, or the base is not the adapter's. Nothing is
             left in the folder then.
     """
+    refuse_weights(folder)
     base_folder = Path(base_folder)
     saved = storage.read(adapter_folder)
     saved.method.refuse_merge()
@@ -65,7 +67,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     refuse_tied(model, sites)
     merger = _Merger(model, saved, rows, as_it_was.get("architectures"))
     shards = merger.names_by_file(base_folder)
-    with new_folder(folder) as new:
+    with new_folder(Path(folder)) as new:
         _copy_companions(base_folder, Path(adapter_folder), saved, new)
         # The model may be of another class, or have other labels or tokens, than the base.
         model.config.architectures = [saved.base.class_name]
@@ -305,7 +307,7 @@ def rewrite(
     Copy a safetensors file with some tensors replaced, added or dropped. All other tensors keep their bytes, which are
     never in memory as a whole. Returns the bytes of each tensor.
     """
-    with open(source, "rb") as old, open(target, "wb") as new:
+    with naming(target), open(source, "rb") as old, open(target, "wb") as new:
         # The file has the header's length in eight bytes, the header as JSON, then the tensors' bytes.
         (length,) = struct.unpack("<Q", old.read(8))
         header = json.loads(old.read(length))

@@ -1,19 +1,16 @@
 """Merging an adapter into a plain model, which can be loaded without hf_sara."""
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
 
 from .adapter import SaraAdapter, adapter_of
 from .carrier import adapters_on
+from .files import new_folder
 from .patterns import is_of_update
 
 
@@ -53,29 +50,23 @@ def merge(
         adapter.merge()
         adapter.detach(keep_merged=True)
         return model
-    with new_folder(folder) as new:
+    refuse_weights(folder)
+    with new_folder(Path(folder)) as new:
         adapter.merge()
         try:
             plain = {name: tensor for name, tensor in model.state_dict().items() if not is_of_update(name)}
             # The method of the class is called, because that of an adapted model itself refuses.
             save: Any = cast(type[PreTrainedModel], type(model)).save_pretrained
             save(model, new, state_dict=plain, max_shard_size=max_shard_size)
+        except SafetensorError as error:
+            raise OSError(f"The merged model cannot be written to {folder}: {error}") from error
         finally:
             adapter.unmerge()
     return model
 
 
-@contextlib.contextmanager
-def new_folder(folder: str | PathLike) -> Iterator[Path]:
-    """A temporary folder. Its files are moved to `folder` when all are written, and deleted after an error."""
-    folder = Path(folder)
-    taken = sorted(path.name for path in folder.glob("*.safetensors"))
+def refuse_weights(folder: str | PathLike) -> None:
+    """Raise a `FileExistsError` if a folder holds weights, since they would be mixed up with those of a new model."""
+    taken = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     if taken:
         raise FileExistsError(f"{folder} holds {taken[0]} already. Choose another folder, or delete its weights.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        yield Path(temporary)
-        folder.mkdir(exist_ok=True)
-        # The configuration is moved last, because without it no program takes the folder for a model.
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG_NAME):
-            os.replace(path, folder / path.name)

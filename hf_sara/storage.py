@@ -24,7 +24,7 @@ from torch import nn
 from . import format1
 from .errors import AdapterError
 from .factors import Factors, find_factors, sketch, sketches_agree
-from .files import write_files
+from .files import make_folder, write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
 from .linears import is_linear, is_packed, why_not_on
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
@@ -279,7 +279,7 @@ def write(
     check_tensors(tensors, manifest.state_shapes())
     check_tensors(factors, manifest.saved_factor_shapes())
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     digests = {"tensors_sha256": tensors_digest(tensors)}
     if factors:
