@@ -84,16 +84,17 @@ def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
         if inside or not _take_place(new, folder, replaced):
             for name in set(replaced) - made:
                 (folder / name).unlink(missing_ok=True)
-            for name in sorted(made):
+            # Without its configuration, no program takes a folder for a model or an adapter.
+            for name in sorted(made, key=lambda name: (name.endswith("config.json"), name)):
                 os.replace(new / name, folder / name)
             sync_folder(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        name = None if error.filename is None else os.fsdecode(error.filename)
-        if error.errno is None or not (name is None or name.startswith(str(new))):
+        where = os.fsdecode(error.filename or new)
+        if error.errno is None or not where.startswith(str(new)):
             raise
         # A person knows the folder by its own name only.
-        path = folder / Path(name or new).relative_to(new)
+        path = folder / Path(where).relative_to(new)
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -31,6 +31,12 @@ class Files:
 
     tensors: TensorFile
     factors: Path
+    config: Path
+
+    def contents(self) -> dict[str, bytes]:
+        """The content of every file of the adapter, by the name that the file has after a save that was finished."""
+        factors = {FACTORS_FILE: self.factors.read_bytes()} if self.factors.is_file() else {}
+        return {TENSORS_FILE: self.tensors.content(), CONFIG_FILE: self.config.read_bytes(), **factors}
 
     def check(self, config: Config) -> None:
         """Compare the names, shapes and dtypes of the trained tensors with the config, without reading them."""
@@ -58,7 +64,7 @@ def read(tensors: TensorFile) -> tuple[Config, Files]:
         [`AdapterError`]: If the config is damaged, or of a later format.
     """
     folder = tensors.path.parent
-    files = Files(tensors, folder / FACTORS_FILE)
+    files = Files(tensors, folder / FACTORS_FILE, folder / CONFIG_FILE)
     config_file, pending = folder / CONFIG_FILE, folder / PENDING_CONFIG_FILE
     if pending.is_file():
         # A save was interrupted. If it had put the tensors in place, they belong to the pending config.
@@ -67,7 +73,8 @@ def read(tensors: TensorFile) -> tuple[Config, Files]:
         # The shapes are compared first, because a file that claims to be as long as a disk takes long to digest.
         if shapes == newer.trained_shapes() and tensors.digest() == newer.tensors_sha256:
             has_moved = not (folder / PENDING_FACTORS_FILE).is_file()
-            return newer, files if has_moved else replace(files, factors=folder / PENDING_FACTORS_FILE)
+            factors = files.factors if has_moved else folder / PENDING_FACTORS_FILE
+            return newer, replace(files, factors=factors, config=pending)
     if not config_file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is not a hf_sara adapter: it has no {CONFIG_FILE}.")
     return _read_config(config_file), files

@@ -1,14 +1,17 @@
 """Pushing adapter folders to the Hub, and downloading them.
 
-One push is one commit. It has only files whose names are on a list, so nothing that lies in a folder by chance leaves
-the machine. The files are complete on disk before anything is sent, so a failed push can be tried again from there.
+One push is one commit. It has only files whose names are on a list, and no links, so nothing that lies in a folder by
+chance leaves the machine. The files are complete on disk before anything is sent, so a failed push can be tried again
+from there. They are read before the push is queued, so it does not matter what becomes of them afterwards.
 """
 
+import contextlib
+import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -28,13 +31,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from . import model_card, storage
-from .card_text import take_over
+from .card_text import decode, repaired, take_over
+from .checkpoints import LIST_FILE, list_of
 from .files import write_file
 from .own_tokenizer import TOKENIZER_FILES, has_own_tokenizer
+from .publishing import TRAINING_ARGS_FILE, published_file
 from .repos import NETWORK_ERRORS, hub_id
 
-# This readable file with masked tokens replaces training_args.bin, which is a pickle with the Hub token in clear text.
-TRAINING_ARGS_FILE = "training_args.json"
+logger = logging.getLogger(__name__)
+
 # Only files of these names may leave the machine.
 UPLOAD_FILES = (
     *storage.ADAPTER_FILES,
@@ -116,9 +121,9 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Push the adapter in a folder: its own files, its card, a tokenizer that is not the base's, and nothing else. The
-    text that people wrote on the card on the Hub is kept. The other arguments are those of
-    [`SaraAdapter.push_to_hub`].
+    Push the adapter in a folder: its own files, its card, a tokenizer that is not the base's, and nothing else. A save
+    that was cut off is finished first. The text that people wrote on the card on the Hub is kept. The other arguments
+    are those of [`SaraAdapter.push_to_hub`].
 
     Args:
         folder (`str` or `os.PathLike`): A folder that [`SaraAdapter.save_pretrained`] or a trainer made.
@@ -127,11 +132,10 @@ def push_folder(
     Returns:
         [`~huggingface_hub.CommitInfo`]: The commit.
     """
-    storage.read(folder)
-    return _commit(
-        Path(folder),
+    return push_files(
+        files_to_push(folder),
+        folder,
         repo_id,
-        {},
         commit_message=commit_message,
         private=private,
         revision=revision,
@@ -140,37 +144,58 @@ def push_folder(
     )
 
 
-def push_training(
-    folder: str | PathLike,
-    repo_id: str,
-    *,
-    state_in_repo: str | None = None,
-    state_files: Sequence[str] = (),
-    **kwargs: Any,
-) -> CommitInfo:
+def files_to_push(
+    folder: str | PathLike, state_in_repo: str | None = None, state_files: Sequence[str] = ()
+) -> dict[str, bytes]:
     """
-    Push a training's checkpoint in one commit. Its adapter goes to the top of the repository, and the files that
-    resuming needs go to a folder in it. The other arguments are those of [`push_folder`].
+    Read what a push of a folder publishes. Nothing that happens to the folder afterwards changes that.
 
     Args:
+        folder (`str` or `os.PathLike`): The folder of an adapter, or a checkpoint.
         state_in_repo (`str`, *optional*):
             Folder in the repository for the whole checkpoint. If it is left out, only the adapter is pushed.
         state_files (`Sequence[str]`, *optional*):
             Names, or patterns of names, of the files that go to this folder besides the adapter's.
+
+    Returns:
+        `dict[str, bytes]`: Contents by their names in the repository.
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no adapter.
+        `ValueError`: If a file of the adapter is damaged, or a link to another place.
     """
     folder = Path(folder)
-    state = {}
-    if state_in_repo is not None:
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-        chosen = filter_repo_objects(names, allow_patterns=[*UPLOAD_FILES, *state_files])
-        state = {f"{state_in_repo}/{name}": folder / name for name in sorted(chosen)}
-    return _commit(folder, repo_id, state, **kwargs)
+    for name in storage.ADAPTER_FILES:
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"{folder / name} is a symbolic link, and a push does not follow links. Copy the adapter to a folder "
+                f"of its own first: hf-sara pull {folder} --to FOLDER."
+            )
+    adapter = storage.settle(folder)
+    there = {path.name: path for path in folder.iterdir() if path.is_file()}
+    links = [name for name in there if there[name].is_symlink() and name in UPLOAD_FILES]
+    if links:
+        logger.warning("A push does not follow symbolic links, so %s stays here.", ", ".join(links))
+    own = {name: path.read_bytes() for name, path in there.items() if not path.is_symlink() and name in UPLOAD_FILES}
+    found = {**{name: own[name] for name in own if name not in storage.ADAPTER_FILES}, **adapter}
+    if state_in_repo is None:
+        return _published(found)
+    names = [name for name, path in there.items() if not path.is_symlink() and name not in found]
+    state = {name: there[name].read_bytes() for name in filter_repo_objects(names, allow_patterns=list(state_files))}
+    whole = _published({**found, **state})
+    whole[LIST_FILE] = list_of(whole)
+    return {**_published(found), **{f"{state_in_repo}/{name}": content for name, content in whole.items()}}
 
 
-def _commit(
-    folder: Path,
+def _published(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    contents = {name: published_file(name, content) for name, content in files.items()}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def push_files(
+    files: Mapping[str, bytes],
+    folder: str | PathLike,
     repo_id: str,
-    state: Mapping[str, Path],
     *,
     commit_message: str,
     private: bool | None = None,
@@ -179,24 +204,34 @@ def _commit(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Make the repository and the branch if they do not exist, and commit the folder's adapter together with the files of
-    `state`, which maps names in the repository to files.
+    Make the repository and the branch if they do not exist, and commit files to it. The other arguments are those of
+    [`push_folder`].
+
+    Args:
+        files (`Mapping[str, bytes]`): What [`files_to_push`] read.
+        folder (`str` or `os.PathLike`): Where it was read. A card that is there gets the text of the Hub's card too.
     """
+    if storage.TENSORS_FILE not in files:
+        raise ValueError(f"There is no adapter among the files to push, so {repo_id} was not changed.")
     check_repo_id(repo_id)
-    refuse_secrets(folder, token)
+    refuse_secrets(files, folder, token)
+    files = dict(files)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keep_remote_text(api, folder, repo_id, revision)
-        with_tokenizer = has_own_tokenizer(folder, storage.read(folder).base)
-        names = [name for name in UPLOAD_FILES if with_tokenizer or name not in TOKENIZER_FILES]
-        present = {name: folder / name for name in names if (folder / name).is_file()}
+        if model_card.CARD_FILE in files:
+            card = keep_remote_text(api, files[model_card.CARD_FILE], repo_id, revision)
+            if card != files[model_card.CARD_FILE] and (path := Path(folder, model_card.CARD_FILE)).is_file():
+                write_file(path, card)
+            files[model_card.CARD_FILE] = card
+        if not _with_own_tokenizer(files):
+            files = {name: files[name] for name in files if name not in TOKENIZER_FILES}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(name, path) for name, path in {**present, **state}.items()
+            CommitOperationAdd(name, content) for name, content in files.items()
         ]
-        if storage.FACTORS_FILE not in present and api.file_exists(repo_id, storage.FACTORS_FILE, revision=revision):
+        if storage.FACTORS_FILE not in files and api.file_exists(repo_id, storage.FACTORS_FILE, revision=revision):
             # The frozen factors of an earlier version do not belong to this adapter.
             operations.append(CommitOperationDelete(storage.FACTORS_FILE))
         return api.create_commit(
@@ -206,28 +241,36 @@ def _commit(
         raise OSError(failure_text(folder, repo_id, error)) from error
 
 
+def _with_own_tokenizer(files: Mapping[str, bytes]) -> bool:
+    """Whether the tokenizer among an adapter's files is one of its own."""
+    with tempfile.TemporaryDirectory(prefix="hf_sara-") as temporary:
+        for name in (*storage.ADAPTER_FILES, *TOKENIZER_FILES):
+            if name in files:
+                Path(temporary, name).write_bytes(files[name])
+        return has_own_tokenizer(temporary, storage.read(temporary).base)
+
+
 def failure_text(folder: str | PathLike, repo_id: str, error: BaseException) -> str:
     """The message of the error for a push that failed."""
+    if not Path(folder).is_dir():
+        # The training has deleted an older checkpoint meanwhile.
+        return f"The push to {repo_id} failed: {error}. The next one brings a newer adapter."
     return (
         f"The push to {repo_id} failed: {error}. Nothing is lost: the adapter is in {folder}. "
         f"Push it later with: hf-sara push {folder} {repo_id}"
     )
 
 
-def keep_remote_text(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
+def keep_remote_text(api: HfApi, card: bytes, repo_id: str, revision: str | None) -> bytes:
     """
-    Download the card on the Hub, and add the text that people wrote on it to the folder's card, unless people wrote on
-    that card too. The folder's file is rewritten.
+    Download the card on the Hub, and add the text that people wrote on it to a card, unless people wrote on that one
+    too.
     """
-    path = folder / model_card.CARD_FILE
-    if not path.is_file():
-        return
-    try:
+    mine = decode(card)
+    with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
         remote = api.hf_hub_download(repo_id, model_card.CARD_FILE, revision=revision)
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return
-    merged = take_over(path.read_text(encoding="utf-8"), Path(remote).read_text(encoding="utf-8"))
-    write_file(path, merged.encode())
+        mine = take_over(mine, decode(Path(remote).read_bytes()))
+    return repaired(mine).encode()
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -238,10 +281,11 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo_id={repo_id!r} is not a name that the Hub accepts: {error}") from error
 
 
-def refuse_secrets(folder: Path, token: str | None) -> None:
-    """Raise a `ValueError` if a file of the folder contains the token in use, since the file might be uploaded."""
+def refuse_secrets(files: Mapping[str, bytes], folder: str | PathLike, token: str | None) -> None:
+    """Raise a `ValueError` if a file to push contains the token in use."""
     secrets = {secret.encode() for secret in (token, get_token()) if isinstance(secret, str) and len(secret) > 7}
-    for path in (path for path in folder.iterdir() if path.is_file()):
-        content = path.read_bytes()
+    for name, content in files.items():
         if any(secret in content for secret in secrets):
-            raise ValueError(f"{path} contains your Hub token. Nothing was uploaded; take it out first.")
+            raise ValueError(
+                f"{Path(folder, Path(name).name)} contains your Hub token. Nothing was uploaded; take it out first."
+            )

@@ -54,12 +54,14 @@ class Training:
 
     Args:
         hyperparameters (`dict[str, Any]`): Settings that differ from their defaults.
+        left_out (`int`): How many settings are not shown, because they may hold a path or a secret.
         log (`list[dict[str, float]]`): Rows of a Trainer's `log_history`.
         seconds (`float`): Duration.
         datasets (`list[str]`): Names of the data.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    left_out: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     datasets: list[str] = field(default_factory=list)

@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 # The file of saved factors is one of the first format, which can still be read.
 ADAPTER_FILES = (TENSORS_FILE, CONFIG_FILE, FACTORS_FILE)
+# These are of an adapter of the first format that was in the folder before.
+LEFT_OVERS = (FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE)
 # The name of the config in the header.
 CONFIG_KEY = "sara_config"
 
@@ -58,6 +60,9 @@ class Files(Protocol):
 
     def check(self, config: Config) -> None:
         """Compare the names, shapes and dtypes of the tensors with the config, without reading them."""
+
+    def contents(self) -> dict[str, bytes]:
+        """The content of every file of the adapter, by the file's name."""
 
     def read_state(self, config: Config) -> dict[str, torch.Tensor]:
         """Read and check the tensors that are saved."""
@@ -291,8 +296,7 @@ def write(
         raise AdapterError(f"The adapter cannot be saved, since its config is not readable: {error}.") from error
     payload = to_bytes({**tensors, **factors}, CONFIG_KEY, config)
     write_files({folder / TENSORS_FILE: payload, folder / CONFIG_FILE: config.encode()})
-    for left_over in (FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE):
-        # These are of an adapter of the first format that was here before.
+    for left_over in LEFT_OVERS:
         (folder / left_over).unlink(missing_ok=True)
 
 
@@ -340,6 +344,40 @@ def read(folder: str | PathLike) -> SavedAdapter:
     return SavedAdapter(**vars(config), folder=folder, files=_OneFile(file))
 
 
+def settle(folder: str | PathLike) -> dict[str, bytes]:
+    """
+    Finish a write that was cut off, and read all files of the adapter.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that [`write`] made.
+
+    Returns:
+        `dict[str, bytes]`: The content of each of `ADAPTER_FILES` that there is, all of one moment.
+
+    Raises:
+        `FileNotFoundError`: If the folder or a file is missing.
+        [`AdapterError`]: If a file is damaged. Nothing is changed then.
+    """
+    saved = read(folder)
+    assert saved.files is not None
+    contents = saved.files.contents()
+    # This compares every tensor with its digest.
+    saved.files.read_state(saved)
+    if saved.factors_sha256 is not None:
+        saved.files.read_factors(saved)
+    stale = {name for name in LEFT_OVERS if name not in contents and saved.folder.joinpath(name).is_file()}
+    try:
+        copy = saved.folder / CONFIG_FILE
+        if stale or not copy.is_file() or copy.read_bytes() != contents[CONFIG_FILE]:
+            # The file of tensors stays, since another process may have put a newer one there.
+            write_files({saved.folder / name: contents[name] for name in contents if name != TENSORS_FILE})
+            for name in stale:
+                (saved.folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("The last save to %s was cut off, and cannot be finished: %s", folder, error)
+    return contents
+
+
 def _compare_copy(copy: Path, text: str, path: Path) -> None:
     try:
         if not copy.is_file():
@@ -375,6 +413,9 @@ class _OneFile:
         factors = config.saved_factor_shapes()
         dtypes |= {name: set(SAFETENSORS_DTYPES) for name in factors}
         self.file.check({**config.state_shapes(), **factors}, dtypes)
+
+    def contents(self) -> dict[str, bytes]:
+        return {TENSORS_FILE: self.file.content(), CONFIG_FILE: self.file.metadata[CONFIG_KEY].encode()}
 
     def read_state(self, config: Config) -> dict[str, torch.Tensor]:
         self.check(config)

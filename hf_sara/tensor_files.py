@@ -122,6 +122,11 @@ class TensorFile:
         if hasattr(self, "_file"):
             self._file.close()
 
+    def content(self) -> bytes:
+        """The whole file."""
+        self._file.seek(0)
+        return self._file.read()
+
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the whole file."""
         self._file.seek(0)

@@ -33,10 +33,10 @@ from hf_sara import (
     SaraArguments,
     export,
     export_lora,
+    files,
     merge,
     merge_files,
     merge_shards,
-    plain_model,
 )
 from hf_sara.export import LORA_CONFIG_FILE, LORA_TENSORS_FILE
 
@@ -523,13 +523,22 @@ def test_a_folder_without_all_of_its_files_is_not_taken_for_a_model(tmp_path, mo
         moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(plain_model.os, "replace", cut_off)
+    def power_cut(*_):
+        raise OSError("power cut")
+
+    # The folder takes its place in one step.
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "rename", power_cut)
+        with pytest.raises(OSError, match="power cut"):
+            merge(model, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    # Where the system cannot do that, the configuration comes last.
+    (tmp_path / "merged").mkdir()
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files.os, "replace", cut_off)
     with pytest.raises(OSError, match="power cut"):
         merge(model, tmp_path / "merged")
-    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    assert "config.json" not in {path.name for path in (tmp_path / "merged").iterdir()}
 
 
 # ---- merging file by file ----

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,11 @@ from conftest import (
     sara_arguments,
 )
 from hub_server import Fault, HubServer, online
+from hub_storage import File
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
-from training import make_trainer, training_arguments
+from training import dataset, make_trainer, training_arguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from typer.testing import CliRunner
 
 from hf_sara import AdapterError, SaraAdapter, SaraTrainer, files, from_hub, hub, push_to_hub, repos, storage
@@ -453,6 +457,216 @@ def test_no_byte_of_a_token_leaves(server, tmp_path, capfd, caplog):
     assert not any(TOKEN.encode() in request.body for request in server.requests)
     out, err = capfd.readouterr()
     assert TOKEN not in caplog.text + out + err
+
+
+@dataclass
+class PrivateArguments(TrainingArguments):
+    """Arguments with fields of somebody's own."""
+
+    api_key: str = field(default="sk-12345")
+    data_url: str = field(default="https://me:hunter2@example.org/x")
+
+
+class PrivateCallback(TrainerCallback, ExportableState):
+    """A callback that logs, and keeps, what is nobody else's business."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        state.log_history[-1]["note"] = "sk-12345 in /secret-place"
+
+    def state(self):
+        return {"args": {"key": "sk-12345"}, "attributes": {"where": "/secret-place"}}
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_no_path_and_no_secret_is_in_anything_that_is_published(server, strategy, tmp_path):
+    place = tmp_path / "secret-place"
+    model = load_base(server)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<star>"])
+    tokenizer.save_pretrained(place / "tokenizer")
+    args = PrivateArguments(
+        str(place / "run"),
+        max_steps=4,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        push_to_hub=True,
+        hub_model_id=REPO,
+        hub_token=TOKEN,
+        hub_strategy=strategy,
+        hub_always_push=True,
+    )
+    trainer = SaraTrainer(
+        model,
+        args,
+        train_dataset=dataset(),
+        eval_dataset=dataset(8, seed=1),
+        # Its class knows where it was loaded from.
+        processing_class=PreTrainedTokenizerFast.from_pretrained(place / "tokenizer"),
+        callbacks=[PrivateCallback()],
+    )
+    trainer.train()
+    trainer.push_to_hub(
+        dataset=str(place / "data.jsonl"),
+        finetuned_from=str(place / "llama"),
+        dataset_tags=str(place / "more"),
+        tags=[str(place), "https://me:hunter2@example.org"],
+        model_name=str(place / "name"),
+    )
+    repo = server.repo(REPO)
+    assert {"README.md", "tokenizer.json", hub.TRAINING_ARGS_FILE} <= set(repo.files())
+    uploaded = {
+        f"{commit.title}/{name}": file.content for commit in repo.commits for name, file in commit.files.items()
+    }
+    uploaded |= server.uploaded()
+    assert len(uploaded) > 8
+    for name, content in uploaded.items():
+        for secret in (b"secret-place", b"sk-12345", b"hunter2", TOKEN.encode(), str(Path.home()).encode() + b"/"):
+            assert secret not in content, (name, secret)
+
+
+def test_links_are_not_followed(server, tmp_path, caplog):
+    folder = tmp_path / "adapter"
+    attach_trained(load_base(server)).save_pretrained(folder)
+    (tmp_path / "secret.txt").write_text("hunter2")
+    for name in ("README.md", "tokenizer.json", hub.TRAINING_ARGS_FILE, "notes.txt"):
+        (folder / name).symlink_to(tmp_path / "secret.txt")
+    hub.push_folder(folder, REPO)
+    assert set(server.repo(REPO).files()) - {".gitattributes"} == {storage.CONFIG_FILE, storage.TENSORS_FILE}
+    assert "does not follow symbolic links" in caplog.text
+    (folder / storage.TENSORS_FILE).rename(tmp_path / "elsewhere")
+    (folder / storage.TENSORS_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"safetensors is a symbolic link.*pull"):
+        hub.push_folder(folder, REPO)
+
+
+# ---- what a push publishes ----
+
+
+def test_a_push_publishes_what_was_there_when_it_was_queued(server, tmp_path):
+    """Each commit in progress has the adapter of its own step, also if that checkpoint was deleted meanwhile."""
+    steps = {}
+
+    class Slow(SaraTrainer):
+        def _push_from_checkpoint(self, folder):
+            super()._push_from_checkpoint(folder)
+            steps[self.state.global_step] = Path(folder, storage.TENSORS_FILE).read_bytes()
+
+    gate, real = threading.Event(), hub.push_files
+
+    def push(*args, **kwargs):
+        gate.wait(60)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "push_files", push)
+        trainer = make_trainer(
+            tmp_path / "run",
+            model=load_base(server),
+            trainer_class=Slow,
+            push_to_hub=True,
+            hub_model_id=REPO,
+            hub_strategy="every_save",
+            hub_always_push=True,
+            save_total_limit=1,
+        )
+        trainer.add_callback(AtTheEnd(gate.set))
+        trainer.train()
+    assert sorted(steps) == [2, 4, 6, 7]
+    history = {
+        int(commit.title.rsplit(" ", 1)[1]): commit
+        for commit in server.repo(REPO).commits
+        if commit.title.startswith("Training in progress")
+    }
+    assert sorted(history) == sorted(steps)
+    for step, commit in history.items():
+        assert server.repo(REPO).files(commit.sha)[storage.TENSORS_FILE] == steps[step]
+
+
+class AtTheEnd(TrainerCallback):
+    def __init__(self, action):
+        self.action = action
+
+    def on_train_end(self, *args, **kwargs):
+        self.action()
+
+
+def test_a_save_that_was_cut_off_is_finished_before_the_push(server, tmp_path):
+    folder = tmp_path / "adapter"
+    adapter = attach_trained(load_base(server))
+    adapter.save_pretrained(folder)
+    stale = (folder / storage.CONFIG_FILE).read_bytes()
+    adapter = attach_trained(load_base(server), threshold=0.4)
+    adapter.save_pretrained(folder)
+    right = (folder / storage.CONFIG_FILE).read_bytes()
+    assert right != stale
+    # The crash came between the two files, over an adapter of the first format.
+    (folder / storage.CONFIG_FILE).write_bytes(stale)
+    (folder / storage.FACTORS_FILE).write_bytes(b"of another adapter")
+    hub.push_folder(folder, REPO)
+    files = server.repo(REPO).files()
+    assert files[storage.CONFIG_FILE] == right
+    assert storage.FACTORS_FILE not in files
+    assert {path.name for path in folder.iterdir()} == {storage.TENSORS_FILE, storage.CONFIG_FILE}
+    assert (folder / storage.CONFIG_FILE).read_bytes() == right
+
+
+def test_a_pending_save_of_the_first_format_is_finished_before_the_push(server, tmp_path):
+    source = Path(__file__).parent / "data" / "format1" / "mo_sara-save-llama"
+    folder = Path(shutil.copytree(source, tmp_path / "old"))
+    expected = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".pt"}
+    expected = {name: expected[name] for name in storage.ADAPTER_FILES}
+    (folder / storage.CONFIG_FILE).rename(folder / storage.PENDING_CONFIG_FILE)
+    (folder / storage.FACTORS_FILE).rename(folder / storage.PENDING_FACTORS_FILE)
+    (folder / storage.CONFIG_FILE).write_bytes(b"{}")
+    (folder / storage.FACTORS_FILE).write_bytes(b"of another adapter")
+    hub.push_folder(folder, REPO)
+    files = server.repo(REPO).files()
+    assert {name: files[name] for name in expected} == expected
+    assert {name: (folder / name).read_bytes() for name in expected} == expected
+    assert not list(folder.glob("*.new"))
+
+
+def test_a_push_without_an_adapter_is_an_error(server, tmp_path):
+    (tmp_path / "README.md").write_text("# Nothing\n")
+    with pytest.raises(FileNotFoundError, match="is not a hf_sara adapter"):
+        hub.push_folder(tmp_path, REPO)
+    with pytest.raises(ValueError, match="no adapter among the files"):
+        hub.push_files({"README.md": b""}, tmp_path, REPO, commit_message="x")
+    assert REPO not in server.repos
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+@pytest.mark.parametrize(
+    "text",
+    [b"---\na: [1\n---\nmine", b"---\n- a\n---\nmine", b"---\ntags: 5\n---\nmine", b"\xffmine", b"---\nmine"],
+)
+def test_a_readme_that_somebody_broke_stops_no_push(server, text, where, tmp_path):
+    folder = tmp_path / "adapter"
+    adapter = attach_trained(load_base(server))
+    adapter.save_pretrained(folder)
+    if where == "hub":
+        adapter.push_to_hub(REPO)
+        last = server.repo(REPO).find("main")
+        server.repo(REPO).add(
+            "refs/heads/main", {**last.files, "README.md": File(text, False)}, last, "Edit", "", "me"
+        )
+        adapter.write_card(folder, repo_id=REPO)
+    else:
+        adapter.write_card(folder, repo_id=REPO)
+        (folder / "README.md").write_bytes(text)
+    hub.push_folder(folder, REPO)
+    assert "mine" in server.repo(REPO).files()["README.md"].decode()
+    assert storage.read(hub.fetch_adapter(REPO)).sites
+
+
+# ---- the token ----
 
 
 def test_a_file_that_contains_the_token_is_not_uploaded(server, tmp_path):

@@ -17,6 +17,7 @@ from training import STEPS, TWO_PROCESSES, At, dataset, log_of, make_trainer, ru
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
+from hf_sara.checkpoints import LIST_FILE
 from hf_sara.hub import TRAINING_ARGS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
 from hf_sara.trainer import RUNNING_LOSS_FILE, last_complete_checkpoint
@@ -59,6 +60,7 @@ def test_a_checkpoint_holds_the_adapter_and_the_state_of_the_training_not_the_ba
         TENSORS_FILE,
         TRAINING_ARGS_FILE,
         RUNNING_LOSS_FILE,
+        LIST_FILE,
         "optimizer.pt",
         "scheduler.pt",
         "rng_state.pth",

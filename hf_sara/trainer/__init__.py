@@ -2,9 +2,10 @@
 
 from transformers import Seq2SeqTrainer, Trainer
 
+from ..checkpoints import RUNNING_LOSS_FILE, last_complete_checkpoint
 from .cards import SaraTrainerMixin
 from .frozen_base import FrozenBaseMixin
-from .resuming import RUNNING_LOSS_FILE, ExactResumeMixin, last_complete_checkpoint
+from .resuming import ExactResumeMixin
 
 __all__ = [
     "RUNNING_LOSS_FILE",

@@ -19,13 +19,13 @@ from transformers import set_seed
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import enable_full_determinism
 
-from .. import storage
+from .. import publishing, storage
 from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
 from ..contents import reshard
 from ..copies import own_names, watch_rows
-from ..hub import TRAINING_ARGS_FILE
+from ..files import write_file
 from ..linears import is_offloaded
 from ..parts import Part, TokenPart
 from .reference import reference_for
@@ -51,9 +51,11 @@ class AdapterTrainerMixin(SearchMixin):
         *positional,
         sara_args: SaraArguments | None = None,
         adapter_name: str | None = None,
+        published_arguments: Sequence[str] = (),
         **kwargs,
     ):
         self.sara_args = sara_args
+        self._sara_published = published_arguments
         self._sara_adapter_name = adapter_name
         self._sara_trial_overrides: dict[str, Any] = {}
         if model is not None and not isinstance(model, str):
@@ -65,6 +67,7 @@ class AdapterTrainerMixin(SearchMixin):
             super().__init__(model, args, *positional, **kwargs)
         if isinstance(model, str):
             self._attach(self.model)
+        publishing.published_arguments(self.args, published_arguments)
 
     # ---- the adapter ----
 
@@ -211,8 +214,8 @@ class AdapterTrainerMixin(SearchMixin):
         storage.write(output_dir, adapter.manifest(untrained), *contents)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        # `to_json_string` replaces every access token by a placeholder.
-        Path(output_dir, TRAINING_ARGS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+        published = publishing.published_arguments(self.args, self._sara_published)
+        write_file(Path(output_dir, publishing.TRAINING_ARGS_FILE), published.to_json().encode())
         logger.info("Saved the adapter to %s", output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -17,40 +17,48 @@ from transformers.utils import PushInProgress
 
 from .. import hub
 from ..card_text import listed
+from ..checkpoints import RUNNING_LOSS_FILE
 from ..model_card import Sample, Training, pipeline_of
+from ..publishing import Published, published_arguments
 from .adapter_trainer import AdapterTrainerMixin
-from .resuming import RUNNING_LOSS_FILE, output_dir_of
+from .resuming import output_dir_of
 
 logger = logging.getLogger(__name__)
 
 # Resuming needs these files besides the adapter.
 CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
-# These arguments say where and how a training was run, and not what it computed, or they could hold a secret.
+# These arguments say how a training was run, and not what it computed.
 UNINTERESTING = re.compile(
-    "output_dir|logging_|report_to|run_name|disable_tqdm|hub_|push_to_hub|log_|save_|dataloader_|project|trackio"
-    "|local_rank|resume|do_|skip_memory|use_cpu|eval_|load_best|accelerator_config|deepspeed|fsdp|ddp_|debug"
-    # These would always differ from their defaults, because `to_dict` masks them whatever their value is.
-    "|.*_token$"
+    "logging_|disable_tqdm|hub_|save_|dataloader_|skip_memory|use_cpu|eval_|load_best|accelerator_config|ddp_"
 )
 
 
-def non_default(args: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that differ from their defaults and that a reader of the card cares about."""
+def non_default(args: TrainingArguments, chosen: Sequence[str] = ()) -> Published:
+    """
+    The training arguments that differ from their defaults, that a reader of the card cares about, and that may be
+    published. It is counted how many others differ.
+    """
     # The declared defaults are read, and not those of a new instance. Making one fails if the defaults do not suit
     # this machine, and resets the state that Accelerate keeps for a running training.
     default = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
     }
-    values = args.to_dict()
+    found = published_arguments(args, chosen)
     if args.max_steps > 0:
         # `max_steps` overrides the number of epochs, so that number says nothing about the training.
-        del values["num_train_epochs"]
-    return {
+        found.values["num_train_epochs"] = default["num_train_epochs"]
+    shown = {
         name: value
-        for name, value in values.items()
+        for name, value in found.values.items()
         # Some fields that are declared `None` become False, or an empty list.
-        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name) and not name.startswith("_")
+        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name)
     }
+    left_out = [
+        name
+        for name in default
+        if name not in found.values and (default[name] or None) != (getattr(args, name) or None)
+    ]
+    return Published(shown, len(left_out))
 
 
 class SaraTrainerMixin(AdapterTrainerMixin):
@@ -65,6 +73,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         adapter_name (`str`, *optional*):
             The adapter to train, for a model that carries several, or the name of a new one. The tensors of the others
             do not train.
+        published_arguments (`Sequence[str]`, *optional*):
+            Fields of a subclass of [`~transformers.TrainingArguments`] that the card and training_args.json may show.
+            Those of TrainingArguments itself are shown as far as they hold neither a path nor a secret.
 
     Raises:
         `ValueError`: If `sara_args` contradict the adapter that the model carries, that adapter is merged, the model
@@ -101,7 +112,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         self.create_model_card(**kwargs)
         self._finish_current_push()
         push = functools.partial(
-            hub.push_folder,
+            hub.push_files,
+            hub.files_to_push(output_dir_of(self)),
             output_dir_of(self),
             self._hub_repo_id(),
             commit_message=commit_message or "End of training",
@@ -120,6 +132,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         pending = self.push_in_progress
         busy = pending is not None and not pending.is_done()
         if busy and not self.args.hub_always_push:
+            logger.info("Step %d is not pushed, because an earlier push is under way.", self.state.global_step)
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         by_step = self.args.save_strategy == SaveStrategy.STEPS
@@ -128,16 +141,16 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             state = "last-checkpoint" if last else Path(checkpoint_folder).name
+        # The files are read now, because this folder may be deleted before the push begins.
         job = HfApi().run_as_future(
-            hub.push_training,
+            hub.push_files,
+            hub.files_to_push(checkpoint_folder, state, CHECKPOINT_FILES),
             checkpoint_folder,
             self._hub_repo_id(),
             commit_message=f"Training in progress, {where}",
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
             token=self.args.hub_token,
-            state_in_repo=state,
-            state_files=CHECKPOINT_FILES,
         )
         job.add_done_callback(_warn_of_failure)
         if pending is not None and busy:
@@ -174,6 +187,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         """
         if not self.is_world_process_zero():
             return
+        settings = non_default(self.args, self._sara_published)
         dataset = dataset or dataset_name
         names, ids = listed(dataset), listed(dataset_tags)
         repo_id = self._hub_repo_id()
@@ -187,7 +201,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
             tags=tags or (),
             results=results or self._last_evaluation(ids, names, tasks),
             training=Training(
-                hyperparameters=non_default(self.args),
+                hyperparameters=settings.values,
+                left_out=settings.left_out,
                 log=self.state.log_history,
                 seconds=self.training_seconds,
                 datasets=ids or names,

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.trainer as transformers_trainer
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints import RUNNING_LOSS_FILE, complete, last_complete_checkpoint, refuse_incomplete
+from ..files import write_file
 from .streaming import DataPlaceMixin
 
 logger = logging.getLogger(__name__)
-
-RUNNING_LOSS_FILE = "running_loss.json"
 
 
 class EpochSeededSampler(LengthGroupedSampler):
@@ -52,13 +52,16 @@ class ExactResumeMixin(DataPlaceMixin):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        Train as Trainer does. `resume_from_checkpoint=True` takes the last *complete* checkpoint. A checkpoint whose
-        writing a crash interrupted is passed over, with a warning.
+        Train as Trainer does. `resume_from_checkpoint=True` takes the last *complete* checkpoint. One that a crash cut
+        off, or that was damaged later, is passed over with a warning that names the file. If its path is given, it is
+        refused.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(output_dir_of(self))
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir!r} to resume from.")
+        elif resume_from_checkpoint:
+            refuse_incomplete(resume_from_checkpoint)
         self._sara_resumed_loss = None
         if resume_from_checkpoint:
             # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
@@ -99,6 +102,33 @@ class ExactResumeMixin(DataPlaceMixin):
             return EpochSeededSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
         return sampler
 
+    def _init_training_state(self, *args, **kwargs):
+        place = super()._init_training_state(*args, **kwargs)
+        best = Path(output_dir_of(self), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if self.state.best_model_checkpoint is None and best.is_dir():
+            # A state from the Hub does not name the folder, and after a move it names another one.
+            self.state.best_model_checkpoint = str(best)
+        return place
+
+    def _save_checkpoint(self, model, trial):
+        # Older checkpoints go only when the new one is complete on the disk.
+        rotate = transformers_trainer.rotate_checkpoints
+
+        def complete_first(output_dir, *args, **kwargs):
+            complete(Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            rotate(output_dir, *args, **kwargs)
+
+        transformers_trainer.rotate_checkpoints = complete_first
+        try:
+            return super()._save_checkpoint(model, trial)
+        finally:
+            transformers_trainer.rotate_checkpoints = rotate
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Every process writes a file of its own, and one of them says when the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._save_running_loss(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -118,7 +148,7 @@ class ExactResumeMixin(DataPlaceMixin):
                 "seconds": self.training_seconds,
                 "data": self._sara_place_to_save(),
             }
-            Path(output_dir, RUNNING_LOSS_FILE).write_text(json.dumps(state))
+            write_file(Path(output_dir, RUNNING_LOSS_FILE), json.dumps(state).encode())
 
     def _restore_running_loss(self) -> None:
         self._sara_seconds = 0.0
@@ -156,26 +186,3 @@ class _Events(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._on_epoch_end()
-
-
-def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """
-    The newest checkpoint in a folder that was written completely.
-
-    Args:
-        folder (`str` or `os.PathLike`): A training's `output_dir`.
-
-    Returns:
-        `str`, *optional*: Its path; `None` if there is none.
-    """
-    if not os.path.isdir(folder):
-        return None
-    for path in reversed(sort_checkpoints(output_dir=str(folder))):
-        try:
-            # Trainer writes the state last, so if it can be read, the rest of the checkpoint is there too.
-            json.loads(Path(path, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("Passing over the incomplete checkpoint %s.", path)
-            continue
-        return path
-    return None
