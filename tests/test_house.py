@@ -39,6 +39,7 @@ FLOORS = (
     ),
     *(
         "own_tokenizer",
+        "card_metadata",
         "card_text",
         "model_card",
         "hub",

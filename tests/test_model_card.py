@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import attach_trained, make_model
+from hub_storage import validate_card
 from huggingface_hub import EvalResult, ModelCard
 from training import make_trainer
 from transformers import TrainingArguments
@@ -112,8 +113,11 @@ def test_values_of_users_break_neither_yaml_nor_markdown(tmp_path):
         results=[result(dataset_name=HOSTILE, metric_name=HOSTILE)],
         training=training,
     )
-    metadata = ModelCard(card).data.to_dict()
-    assert metadata["license"] == HOSTILE
+    metadata, errors, _ = validate_card(card)
+    assert errors == []
+    assert ModelCard(card).data.to_dict() == metadata
+    assert (metadata["license"], metadata["license_name"]) == ("other", HOSTILE)
+    assert "language" not in metadata
     assert HOSTILE in metadata["tags"]
     text = ModelCard(card).text
     assert text.count(BEGIN) == text.count(END) == 1
