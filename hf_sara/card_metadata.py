@@ -30,6 +30,8 @@ ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown un
 """
 LICENSES = frozenset(LICENSE_NAMES.split())
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
+# Texts that some readers of YAML take for numbers, dates or more, if they stand without quotes.
+AMBIGUOUS = re.compile(r"[-+]?\.?([0-9][-+.:0-9a-fA-FoOxXtTzZ_ ]*|nan|NaN|NAN|inf|Inf|INF)|=|<<")
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -176,6 +178,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.depth = 0
+        self.is_ambiguous = False
         self.comments: list[str] = []
 
     def scan_to_next_token(self) -> None:
@@ -183,6 +186,12 @@ class _Loader(yaml.SafeLoader):
         super().scan_to_next_token()
         lines = map(str.strip, self.buffer[start : self.pointer].splitlines())
         self.comments += [line for line in lines if line.startswith("#")]
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        if kind is yaml.ScalarNode and implicit[0] and tag.endswith(":str") and AMBIGUOUS.fullmatch(value):
+            self.is_ambiguous = True
+        return tag
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.peek_event().anchor is not None:
@@ -221,8 +230,9 @@ def read_metadata(text: str) -> Metadata:
     except Exception:
         # Besides its own errors, PyYAML lets out those of Python for odd values, like a ValueError.
         return unread
-    found = Metadata(comments=loader.comments)
+    found = Metadata(comments=loader.comments, is_sound=not loader.is_ambiguous)
     if node is None:
+        found.is_sound = not text.strip()
         return found
     if node.tag != "tag:yaml.org,2002:map" or not isinstance(node, yaml.MappingNode):
         return unread
@@ -261,8 +271,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quote the texts that other readers of YAML take for numbers, and those whose line breaks PyYAML would change."""
-    odd = text[:1] in tuple("+-.0123456789") or re.search("[\x85\u2028\u2029\ufeff]", text)
+    """Quote the texts that readers of YAML understand in different ways, and whose line breaks PyYAML would change."""
+    odd = AMBIGUOUS.fullmatch(text) or re.search("[\x85\u2028\u2029\ufeff]", text)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
 
 

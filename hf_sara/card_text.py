@@ -55,8 +55,9 @@ class Card:
 
 def decode(content: bytes) -> str:
     """The text of a card's file, in whatever encoding its editor wrote it. Each line ends with a line feed."""
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    for encoding in ("utf-16" if utf16 else "utf-8", "cp1252"):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return _cleaned(content.decode("utf-16", "replace"))
+    for encoding in ("utf-8", "cp1252"):
         try:
             return _cleaned(content.decode(encoding))
         except UnicodeDecodeError:
