@@ -35,9 +35,9 @@ AMBIGUOUS = re.compile(r"[-+]?\.?([0-9][-+.:0-9a-fA-FoOxXtTzZ_ ]*|nan|NaN|NAN|in
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def is_repo(name: str) -> bool:
-    """Whether a name can be that of a model or of a data set on the Hub."""
-    return is_hub_name(name) and name.isascii() and name[0].isalnum()
+def is_repo(name: Any) -> bool:
+    """Whether a value can be the name of a model or of a data set on the Hub."""
+    return isinstance(name, str) and is_hub_name(name) and name.isascii() and name[0].isalnum()
 
 
 def is_language(code: str) -> bool:

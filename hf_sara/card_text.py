@@ -131,7 +131,9 @@ def _write(metadata: Mapping[str, Any], body: str | None, own: Card) -> str:
         if isinstance(value, list) and key != "model-index":
             refused = [item for item in value if not accepted(key, [item])]
             left_out += [f"{key}={reprlib.repr(item)}" for item in refused]
-            value = [item for item in value if item not in refused]
+            value = [item for item in value if accepted(key, [item])]
+            if refused and not value:
+                continue
         ours.update(normalized(key, value))
     theirs = {key: value for key, value in own.metadata.fields.items() if key not in ours}
     rest = list(own.metadata.rest)

@@ -190,7 +190,7 @@ def make_card(
         "library_name": "hf_sara",
         "license": license,
         "language": listed(language),
-        "datasets": [name for name in datasets if hub_id(name) and is_repo(name)],
+        "datasets": [name for name in datasets if is_repo(name) and hub_id(name)],
         "metrics": metrics,
         "pipeline_tag": pipeline,
         "tags": ["hf_sara", manifest.args.method, *listed(tags)],
