@@ -14,8 +14,8 @@ from huggingface_hub import ModelCardData
 
 from .repos import is_hub_name
 
-# YAML is read slowly: this much takes half a second.
-MAX_CHARACTERS = 2**16
+# YAML is read slowly: this much takes up to a second. The metadata of nearly all cards are far smaller.
+MAX_CHARACTERS = 2**15
 MAX_DEPTH = 20
 # The licenses that the Hub knows, as its check of model cards names them. Others have the license "other" and a name.
 LICENSE_NAMES = """

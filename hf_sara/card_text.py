@@ -138,7 +138,8 @@ def _write(metadata: Mapping[str, Any], body: str | None, own: Card) -> str:
     theirs = {key: value for key, value in own.metadata.fields.items() if key not in ours}
     rest = list(own.metadata.rest)
     tags = list(dict.fromkeys(ours.get("tags", [])))
-    more = [tag for tag in own.metadata.fields.get("tags", []) if tag not in set(tags)]
+    mine = set(tags)
+    more = [tag for tag in dict.fromkeys(own.metadata.fields.get("tags", [])) if tag not in mine]
     if len(field_text("tags", [*more, *tags])) <= MAX_CHARACTERS // 2:
         tags = [*more, *tags]
     elif more:

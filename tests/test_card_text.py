@@ -255,7 +255,7 @@ def test_our_own_values_that_the_hub_would_refuse_are_left_out_with_a_warning(ca
     assert check(card) == {"tags": ["hf_sara"], "language": ["en"]}
     assert len(caplog.records) == 1
     assert len(caplog.text) < 2000
-    many = {"tags": ["hf_sara"], "note": ["a" * 60] * 2000, "more": ["b" * 60] * 900}
+    many = {"tags": ["hf_sara"], "note": ["a" * 60] * 2000, "more": ["b" * 60] * 450}
     card = join_card(many, BODY, None)
     assert join_card(many, BODY, card) == card
     assert set(check(card)) == {"tags", "more"}
@@ -277,21 +277,25 @@ def test_megabytes_take_no_time():
         "- " * mega,
     ]
     for text in texts:
-        start = time.perf_counter()
+        start = time.process_time()
         card = join_card(OURS, BODY, decode(text.encode()))
-        assert time.perf_counter() - start < 5, text[:30]
+        assert time.process_time() - start < 5, text[:30]
         check(card)
     # As much as is read at all.
     for piece in ("a, ", "[[[[a]]]], ", "- ", "? ", "&a ", "#a\n"):
         text = piece * (card_metadata.MAX_CHARACTERS // len(piece) - 9)
-        start = time.perf_counter()
+        start = time.process_time()
         card_metadata.read_metadata(f"x: [{text}]")
-        assert time.perf_counter() - start < 5, piece
+        assert time.process_time() - start < 5, piece
 
 
 def test_the_largest_metadata_stay_at_the_second_save():
     nested = "[" * 12 + "a" + ",a" * 4000 + "]" * 12
-    for head in (f"x: {nested}\ny: {WORD}", f"tags: [{','.join(f't{i}' for i in range(5000))}]", "#" + "c" * 65000):
+    for head in (
+        f"x: {nested}\ny: {WORD}",
+        f"tags: [{','.join(f't{i}' for i in range(5000))}]",
+        "#" + "c" * (card_metadata.MAX_CHARACTERS - 1),
+    ):
         card = join_card(OURS, BODY, f"---\n{head}\n---\n")
         assert check(card)["base_model"] == "someone/base"
         assert join_card(OURS, BODY, card) == card
