@@ -2,21 +2,25 @@
 
 import importlib.util
 import json
+import logging
+import math
 import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from .arguments import SaraArguments
-from .card_text import cells, duration, fenced, inline, join_card, listed, number
+from .card_metadata import accepted, is_repo
+from .card_text import cells, decode, duration, fenced, inline, join_card, listed, number
 from .files import write_file
 from .manifest import Manifest
 from .own_tokenizer import has_own_tokenizer
@@ -30,6 +34,8 @@ RANKS_FILE = "ranks.png"
 LOSS_FILE = "sara_loss.png"
 PROJECT_URL = "https://pypi.org/project/hf-sara/"
 MAX_LOG_ROWS = 30
+
+logger = logging.getLogger(__name__)
 
 PIPELINES = {
     "CausalLM": "text-generation",
@@ -122,7 +128,7 @@ def write_card(
         size=size_on_disk(folder),
         own_tokenizer=has_own_tokenizer(folder, manifest.base),
         figures=figures,
-        existing=path.read_text(encoding="utf-8") if path.is_file() else None,
+        existing=decode(path.read_bytes()) if path.is_file() else None,
         **card,
     )
     write_file(path, text.encode())
@@ -173,24 +179,26 @@ def make_card(
     """
     method = manifest.method
     base = base_model or manifest.base.model_id
-    title = title or (repo_id or f"{method.title} adapter").rsplit("/", 1)[-1]
+    if base is not None and not is_repo(base):
+        logger.warning("The card does not name the base model %s, because it is not a name on the Hub.", base)
+        base = None
+    title = str(title or (repo_id or f"{method.title} adapter").rsplit("/", 1)[-1])
     pipeline = pipeline_of(manifest.base.class_name)
     datasets = [*listed(datasets), *(training.datasets if training else [])]
-    data = ModelCardData(
-        base_model=base,
-        library_name="hf_sara",
-        tags=["hf_sara", manifest.args.method, *listed(tags)],
-        pipeline_tag=pipeline,
-        license=license,
-        language=listed(language) or None,
-        datasets=[name for name in datasets if hub_id(name)] or None,
-        metrics=sorted({result.metric_type for result in results}) or None,
-        eval_results=list(results) or None,
-        model_name=title if results else None,
-    )
-    metadata = {key: value for key, value in data.to_dict().items() if value is not None}
-    if base is not None:
-        metadata["base_model_relation"] = "adapter"
+    index, metrics = _reported(title, results)
+    metadata = {
+        "base_model": base,
+        "base_model_relation": "adapter" if base else None,
+        "library_name": "hf_sara",
+        "license": license,
+        "language": listed(language),
+        "datasets": [name for name in datasets if is_repo(name) and hub_id(name)],
+        "metrics": metrics,
+        "pipeline_tag": pipeline,
+        "tags": ["hf_sara", manifest.args.method, *listed(tags)],
+        "model-index": index,
+    }
+    metadata = {key: value for key, value in metadata.items() if value}
     ranks = [site.k for site in manifest.sites]
     trained = manifest.trained_parameters
     log_columns, log_rows = _log_table(training.log if training else [])
@@ -236,6 +244,27 @@ def make_card(
     return join_card(metadata, body, existing)
 
 
+def _reported(title: str, results: Sequence[EvalResult]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The `model-index` of the results that the Hub accepts, and the types of their metrics."""
+    found = []
+    for result in results:
+        try:
+            # NumPy and PyTorch have numbers of their own, and the Hub has none that is infinite or not a number.
+            value = getattr(result.metric_value, "item", lambda value=result.metric_value: value)()
+            value = str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            entry = replace(result, metric_value=value)
+            if accepted("model-index", eval_results_to_model_index(title, [entry])):
+                found.append(entry)
+        except (TypeError, ValueError, RuntimeError):
+            # A value of a wrong type, which the next lines count.
+            continue
+    if len(found) < len(results):
+        logger.warning("%d results are not in the card's metadata: the Hub refuses them.", len(results) - len(found))
+    if not found:
+        return [], []
+    return eval_results_to_model_index(title, found), sorted({result.metric_type for result in found})
+
+
 def pipeline_of(class_name: str) -> str | None:
     """The Hub's task for a model class, or `None`."""
     return next((task for ending, task in PIPELINES.items() if class_name.endswith(ending)), None)
@@ -247,12 +276,12 @@ def snippet(
     """Code that loads an adapter and uses it on a prompt. A test runs this code."""
     own = "" if base else ', base_model="path/to/the/base"'
     source = repo_id if own_tokenizer else base or "path/to/the/base"
-    lines = ["from hf_sara import from_hub", "", f'model = from_hub("{repo_id}"{own})']
+    lines = ["from hf_sara import from_hub", "", f"model = from_hub({_quoted(repo_id)}{own})"]
     if pipeline in ("text-generation", "text-classification"):
         lines[0] = "from transformers import AutoTokenizer\n\nfrom hf_sara import from_hub"
         text = "Once upon a time" if prompt is None else prompt
         lines += [
-            f'tokenizer = AutoTokenizer.from_pretrained("{source}")',
+            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(source)})",
             f"prompt = {_quoted(text)}",
             'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)',
         ]
@@ -359,7 +388,8 @@ def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list
     if len(chosen) > MAX_LOG_ROWS:
         chosen = [chosen[round(i * (len(chosen) - 1) / (MAX_LOG_ROWS - 1))] for i in range(MAX_LOG_ROWS)]
     rows = [
-        [str(step), *(number(steps[step][name]) if name in steps[step] else "" for name in names)] for step in chosen
+        [str(step), *(inline(number(steps[step][name])) if name in steps[step] else "" for name in names)]
+        for step in chosen
     ]
     return ["step", *map(inline, names)], rows
 

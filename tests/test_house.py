@@ -52,6 +52,7 @@ FLOORS = (
     ),
     *(
         "own_tokenizer",
+        "card_metadata",
         "card_text",
         "model_card",
         "hub",
