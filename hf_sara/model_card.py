@@ -25,6 +25,7 @@ from .files import write_file
 from .manifest import Manifest
 from .own_tokenizer import has_own_tokenizer
 from .parts import count
+from .publishing import published, published_log
 from .repos import hub_id
 from .sites import sites_by_kind
 from .storage import size_on_disk
@@ -60,17 +61,17 @@ class Training:
 
     Args:
         hyperparameters (`dict[str, Any]`): Settings that differ from their defaults.
-        left_out (`int`): How many settings are not shown, because they may hold a path or a secret.
         log (`list[dict[str, float]]`): Rows of a Trainer's `log_history`.
         seconds (`float`): Duration.
         datasets (`list[str]`): Names of the data.
+        left_out (`int`): How many settings are not shown, because they may hold a path or a secret.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    left_out: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     datasets: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     def losses(self) -> list[tuple[int, float]]:
         """The step and the training loss of each row that has one."""
@@ -182,26 +183,29 @@ def make_card(
     if base is not None and not is_repo(base):
         logger.warning("The card does not name the base model %s, because it is not a name on the Hub.", base)
         base = None
-    title = str(title or (repo_id or f"{method.title} adapter").rsplit("/", 1)[-1])
+    title = published(str(title or (repo_id or f"{method.title} adapter").rsplit("/", 1)[-1]))
     pipeline = pipeline_of(manifest.base.class_name)
-    datasets = [*listed(datasets), *(training.datasets if training else [])]
+    given = [*listed(datasets), *(training.datasets if training else [])]
+    datasets = published(given)
+    results = [replace(result, **published(vars(result))) for result in results]
     index, metrics = _reported(title, results)
     metadata = {
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
         "library_name": "hf_sara",
-        "license": license,
-        "language": listed(language),
-        "datasets": [name for name in datasets if is_repo(name) and hub_id(name)],
+        "license": published(license),
+        "language": published(listed(language)),
+        # A file of this machine has lost its path, and what is left of it is no name on the Hub.
+        "datasets": [name for name in datasets if name in given and is_repo(name) and hub_id(name)],
         "metrics": metrics,
         "pipeline_tag": pipeline,
-        "tags": ["hf_sara", manifest.args.method, *listed(tags)],
+        "tags": ["hf_sara", manifest.args.method, *published(listed(tags))],
         "model-index": index,
     }
     metadata = {key: value for key, value in metadata.items() if value}
     ranks = [site.k for site in manifest.sites]
     trained = manifest.trained_parameters
-    log_columns, log_rows = _log_table(training.log if training else [])
+    log_columns, log_rows = _log_table(published_log(training.log) if training else [])
     rank_columns, rank_rows = _rank_table(manifest)
     body = _render(
         title=inline(title),
@@ -231,7 +235,7 @@ def make_card(
         rank_rows=rank_rows,
         training=training,
         datasets=[inline(name) for name in datasets],
-        hyperparameters=cells(training.hyperparameters if training else {}),
+        hyperparameters=cells(published(training.hyperparameters) if training else {}),
         log_columns=log_columns,
         log_rows=log_rows,
         duration=duration(training.seconds if training else 0.0),

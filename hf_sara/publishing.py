@@ -173,6 +173,15 @@ def is_harmless(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
+def published(value: Any) -> Any:
+    """A value whose texts are without paths and secrets, see [`published_text`]."""
+    if isinstance(value, str):
+        return published_text(value)
+    if isinstance(value, Mapping):
+        return {published(key): published(item) for key, item in value.items()}
+    return [published(item) for item in value] if isinstance(value, list) else value
+
+
 def published_text(text: str) -> str:
     """
     A text without paths and secrets: of each path its last name is left, and of each URL its host and its path,

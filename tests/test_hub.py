@@ -516,7 +516,7 @@ def test_no_path_and_no_secret_is_in_anything_that_is_published(server, strategy
         dataset=str(place / "data.jsonl"),
         finetuned_from=str(place / "llama"),
         dataset_tags=str(place / "more"),
-        tags=[str(place), "https://me:hunter2@example.org"],
+        tags=[str(place / "tag"), "https://me:hunter2@example.org"],
         model_name=str(place / "name"),
     )
     repo = server.repo(REPO)
