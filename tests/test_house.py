@@ -11,7 +11,19 @@ import hf_sara
 PACKAGE = Path(hf_sara.__file__).parent
 # From the bottom to the top. A module may import what stands before it, wherever the import is written.
 FLOORS = (
-    *("_lapack", "errors", "files", "records", "repos", "tensor_files", "cache", "parallel", "spectrum", "factors"),
+    *(
+        "_lapack",
+        "errors",
+        "files",
+        "records",
+        "repos",
+        "base_files",
+        "tensor_files",
+        "cache",
+        "parallel",
+        "spectrum",
+        "factors",
+    ),
     *(
         "patterns",
         "layouts",
