@@ -285,7 +285,7 @@ class BaseWeights:
     """
 
     def __init__(self, name_or_folder: str, revision: str | None = None, token: str | None = None):
-        self.folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else None
+        self.folder = Path(name_or_folder) if os.path.isdir(name_or_folder) else None
         if self.folder is None and hub_id(name_or_folder) is None:
             raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
         self._remote = f"{name_or_folder}@{revision or 'main'}"

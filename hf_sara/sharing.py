@@ -17,6 +17,7 @@ from .base_model import BaseRecord, model_class
 from .errors import AdapterError
 from .own_tokenizer import TOKENIZER_FILES
 from .plain_model import merge as merge_into_base
+from .repos import NETWORK_ERRORS, hub_id
 
 
 def push_to_hub(model_or_adapter: PreTrainedModel | SaraAdapter, repo_id: str, **kwargs: Any) -> CommitInfo:
@@ -141,10 +142,17 @@ def _refuse_random(name: str, saved: storage.SavedAdapter, loaded: Mapping[str, 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
     """The folder of a base in safetensors files: the given one, or the recorded one, which may be downloaded."""
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
+    if hub_id(name) is None:
+        raise FileNotFoundError(f"There is no base folder {name!r}, and it cannot be a Hub id.")
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TOKENIZER_FILES]
-    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    except NETWORK_ERRORS as error:
+        raise FileNotFoundError(
+            f"The base {name!r} of the adapter in {saved.folder} cannot be had: {error}"
+        ) from error
 
 
 def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:

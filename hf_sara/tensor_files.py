@@ -70,7 +70,7 @@ def read_header(file: IO[bytes], name: str) -> tuple[dict[str, Entry], dict[str,
     try:
         header = parse_json(file.read(length), MAX_HEADER_BYTES)
         metadata = header.pop("__metadata__", {})
-        check_fields("the metadata of its header", metadata, dict.fromkeys(metadata, str))
+        check_fields("the header", {"__metadata__": metadata}, {"__metadata__": dict[str, str]})
         entries = {}
         for key, record in header.items():
             check_fields(f"the record of {key!r}", record, ENTRY_FIELDS)

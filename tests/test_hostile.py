@@ -852,6 +852,10 @@ CASES = [
     Case("header: 90 MB", raw_header(b"{" + b" " * 90_000_000 + b"}"), BROKEN + "its header claims to ", **ONCE),
     Case("header: 100,000 tensors", many_tensors, "tensors in .* Missing: none; unexpected: t", **ONCE),
     Case("header: hostile metadata", header(lambda h: h.update(__metadata__={"format": 1})), BROKEN),
+    *(
+        Case(f"header: metadata {value}", header(lambda h, value=value: h.update(__metadata__=value)), BROKEN)
+        for value in (None, 5, [], [["format", "pt"]], "format", True)
+    ),
     *(Case(f"header: dtype {dtype}", entry(dtype=dtype), BROKEN) for dtype in ("F64", "F16", "BOOL", "I64")),
     *(
         Case(f"header: dtype {dtype}", entry(dtype=dtype), rf"{Q}\.S: the file has dtype {re.escape(dtype)}, expected")
