@@ -2,6 +2,7 @@
 
 import operator
 import re
+import reprlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from .spectrum import check_threshold
 ALL_LINEAR = "all-linear"
 V_POSITIONS = ("back", "front", "none")
 FACTORS = ("recompute", "save")
+MOST_DIGITS_OF_A_BUDGET = 30
+# A text of this length can name all layers of any model.
+LONGEST_CHOICE_OF_LAYERS = 10_000
 
 
 @dataclass
@@ -203,14 +207,16 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def parse_budget(budget: str) -> tuple[float | None, int | None]:
     """Read a parameter budget: `"0.1%"` gives `(0.001, None)`, `"200000"` gives `(None, 200000)`."""
     text = str(budget).strip().replace("_", "").replace(",", "")
+    # A regular expression, or a conversion, could take hours for a text of a million digits.
+    text = text if len(text) <= MOST_DIGITS_OF_A_BUDGET else ""
     share = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*%", text)
     if share and 0.0 < float(share.group(1)) < 100.0:
         return float(share.group(1)) / 100.0, None
     if re.fullmatch(r"\d+", text) and int(text) > 0:
         return None, int(text)
     raise ValueError(
-        f"parameter_budget={budget!r} is neither a count of parameters such as 200000 nor a share of the model such "
-        "as '0.1%'."
+        f"parameter_budget={reprlib.repr(budget)} is neither a count of parameters such as 200000 nor a share "
+        "of the model such as '0.1%'."
     )
 
 
@@ -226,12 +232,19 @@ def allowed_parameters(budget: str, base: int) -> int:
 
 def parse_layers(layers: str) -> set[int]:
     """Read a choice of layers: `"0-2,5"` gives `{0, 1, 2, 5}`."""
+    text = str(layers)
+    if len(text) > LONGEST_CHOICE_OF_LAYERS:
+        raise ValueError(
+            f"layers={reprlib.repr(text)} has {len(text):,} characters, and at most {LONGEST_CHOICE_OF_LAYERS:,} are "
+            "read. Write ranges, like '0-7,12'."
+        )
     chosen: set[int] = set()
-    for part in str(layers).split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if match is None:
             raise ValueError(
-                f"layers={layers!r}: cannot read {part!r}. Write single layers and ranges, like '0-7,12'."
+                f"layers={layers!r}: cannot read {part!r}. Write single layers and ranges, like '0-7,12'. A layer is "
+                "a number of at most four digits."
             )
         first = int(match.group(1))
         last = int(match.group(2)) if match.group(2) else first

@@ -4,7 +4,9 @@ The weights are read one matrix at a time from safetensors files, in a folder or
 have to be loaded.
 """
 
-import json
+import os
+import re
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import HfFileSystem
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import SaraArguments
+from .base_files import base_config, loading, parse_object
 from .parts import input_embedding
 from .planning import Plan, plan_with
 from .records import check_fields
@@ -137,8 +140,8 @@ class BaseRecord:
             raise ValueError(f"its base's vocab_size {record['vocab_size']} is not a number of tokens")
         if not class_name.isidentifier():
             raise ValueError(f"its base's class {class_name!r} is not the name of a class")
-        if not all(key.isdecimal() for key in record["id2label"] or {}):
-            raise ValueError(f"its base's labels {record['id2label']} are not numbered")
+        if not all(re.fullmatch(r"[0-9]{1,9}", key) for key in record["id2label"] or {}):
+            raise ValueError(f"its base's labels {reprlib.repr(record['id2label'])} are not numbered")
         dtype = getattr(torch, record["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"its base's dtype {record['dtype']!r} is not one that a base can have")
@@ -251,7 +254,7 @@ def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> 
         return [SAFE_WEIGHTS_NAME]
     if not exists(SAFE_WEIGHTS_INDEX_NAME):
         raise FileNotFoundError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
-    index = _parse(read(SAFE_WEIGHTS_INDEX_NAME), SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    index = parse_object(read(SAFE_WEIGHTS_INDEX_NAME), SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
     if type(index) is not dict or not all(type(name) is str for name in index.values()):
         raise ValueError(
             f"{SAFE_WEIGHTS_INDEX_NAME} is damaged: it has no map of weights files, so it is not an index of weights "
@@ -282,18 +285,19 @@ class BaseWeights:
     """
 
     def __init__(self, name_or_folder: str, revision: str | None = None, token: str | None = None):
-        self.folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else None
+        self.folder = Path(name_or_folder) if os.path.isdir(name_or_folder) else None
         if self.folder is None and hub_id(name_or_folder) is None:
             raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
         self._remote = f"{name_or_folder}@{revision or 'main'}"
         self._files = HfFileSystem(token=token)
         try:
-            config = AutoConfig.from_pretrained(name_or_folder, revision=revision or "main", token=token)
-            self.model = empty_model(_architecture(config), config)
-            entries = [entry for file in shard_names(self._exists, self._head) for entry in self._entries(file)]
+            with loading(f"The model {name_or_folder!r}"):
+                config = base_config(name_or_folder, revision=revision or "main", token=token)
+                self.model = empty_model(_architecture(config), config)
+                entries = [entry for file in shard_names(self._exists, self._head) for entry in self._entries(file)]
+                names = names_in_model(self.model, [key for key, _ in entries])
         except NETWORK_ERRORS as error:
             raise FileNotFoundError(f"The model {name_or_folder!r} cannot be read: {error}") from error
-        names = names_in_model(self.model, [key for key, _ in entries])
         self._by_name = {names[key]: entry for key, entry in entries if key in names}
 
     def plan(self, args: SaraArguments) -> Plan:
@@ -322,6 +326,9 @@ class BaseWeights:
         """The tensors of one file, each with the name of the file."""
         with self._open(name) as file:
             entries, _ = read_header(file, name)
+            size = file.seek(0, os.SEEK_END)
+        if any(entry.stop > size for entry in entries.values()):
+            raise ValueError(f"{name} is damaged: it has {size:,} bytes, and its header describes more.")
         return ((key, (name, entry)) for key, entry in entries.items())
 
     def _exists(self, name: str) -> bool:
@@ -342,13 +349,3 @@ class BaseWeights:
             # Only the bytes that are asked for are transferred, by range requests without read-ahead.
             with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
                 yield file
-
-
-def _parse(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is damaged: it is not JSON ({error}).") from error
-    if type(parsed) is not dict:
-        raise ValueError(f"{name} is damaged: it is not a JSON object.")
-    return parsed

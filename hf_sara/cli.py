@@ -4,14 +4,54 @@ Modules that take long to import are imported inside of the commands, so that `-
 """
 
 import json
-import sys
+import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperGroup
+
+# The longest text of a model whose configuration names no limit.
+MOST_TOKENS = 32_768
+
+
+@contextmanager
+def _errors():
+    """
+    Print an error as one line on stderr, with exit code 1. An error that is none of those for people is a bug, and
+    with HF_SARA_TRACE=1 it is raised, so that its trace tells where it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code") or isinstance(error, (typer.Abort, BrokenPipeError)):
+            # typer ends with its own errors, and with this one, without a trace.
+            raise
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            _fail(str(error), error)
+        if os.environ.get("HF_SARA_TRACE") == "1":
+            raise
+        _fail(f"{type(error).__name__}: {error} (to see where, set the environment variable HF_SARA_TRACE=1)", error)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    from .errors import one_line
+
+    typer.echo(f"hf-sara: {one_line(message)}", err=True)
+    raise typer.Exit(1) from error
+
+
+class _Commands(TyperGroup):
+    """The commands, with one treatment of their errors: also of those that printing a result brings about."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="SARA and Mo-SARA adapters for Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
@@ -24,27 +64,16 @@ Base = Annotated[Optional[str], typer.Option(help="Folder or Hub id of the base;
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit.")]  # noqa: UP045
 
 
-@contextmanager
-def _errors():
-    """Print an error that a user can fix as one line on stderr, with exit code 1. Any other is a bug with a trace."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"hf-sara: {error}", err=True)
-        raise typer.Exit(1) from error
+def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
+    """Print a table: names on the left, numbers on the right."""
+    from .errors import one_line
 
-
-def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...], title: str | None = None) -> None:
-    """Print a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell, 200) for cell in row] for row in rows]
+    cells.insert(0, list(columns))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        typer.echo("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
 
 
 def _parts(spec: Any) -> list[dict[str, Any]]:
@@ -52,6 +81,13 @@ def _parts(spec: Any) -> list[dict[str, Any]]:
     from .parts import count
 
     return [{"name": part.name, "how": part.title, "trained": count(part)} for part in spec.parts]
+
+
+def _say(text: str) -> None:
+    """Print one line, which may have names from files in it."""
+    from .errors import one_line
+
+    typer.echo(one_line(text))
 
 
 def _print_json(value: Any) -> None:
@@ -83,24 +119,23 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Print the ranks and parameters per site, for a threshold or a budget. This reads one matrix at a time."""
-    with _errors():
-        from .arguments import SaraArguments
-        from .base_model import BaseWeights
+    from .arguments import SaraArguments
+    from .base_model import BaseWeights
 
-        args = SaraArguments(
-            method=method,
-            threshold=threshold,
-            parameter_budget=budget,
-            num_heads=num_heads,
-            target_modules=target_modules or None,
-            exclude_modules=exclude_modules or None,
-            layers=layers,
-            modules_to_save=modules_to_save or None,
-            trainable_token_indices=trainable_token_indices or None,
-        )
-        found = BaseWeights(model, revision=revision).plan(args)
-        rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
-        parts = _parts(found)
+    args = SaraArguments(
+        method=method,
+        threshold=threshold,
+        parameter_budget=budget,
+        num_heads=num_heads,
+        target_modules=target_modules or None,
+        exclude_modules=exclude_modules or None,
+        layers=layers,
+        modules_to_save=modules_to_save or None,
+        trainable_token_indices=trainable_token_indices or None,
+    )
+    found = BaseWeights(model, revision=revision).plan(args)
+    rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
+    parts = _parts(found)
     keys = ("site", "d_in", "d_out", "k", "trained")
     if as_json:
         _print_json(
@@ -115,27 +150,26 @@ def plan(
         )
         return
     _show([*rows, *((part["name"], "", "", "", part["trained"]) for part in parts)], keys)
-    typer.echo(str(found))
+    _say(str(found))
 
 
 @app.command()
 def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -> None:
     """Print what an adapter is: method, threshold, sites, base, versions, bytes."""
-    with _errors():
-        from . import hub, storage
+    from . import hub, storage
 
-        folder = hub.fetch_adapter(adapter, revision=revision)
-        saved = storage.read(folder)
-        facts = {
-            "method": saved.args.method,
-            "threshold": saved.threshold,
-            "base": saved.base.to_json(),
-            "arguments": saved.args.to_dict(),
-            "versions": saved.versions,
-            "trained_parameters": saved.trained_parameters,
-            "bytes": storage.size_on_disk(folder),
-        }
-        rows = [(site.name, *site.shape, site.k) for site in saved.sites]
+    folder = hub.fetch_adapter(adapter, revision=revision)
+    saved = storage.read(folder)
+    facts = {
+        "method": saved.args.method,
+        "threshold": saved.threshold,
+        "base": saved.base.to_json(),
+        "arguments": saved.args.to_dict(),
+        "versions": saved.versions,
+        "trained_parameters": saved.trained_parameters,
+        "bytes": storage.size_on_disk(folder),
+    }
+    rows = [(site.name, *site.shape, site.k) for site in saved.sites]
     if as_json:
         keys = ("site", "d_in", "d_out", "k")
         sites = [dict(zip(keys, row, strict=True)) for row in rows]
@@ -143,9 +177,9 @@ def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -
         return
     _show(rows, ("site", "d_in", "d_out", "k"))
     for part in _parts(saved):
-        typer.echo(f"{part['name']}: {part['how']}, {part['trained']:,} trained parameters")
+        _say(f"{part['name']}: {part['how']}, {part['trained']:,} trained parameters")
     base = saved.base.model_id or f"a {saved.base.class_name} that is not on the Hub"
-    typer.echo(
+    _say(
         f"{facts['method']} at threshold {saved.threshold:.6g} for {base}: {len(rows)} sites, "
         f"{facts['trained_parameters']:,} trained parameters, {facts['bytes']:,} bytes"
     )
@@ -253,20 +287,67 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let a causal language model with its adapter continue a prompt, by greedy decoding."""
-    with _errors():
-        from transformers import AutoTokenizer
+    from . import hub, storage
+    from .base_files import base_config, loading
+    from .base_model import model_class
+    from .errors import escaped
+    from .own_tokenizer import has_own_tokenizer, load_tokenizer
+    from .sharing import recorded_base
 
-        from . import hub, storage
-        from .own_tokenizer import has_own_tokenizer
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}, and has to be at least 1.")
+    # What can be wrong is found out before the weights are loaded, which takes long.
+    folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
+    saved = storage.read(folder)
+    kind = model_class(saved.base.class_name)
+    if kind is not None and not kind.can_generate():
+        raise ValueError(f"The adapter in {folder} is for a {kind.__name__}, which cannot generate text.")
+    name, commit = (base, None) if base is not None else recorded_base(saved.base, folder)
+    with loading(f"The base {name!r} of the adapter in {folder}"):
+        config = base_config(name, revision=commit or "main")
+    own = has_own_tokenizer(folder, saved.base)
+    tokenizer = load_tokenizer(folder) if own else load_tokenizer(name, revision=commit or "main")
+    inputs = _tokenize(tokenizer, prompt)
+    length = inputs["input_ids"].shape[1]
+    _check_length(config, length, max_new_tokens)
+    model = _load(adapter, base, revision)
+    largest, rows = int(inputs["input_ids"].max()), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ValueError(
+            f"The prompt has the token {largest}, and the model has {rows} tokens: the tokenizer is wrong."
+        )
+    # The configuration of the base may ask for other ways of decoding.
+    greedy = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, **greedy)
+    new = output[0] if config.is_encoder_decoder else output[0, length:]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    _print_json({"prompt": prompt, "text": text}) if as_json else typer.echo(escaped(text, keep="\n\t"))
 
-        model = _load(adapter, base, revision)
-        folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
-        own = has_own_tokenizer(folder, storage.read(folder).base)
-        tokenizer = AutoTokenizer.from_pretrained(folder if own else model.config._name_or_path)
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    _print_json({"prompt": prompt, "text": text}) if as_json else typer.echo(text)
+
+def _tokenize(tokenizer: Any, prompt: str) -> Any:
+    """The tokens of a prompt, of which there has to be one at least."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The prompt has bytes that are not UTF-8 text: {error}.") from error
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ValueError(f"The prompt {prompt!r} has no tokens, so there is nothing to go on from. Give some text.")
+    return inputs
+
+
+def _check_length(config: Any, prompt: int, output: int) -> None:
+    """Raise a `ValueError` if a prompt, or what is to follow it, is too long for the model."""
+    text_config = config.get_text_config(decoder=True)
+    named = [getattr(text_config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    most = next((size for size in named if type(size) is int and size > 0), MOST_TOKENS)
+    # The output of a decoder with an encoder does not begin with the prompt.
+    length = max(prompt, output) if config.is_encoder_decoder else prompt + output
+    if length > most:
+        raise ValueError(
+            f"The prompt has {prompt:,} tokens and --max-new-tokens is {output:,}, and the model takes {most:,} "
+            "tokens at most. Give a smaller number, or a shorter prompt."
+        )
 
 
 def _load(adapter: str, base: str | None, revision: str | None) -> Any:
@@ -280,17 +361,16 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False, as_json: AsJson = False
 ) -> None:
     """Print the size and the place of the cache of singular values and vectors."""
-    with _errors():
-        from .cache import cache_files, cache_folder
+    from .cache import cache_files, cache_folder
 
-        folder, files = cache_folder(), cache_files()
-        size = sum(path.stat().st_size for path in files)
-        if clear:
-            for path in files:
-                path.unlink()
+    folder, files = cache_folder(), cache_files()
+    size = sum(path.stat().st_size for path in files)
+    if clear:
+        for path in files:
+            path.unlink()
     facts = {"folder": str(folder), "files": len(files), "bytes": size, "cleared": clear}
     done = "deleted" if clear else "kept"
-    _print_json(facts) if as_json else typer.echo(f"{folder}: {len(files):,} files, {size:,} bytes {done}")
+    _print_json(facts) if as_json else _say(f"{folder}: {len(files):,} files, {size:,} bytes {done}")
 
 
 if __name__ == "__main__":

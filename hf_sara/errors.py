@@ -1,11 +1,32 @@
-"""The error of adapter files."""
+"""The error of adapter files, and how text from elsewhere is shown."""
+
+import re
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """The text with an escape in place of each character that does not print, except for those of `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: object, most: int = 2000) -> str:
+    """
+    Text that came from elsewhere, in a form that neither floods nor controls a terminal: one line of at most `most`
+    characters, without characters that do not print.
+    """
+    joined = re.sub(r"\s*[\r\n]\s*", " ", _shortened(str(text), most).strip())
+    return _shortened(escaped(joined), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    half = (most - 7) // 2
+    return text if len(text) <= most else f"{text[:half]} [...] {text[-half:]}"
 
 
 class AdapterError(ValueError):
     """An adapter's files are damaged, or do not belong to this base model."""
 
     def __init__(self, message: str):
-        # The message may quote the files. It is shortened and escaped, so that they can neither flood a terminal nor
-        # control it.
-        shown = message if len(message) <= 2000 else f"{message[:1000]} [...] {message[-1000:]}"
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown))
+        # The message may quote the files.
+        super().__init__(one_line(message))

@@ -17,7 +17,7 @@ from .layouts import OutputSlice
 from .methods import Method
 from .parts import ModulePart, Part, TokenPart
 from .planning import AdapterSpec
-from .records import check_fields
+from .records import check_fields, check_shape
 from .seeds import SEED_FIELDS, Seed
 from .sites import PlannedSite
 from .spectrum import check_threshold
@@ -191,6 +191,7 @@ def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
     if "slice" in record:
         check_fields(f"the slice of {name!r}", record["slice"], get_type_hints(OutputSlice))
         part = OutputSlice(**record["slice"])
+    check_shape(f"site {name!r}", shape)
     if len(shape) != 2 or not 1 <= k <= min(shape):
         raise ValueError(f"site {name!r} has k={k}, which a weight of shape {shape} cannot have")
     return PlannedSite(name, name.rsplit(".", 1)[0] if part else name, shape, part, k=k)
@@ -202,9 +203,11 @@ def _read_parts(config: Mapping[str, Any]) -> list[Part]:
         check_fields(f"the record of module {number}", record, MODULE_FIELDS, optional={"buffers", "dtypes", "ties"})
         shapes = {key: {n: tuple(s) for n, s in record.get(key, {}).items()} for key in ("parameters", "buffers")}
         dtypes = record.get("dtypes", {})
-        sizes = [size for found in shapes.values() for shape in found.values() for size in shape]
-        if any(size < 0 for size in sizes) or set(dtypes) != set(shapes["buffers"]):
-            raise ValueError(f"the shapes or the dtypes of the module {record['name']!r} are wrong")
+        for found in shapes.values():
+            for n, shape in found.items():
+                check_shape(f"{n!r} of the module {record['name']!r}", shape)
+        if set(dtypes) != set(shapes["buffers"]):
+            raise ValueError(f"the dtypes of the module {record['name']!r} are not those of its buffers")
         if not set(dtypes.values()) <= set(BUFFER_DTYPES):
             raise ValueError(f"the module {record['name']!r} has a buffer of a dtype that none can have: {dtypes}")
         parts.append(ModulePart(record["name"], **shapes, dtypes=dtypes, ties=record.get("ties", {})))
@@ -213,5 +216,6 @@ def _read_parts(config: Mapping[str, Any]) -> list[Part]:
         indices = record["indices"]
         if not indices or indices != sorted(set(indices)) or indices[0] < 0 or record["width"] < 1:
             raise ValueError(f"the rows of {record['name']!r} are not different row numbers in rising order")
+        check_shape(f"the rows of {record['name']!r}", (len(indices), record["width"]))
         parts.append(TokenPart(**{**record, "indices": tuple(indices)}))
     return parts

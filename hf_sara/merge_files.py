@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
 from . import storage
+from .base_files import base_config, loading
 from .base_model import empty_model, model_class, names_in_model, shard_names
 from .errors import AdapterError
 from .files import naming, new_folder
@@ -105,11 +106,12 @@ def _restore_generation(folder: Path, saved: storage.SavedAdapter) -> None:
     """Give the generation config, where there is one, what the training had set in it."""
     path = folder / GENERATION_CONFIG_NAME
     if path.is_file():
-        config = GenerationConfig.from_pretrained(folder)
-        before = config.to_dict()
-        saved.base.restore_generation(config)
-        if config.to_dict() != before:
-            config.to_json_file(path)
+        with loading(f"{GENERATION_CONFIG_NAME} of the base"):
+            config = GenerationConfig.from_pretrained(folder)
+            before = config.to_dict()
+            saved.base.restore_generation(config)
+            if config.to_dict() != before:
+                config.to_json_file(path)
 
 
 def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -125,15 +127,16 @@ def _empty_model(base_folder: Path, saved: storage.SavedAdapter) -> tuple[PreTra
             f"The adapter was trained on a {saved.base.class_name}, which is not a model class of transformers. "
             "Load the base yourself, and use SaraAdapter.load and merge."
         )
-    config = AutoConfig.from_pretrained(base_folder)
-    if config.model_type != saved.base.model_type:
-        raise AdapterError(
-            f"The adapter was trained on a model of type {saved.base.model_type!r}, and {base_folder} holds "
-            f"one of type {config.model_type!r}."
-        )
-    before = config.to_dict()
-    saved.base.restore(config)
-    return empty_model(kind, config), before
+    with loading(f"The base in {base_folder}"):
+        config = base_config(base_folder)
+        if config.model_type != saved.base.model_type:
+            raise AdapterError(
+                f"The adapter was trained on a model of type {saved.base.model_type!r}, and {base_folder} holds "
+                f"one of type {config.model_type!r}."
+            )
+        before = config.to_dict()
+        saved.base.restore(config)
+        return empty_model(kind, config), before
 
 
 class _Merger:
@@ -356,7 +359,7 @@ def _copy(old: Any, new: Any, count: int) -> None:
 def _write_index(path: Path, sizes: Mapping[str, Mapping[str, int]], parameters: int) -> None:
     """Bring a copied index of weights files up to date. Without changes, it keeps its bytes."""
     index = json.loads(path.read_text(encoding="utf-8"))
-    metadata = {**index.get("metadata", {}), "total_size": sum(sum(keys.values()) for keys in sizes.values())}
+    metadata = {**(index.get("metadata") or {}), "total_size": sum(sum(keys.values()) for keys in sizes.values())}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = parameters
     weight_map = {key: shard for shard, keys in sizes.items() for key in keys}

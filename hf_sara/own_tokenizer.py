@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from .base_files import loading
 from .base_model import BaseRecord
 
 # The files of every tokenizer of transformers.
@@ -36,11 +37,23 @@ def has_own_tokenizer(folder: str | PathLike, base: BaseRecord) -> bool:
     if base.model_id is None:
         return True
     try:
-        here = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        there = AutoTokenizer.from_pretrained(base.model_id, revision=base.revision or "main", local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        here = load_tokenizer(folder, local_files_only=True)
+        there = load_tokenizer(base.model_id, revision=base.revision or "main", local_files_only=True)
+        return _facts(here) != _facts(there)
+    except (OSError, ValueError):
         return True
-    return _facts(here) != _facts(there)
+
+
+def load_tokenizer(name_or_folder: str | PathLike, **access: Any) -> Any:
+    """
+    A tokenizer of transformers. No code from a repository is run.
+
+    Raises:
+        `OSError`: If there is none, or the download failed.
+        `ValueError`: If a file of it is damaged.
+    """
+    with loading(f"The tokenizer in {str(name_or_folder)!r}"):
+        return AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False, **access)
 
 
 def _facts(tokenizer: Any) -> list[Any]:

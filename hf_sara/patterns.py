@@ -15,7 +15,7 @@ def matches(name: str, pattern: str, argument: str) -> bool:
         return f".{name}".endswith(f".{pattern}")
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{argument}={pattern!r} is not a valid regular expression: {error}.") from error
 
 

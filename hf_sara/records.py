@@ -4,10 +4,17 @@ import inspect
 import json
 import math
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
+
+# A whole number of a file has to fit into 64 bits, as each size and each token id does. So nothing computes with, or
+# prints, a number of a million digits.
+LARGEST_NUMBER = 2**63 - 1
+# The longest text of a number. Python writes numbers with at most 24 characters.
+MOST_DIGITS = 100
+MOST_DIMENSIONS = 64
 
 
 def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
@@ -16,7 +23,7 @@ def read_json(path: Path, most_bytes: int) -> dict[str, Any]:
 
     Raises:
         `ValueError`: If the file is larger than `most_bytes` or no JSON object, or if it has a name twice in one
-            object or a number that is not finite.
+            object, a number that is not finite or has more than 64 bits, or half of a character.
     """
     with open(path, "rb") as file:
         return parse_json(file.read(most_bytes + 1), most_bytes)
@@ -27,9 +34,17 @@ def parse_json(content: bytes, most_bytes: int) -> dict[str, Any]:
     if len(content) > most_bytes:
         raise ValueError(f"it has more than {most_bytes:,} bytes, which no config has")
     try:
+        text = content.decode()
         record = json.loads(
-            content.decode(), parse_float=_finite, parse_constant=_finite, object_pairs_hook=_without_duplicates
+            text,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_without_duplicates,
         )
+        if "\\ud" in text.lower():
+            # Two escapes can be the halves of one character. A half alone cannot be written as UTF-8.
+            json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from error
     if type(record) is not dict:
@@ -37,11 +52,20 @@ def parse_json(content: bytes, most_bytes: int) -> dict[str, Any]:
     return record
 
 
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS or abs(int(text)) > LARGEST_NUMBER:
+        raise ValueError(f"the whole number {_short(text)} has more than 64 bits")
+    return int(text)
+
+
 def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text} is not finite")
-    return number
+    if len(text) > MOST_DIGITS or not math.isfinite(float(text)):
+        raise ValueError(f"the number {_short(text)} is not finite, or has more than {MOST_DIGITS} digits")
+    return float(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:20]}... of {len(text):,} characters"
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,3 +102,12 @@ def _is_of_type(value: Any, hint: Any) -> bool:
     if kind is dict:
         return type(value) is dict and all(_is_of_type(item, parts[1]) for item in value.values())
     return type(value) is hint or (hint is float and type(value) is int)
+
+
+def check_shape(what: str, shape: Sequence[int]) -> None:
+    """Raise a `ValueError` unless a tensor can have this shape. torch counts its numbers in 64 bits."""
+    product = 1
+    for size in shape:
+        product *= max(size, 1)
+        if size < 0 or product > LARGEST_NUMBER or len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{what} has the shape {reprlib.repr(tuple(shape))}, which no tensor can have")

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import hub, storage
 from .adapter import SaraAdapter, adapter_of
+from .base_files import check_config, loading
 from .base_model import BaseRecord, model_class
 from .errors import AdapterError
 from .own_tokenizer import TOKENIZER_FILES
 from .plain_model import merge as merge_into_base
+from .repos import NETWORK_ERRORS, hub_id
 
 
 def push_to_hub(model_or_adapter: PreTrainedModel | SaraAdapter, repo_id: str, **kwargs: Any) -> CommitInfo:
@@ -92,24 +94,25 @@ def from_hub(
         if "config" not in kwargs:
             # A head is made with as many outputs as there are labels.
             kwargs = {**base.labels(), **kwargs}
+        access: dict[str, Any] = {"revision": commit or "main", "token": token, "cache_dir": cache_dir}
+        access["local_files_only"] = local_files_only
         try:
-            model, loading = kind.from_pretrained(
-                name,
-                revision=commit or "main",
-                dtype=dtype or getattr(torch, base.dtype),
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                # The base's own head may be of another task. It has to be one that the adapter brings, see below.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **kwargs,
-            )
+            with loading(f"The base {name!r} of the adapter in {folder}", AdapterError):
+                check_config(name, **access)
+                model, loaded = kind.from_pretrained(
+                    name,
+                    dtype=dtype or getattr(torch, base.dtype),
+                    device_map=device_map,
+                    trust_remote_code=trust_remote_code,
+                    # The base's own head may be of another task. It has to be one that the adapter brings, see below.
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **access,
+                    **kwargs,
+                )
+                _refuse_random(name, saved, loaded)
         except OSError as error:
             raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error
-        _refuse_random(name, saved, loading)
         if commit is not None:
             # The next save records the commit of the base, and transformers does not keep the commit that it loaded.
             model.config._commit_hash = commit
@@ -123,11 +126,11 @@ def from_hub(
     return model.eval()
 
 
-def _refuse_random(name: str, saved: storage.SavedAdapter, loading: Mapping[str, Any]) -> None:
+def _refuse_random(name: str, saved: storage.SavedAdapter, loaded: Mapping[str, Any]) -> None:
     """Raise an error if loading the base made up parameters that the adapter does not bring."""
     held = {tensor for part in saved.parts for tensor in part.held()}
-    mismatched = {str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in loading["mismatched_keys"]}
-    random = sorted((set(loading["missing_keys"]) | mismatched) - held)
+    mismatched = {str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in loaded["mismatched_keys"]}
+    random = sorted((set(loaded["missing_keys"]) | mismatched) - held)
     if random:
         raise AdapterError(
             f"The base {name!r} has no {', '.join(random[:5])} of the right shape for a {saved.base.class_name}, and "
@@ -139,10 +142,17 @@ def _refuse_random(name: str, saved: storage.SavedAdapter, loading: Mapping[str,
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
     """The folder of a base in safetensors files: the given one, or the recorded one, which may be downloaded."""
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
+    if hub_id(name) is None:
+        raise FileNotFoundError(f"There is no base folder {name!r}, and it cannot be a Hub id.")
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TOKENIZER_FILES]
-    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    except NETWORK_ERRORS as error:
+        raise FileNotFoundError(
+            f"The base {name!r} of the adapter in {saved.folder} cannot be had: {error}"
+        ) from error
 
 
 def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:

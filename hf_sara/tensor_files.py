@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .errors import AdapterError
-from .records import check_fields, parse_json
+from .records import check_fields, check_shape, parse_json
 
 # The dtypes that a weight, or a trained tensor, may have, and safetensors' names for them.
 SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
@@ -70,17 +70,20 @@ def read_header(file: IO[bytes], name: str) -> tuple[dict[str, Entry], dict[str,
     try:
         header = parse_json(file.read(length), MAX_HEADER_BYTES)
         metadata = header.pop("__metadata__", {})
-        check_fields("the metadata of its header", metadata, dict.fromkeys(metadata, str))
+        check_fields("the header", {"__metadata__": metadata}, {"__metadata__": dict[str, str]})
         entries = {}
         for key, record in header.items():
             check_fields(f"the record of {key!r}", record, ENTRY_FIELDS)
+            check_shape(repr(key), record["shape"])
+            if len(record["data_offsets"]) != 2:
+                raise ValueError(f"{key!r} has no two data_offsets")
             start, stop = record["data_offsets"]
             entry = Entry(record["dtype"], tuple(record["shape"]), 8 + length + start, 8 + length + stop)
             width = WIDTHS.get(entry.dtype)
-            if start < 0 or (width is not None and stop - start != width * math.prod(entry.shape)):
+            if not 0 <= start <= stop or (width is not None and stop - start != width * math.prod(entry.shape)):
                 raise ValueError(f"{key} has {stop - start} bytes, which its shape {entry.shape} does not have")
             entries[key] = entry
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{name} is damaged: {error}.") from error
     return entries, metadata
 

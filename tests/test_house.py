@@ -18,6 +18,7 @@ FLOORS = (
         "records",
         "publishing",
         "repos",
+        "base_files",
         "tensor_files",
         "cache",
         "parallel",
