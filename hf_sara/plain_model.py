@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .adapter import SaraAdapter, adapter_of
 from .carrier import adapters_on
-from .files import new_folder
+from .files import delete_leftovers, new_folder
 from .patterns import is_of_update
 
 
@@ -66,7 +66,11 @@ def merge(
 
 
 def refuse_weights(folder: str | PathLike) -> None:
-    """Raise a `FileExistsError` if a folder holds weights, since they would be mixed up with those of a new model."""
+    """
+    Raise a `FileExistsError` if a folder holds weights, since they would be mixed up with those of a new model. What a
+    merge left beside the folder when it was killed is deleted.
+    """
+    delete_leftovers(Path(folder).parent)
     taken = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     if taken:
         raise FileExistsError(f"{folder} holds {taken[0]} already. Choose another folder, or delete its weights.")

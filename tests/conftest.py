@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from faults.counting import pytest_terminal_summary, tried  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
