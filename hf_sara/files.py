@@ -85,7 +85,7 @@ def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
             for name in set(replaced) - made:
                 (folder / name).unlink(missing_ok=True)
             # Without its configuration, no program takes a folder for a model or an adapter.
-            for name in sorted(made, key=lambda name: (name.endswith("config.json"), name)):
+            for name in sorted(made, key=lambda name: (name in ("config.json", "adapter_config.json"), name)):
                 os.replace(new / name, folder / name)
             sync_folder(folder)
         sync_folder(folder.parent)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from with_trl import DATA, trl_settings
 
 from hf_sara import SaraAdapter, SaraTrainer, SaraTrainerMixin, from_hub
+from hf_sara.checkpoints import LIST_FILE
 from hf_sara.hub import TRAINING_ARGS_FILE
 from hf_sara.model_card import CARD_FILE, LOSS_FILE, RANKS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
@@ -77,7 +78,7 @@ def test_trl_trains_the_adapter_alone_on_every_form_of_data(trl, form, method, t
     assert all(not torch.equal(tensor, start[name]) for name, tensor in trainer.sara_adapter.state_dict().items())
 
     names = {path.name for path in (tmp_path / "checkpoint-16").iterdir()}
-    state_files = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUNNING_LOSS_FILE}
+    state_files = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", LIST_FILE, RUNNING_LOSS_FILE}
     tokenizer_files = {name for name in names if name.startswith(("tokenizer", "chat_template"))}
     assert "tokenizer.json" in tokenizer_files
     assert names - tokenizer_files == {CONFIG_FILE, TENSORS_FILE, TRAINING_ARGS_FILE, *state_files}

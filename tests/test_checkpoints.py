@@ -109,6 +109,13 @@ def test_a_checkpoint_of_an_earlier_version_is_checked_by_its_own_files(name, da
         assert (name if damage is not missing else name[:9]) in reason
 
 
+def test_a_file_that_somebody_edited_is_taken_with_a_warning(folder, caplog):
+    path = folder / "checkpoint-7" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"save_steps": 2', '"save_steps": 3'))
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-7")
+    assert "trainer_state.json was changed after the checkpoint was written" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
 def test_a_run_goes_on_from_the_last_whole_checkpoint_with_the_same_bits(name, run, folder):
     missing(folder / "checkpoint-7" / name)

@@ -26,6 +26,7 @@ SIGNATURES = {
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_optimizer_and_scheduler": "(self, output_dir)",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_rng_state": "(self, output_dir)",
     "call_model_init": "(self, trial=None)",
     "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
     "create_model_card": "(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, "

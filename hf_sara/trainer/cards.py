@@ -1,6 +1,5 @@
 """Model cards and pushes of a training: which facts the card shows, and when the adapter is pushed."""
 
-import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -92,6 +91,15 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         self.hub_model_id = self.args.hub_model_id
         self.push_in_progress = None
 
+    def _on_train_begin(self) -> None:
+        super()._on_train_begin()
+        with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} pushes the state of the optimizer, which "
+                "FSDP and DeepSpeed keep in files of their own. Use hub_strategy='every_save', which pushes the adapter."
+            )
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -111,17 +119,17 @@ class SaraTrainerMixin(AdapterTrainerMixin):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        push = functools.partial(
-            hub.push_files,
-            hub.files_to_push(output_dir_of(self)),
-            output_dir_of(self),
-            self._hub_repo_id(),
-            commit_message=commit_message or "End of training",
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision if revision is not None else self.args.hub_revision,
-            token=token if token is not None else self.args.hub_token,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
+        folder = output_dir_of(self)
+        commit: dict[str, Any] = {
+            "repo_id": self._hub_repo_id(),
+            "commit_message": commit_message or "End of training",
+            "private": self.args.hub_private_repo if private is None else private,
+            "revision": revision if revision is not None else self.args.hub_revision,
+            "token": token if token is not None else self.args.hub_token,
+        }
+        if blocking:
+            return hub.push_folder(folder, **commit)
+        return HfApi().run_as_future(hub.push_files, hub.files_to_push(folder), folder, **commit)
 
     def _hub_repo_id(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(output_dir_of(self)).absolute().name
@@ -141,10 +149,15 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             state = "last-checkpoint" if last else Path(checkpoint_folder).name
-        # The files are read now, because this folder may be deleted before the push begins.
+        try:
+            # The files are read now, because this folder may be deleted before the push begins.
+            files = hub.files_to_push(checkpoint_folder, state, CHECKPOINT_FILES)
+        except (OSError, ValueError) as error:
+            logger.warning("Step %d is not pushed: %s", self.state.global_step, error)
+            return
         job = HfApi().run_as_future(
             hub.push_files,
-            hub.files_to_push(checkpoint_folder, state, CHECKPOINT_FILES),
+            files,
             checkpoint_folder,
             self._hub_repo_id(),
             commit_message=f"Training in progress, {where}",
