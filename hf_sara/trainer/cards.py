@@ -97,7 +97,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} pushes the state of the optimizer, which "
-                "FSDP and DeepSpeed keep in files of their own. Use hub_strategy='every_save', which pushes the adapter."
+                "FSDP and DeepSpeed keep in files of their own. hub_strategy='every_save' pushes the adapter."
             )
 
     def push_to_hub(

@@ -63,7 +63,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(metho
 def test_a_training_that_is_killed_at_a_change_of_a_file_ends_with_the_same_bits(method, tmp_path, tried):
     expected = uninterrupted(tmp_path / "whole", method)
     chance, kills, wrong, lost = random.Random(method), 0, 0, 0
-    for moment in [*range(1, 40, 3), *chance.sample(range(40, 120), 17)]:
+    for moment in [*range(1, 40, 6), *chance.sample(range(40, 120), 7)]:
         folder = tmp_path / str(moment)
         for again in (moment, chance.randrange(1, 30)):
             kills += killed_at(lambda folder=folder: train(folder, method), folder, again) == -9
