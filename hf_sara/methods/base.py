@@ -66,6 +66,8 @@ class Method:
         summary (`str`): What the method does, as the end of a sentence on a model card.
         limit (`str`): What its adapters can and cannot be turned into, as a sentence on a model card.
         default_threshold (`float`): The threshold if none is given.
+        learning_rates (`tuple[float, float]`): The learning rates to try first, for a few hundred steps and for
+            thousands of steps (docs/choosing.md has the measurements).
         delta_class (`type[Delta]`): The class of its updates.
         has_factors (`bool`): Whether an update has frozen factors U and Vh, the leading singular vectors of the base
             weight. They are computed when an adapter is attached, and identified by seeds in its files.
@@ -77,6 +79,7 @@ class Method:
     summary: ClassVar[str]
     limit: ClassVar[str]
     default_threshold: ClassVar[float]
+    learning_rates: ClassVar[tuple[float, float]] = (2e-2, 1e-3)
     delta_class: ClassVar[type["Delta"]]
     has_factors: ClassVar[bool] = False
     shown_options: ClassVar[tuple[str, ...]] = ()

@@ -194,6 +194,7 @@ class MoSara(Method):
     )
     limit = "With more than one head the update depends on the token, so it cannot be merged into the weights."
     default_threshold = 0.5
+    learning_rates = (2e-1, 3e-2)
     delta_class = MoSaraDelta
     has_factors = True
     # A card always shows the number of heads, because its readers look for it.

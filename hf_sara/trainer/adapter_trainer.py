@@ -56,6 +56,8 @@ class AdapterTrainerMixin(SearchMixin):
     ):
         self.sara_args = sara_args
         self._sara_published = published_arguments
+        # The folder to which the adapter was saved last, and the step.
+        self._sara_saved: tuple[str, int] | None = None
         self._sara_adapter_name = adapter_name
         self._sara_trial_overrides: dict[str, Any] = {}
         if model is not None and not isinstance(model, str):
@@ -216,6 +218,7 @@ class AdapterTrainerMixin(SearchMixin):
             self.processing_class.save_pretrained(output_dir)
         published = publishing.published_arguments(self.args, self._sara_published)
         write_file(Path(output_dir, publishing.TRAINING_ARGS_FILE), published.to_json().encode())
+        self._sara_saved = (os.path.abspath(output_dir), self.state.global_step)
         logger.info("Saved the adapter to %s", output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

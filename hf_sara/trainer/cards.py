@@ -1,6 +1,7 @@
 """Model cards and pushes of a training: which facts the card shows, and when the adapter is pushed."""
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Resuming needs these files besides the adapter.
 CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
+# A card always shows these, and the number of epochs or of steps.
+ALWAYS_SHOWN = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size")
 # These arguments say how a training was run, and not what it computed.
 UNINTERESTING = re.compile(
     "logging_|disable_tqdm|hub_|save_|dataloader_|skip_memory|use_cpu|eval_|load_best|accelerator_config|ddp_"
@@ -34,8 +37,8 @@ UNINTERESTING = re.compile(
 
 def non_default(args: TrainingArguments, chosen: Sequence[str] = ()) -> Published:
     """
-    The training arguments that differ from their defaults, that a reader of the card cares about, and that may be
-    published. It is counted how many others differ.
+    The training arguments that may be published and that a reader of the card cares about: those that differ from
+    their defaults, and a few that decide every training. It is counted how many others differ.
     """
     # The declared defaults are read, and not those of a new instance. Making one fails if the defaults do not suit
     # this machine, and resets the state that Accelerate keeps for a running training.
@@ -43,15 +46,15 @@ def non_default(args: TrainingArguments, chosen: Sequence[str] = ()) -> Publishe
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(args)
     }
     found = published_arguments(args, chosen)
-    if args.max_steps > 0:
-        # `max_steps` overrides the number of epochs, so that number says nothing about the training.
-        found.values["num_train_epochs"] = default["num_train_epochs"]
+    # `max_steps` overrides the number of epochs, so that number says nothing about the training.
+    idle = "num_train_epochs" if args.max_steps > 0 else "max_steps"
     shown = {
         name: value
         for name, value in found.values.items()
         # Some fields that are declared `None` become False, or an empty list.
-        if (default[name] or None) != (value or None) and not UNINTERESTING.match(name)
+        if name in ALWAYS_SHOWN or ((default[name] or None) != (value or None) and not UNINTERESTING.match(name))
     }
+    del shown[idle]
     left_out = [
         name
         for name in default
@@ -85,6 +88,12 @@ class SaraTrainerMixin(AdapterTrainerMixin):
     hub_model_id: Any
     push_in_progress: Any
 
+    def __init__(self, *args, **kwargs):
+        # What the card says besides the facts of the training, by the names of `make_card`.
+        self._sara_card: dict[str, Any] = {}
+        self._sara_has_said = False
+        super().__init__(*args, **kwargs)
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         # Trainer calls this in its constructor. A training must neither wait for a network nor fail without one, so
         # each push makes the repository if it does not exist.
@@ -93,12 +102,43 @@ class SaraTrainerMixin(AdapterTrainerMixin):
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
+        self._say_once()
         with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} pushes the state of the optimizer, which "
                 "FSDP and DeepSpeed keep in files of their own. hub_strategy='every_save' pushes the adapter."
             )
+
+    def _say_once(self) -> None:
+        """Say before the first training what would otherwise cost a person a whole run to find out."""
+        if self._sara_has_said or not self.is_world_process_zero():
+            return
+        self._sara_has_said = True
+        method = self.sara_adapter.args.resolved_method()
+        groups: Any = getattr(self.optimizer, "param_groups", ())
+        rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=self.args.learning_rate)
+        short, long = method.learning_rates
+        default = {item.default for item in fields(self.args) if item.name == "learning_rate"}
+        if rate in default or rate < long / 2:
+            what = f"the default of {type(self.args).__name__}" if rate in default else "far below what it needs"
+            logger.warning(
+                "%s learns next to nothing at learning_rate=%g, which is %s. Try %g for a few hundred steps, and %g "
+                "for thousands.",
+                *(method.title, rate, what, short, long),
+            )
+        try:
+            method.refuse_export()
+        except ValueError as error:
+            logger.warning("This adapter will not be merged or exported later: %s", error)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Write the adapter and its model card, and not the base. Every process has to call this, and one of them writes.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            self._write_card(output_dir_of(self) if output_dir is None else output_dir)
 
     def push_to_hub(
         self,
@@ -189,7 +229,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         sample: Sample | None = None,
     ) -> None:
         """
-        Write the adapter's model card to `args.output_dir`. The first nine arguments are Trainer's.
+        Write the adapter's model card to `args.output_dir`, beside the adapter. If the adapter is not saved there yet,
+        as it is now, the card is written with the next save. The first nine arguments are Trainer's, and later cards
+        have what they say too.
 
         Args:
             dataset_name (`str`, *optional*): Another name of `dataset`, which TRL's trainers use.
@@ -198,21 +240,42 @@ class SaraTrainerMixin(AdapterTrainerMixin):
                 data.
             sample ([`~hf_sara.model_card.Sample`], *optional*): An input of the task and its output, for the snippet.
         """
+        given = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "title": model_name,
+            "base_model": finetuned_from,
+            "tasks": tasks,
+            "ids": listed(dataset_tags),
+            "names": listed(dataset or dataset_name),
+            "results": results,
+            "sample": sample,
+        }
+        self._sara_card |= {name: value for name, value in given.items() if value}
         if not self.is_world_process_zero():
             return
+        folder = output_dir_of(self)
+        if self._sara_saved == (os.path.abspath(folder), self.state.global_step):
+            self._write_card(folder)
+        elif not self.is_in_train:
+            logger.warning(
+                "The adapter is not saved in %s yet. The card is written when save_model is called.", folder
+            )
+
+    def _write_card(self, folder: str) -> None:
+        """Write the card of the adapter that was just saved to a folder, with all that is known of it by now."""
+        facts = dict(self._sara_card)
+        names, ids, tasks = facts.pop("names", []), facts.pop("ids", []), facts.pop("tasks", None)
         settings = non_default(self.args, self._sara_published)
-        dataset = dataset or dataset_name
-        names, ids = listed(dataset), listed(dataset_tags)
-        repo_id = self._hub_repo_id()
+        on_hub = self.args.push_to_hub or self.hub_model_id or self.args.hub_model_id
+        # A path from the root is nobody else's business, and is no help to others.
+        place = None if os.path.isabs(folder) else folder
+        facts.setdefault("results", self._last_evaluation(ids, names, tasks))
+        facts.setdefault("title", self._hub_repo_id().rsplit("/", 1)[-1] if on_hub else Path(folder).absolute().name)
         self.sara_adapter.write_card(
-            output_dir_of(self),
-            repo_id=repo_id,
-            title=model_name or repo_id.rsplit("/", 1)[-1],
-            base_model=finetuned_from,
-            language=language,
-            license=license,
-            tags=tags or (),
-            results=results or self._last_evaluation(ids, names, tasks),
+            folder,
+            repo_id=self._hub_repo_id() if on_hub else place,
             training=Training(
                 hyperparameters=settings.values,
                 left_out=settings.left_out,
@@ -220,7 +283,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
                 seconds=self.training_seconds,
                 datasets=ids or names,
             ),
-            sample=sample,
+            **facts,
         )
 
     def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
