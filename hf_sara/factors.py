@@ -244,7 +244,7 @@ def load_factors(digest: str, k: int, weight: torch.Tensor, spectrum: Spectrum |
         for name, shape in shapes.items():
             if tensors[name].shape != shape or tensors[name].dtype != dtype:
                 raise ValueError(f"its {name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}")
-        if any(not 0 <= start < stop <= min(weight.shape) for start, stop in factors.clusters):
+        if any(not 0 <= start < min(stop, k) or stop > min(weight.shape) for start, stop in factors.clusters):
             raise ValueError(f"its clusters {factors.clusters} are not ranges of its vectors")
         if not are_leading_vectors(factors, weight, spectrum):
             raise ValueError("its vectors are not the leading singular vectors of the weight")
@@ -273,16 +273,27 @@ def are_leading_vectors(factors: Factors, weight: torch.Tensor, spectrum: Spectr
     ]
     if spectrum is not None:
         errors.append((sigma[:, 0] - spectrum.values[: factors.k]).abs().max() / largest)
-    return all(float(error) <= tolerance for error in errors) and _are_canonical(factors)
+    # Vectors whose values differ are no cluster, which would excuse their signs.
+    squares = (sigma[:, 0] / largest).square()
+    together = all(squares[start] - squares[start:stop].min() <= 1e-5 for start, stop in factors.clusters)
+    return all(float(error) <= tolerance for error in errors) and together and _are_canonical(factors)
 
 
 def _are_canonical(factors: Factors) -> bool:
-    """Whether the signs of the vectors that stand alone are those of the convention."""
-    right = factors.Vh if factors.U.shape[0] >= factors.Vh.shape[1] else factors.U.t()
+    """
+    Whether the signs of the vectors that stand alone, and the bases of whole clusters, are those of the convention.
+    The basis of a cluster that reaches beyond the vectors cannot be checked.
+    """
+    right = (factors.Vh if factors.U.shape[0] >= factors.Vh.shape[1] else factors.U.t()).double()
     alone = torch.ones(factors.k, dtype=torch.bool)
     for start, stop in factors.clusters:
         alone[start:stop] = False
-    return bool((right.double() @ probe(right.shape[1], 1) >= -1e-6)[alone, 0].all())
+        if stop <= factors.k:
+            product = right[start:stop] @ probe(right.shape[1], stop - start, salt=1)
+            least = -1e-4 * float(product.abs().max())
+            if (product - product.t()).abs().max() > -least or torch.linalg.eigvalsh(product).min() < least:
+                return False
+    return bool((right @ probe(right.shape[1], 1) >= -1e-6)[alone, 0].all())
 
 
 def save_factors(digest: str, factors: Factors) -> None:

@@ -239,6 +239,9 @@ def push_files(
         )
     except NETWORK_ERRORS as error:
         raise OSError(failure_text(folder, repo_id, error)) from error
+    except RuntimeError as error:
+        # The client raises it if the upload of a large file fails, from the error that says why.
+        raise OSError(failure_text(folder, repo_id, error.__cause__ or error)) from error
 
 
 def _with_own_tokenizer(files: Mapping[str, bytes]) -> bool:

@@ -9,10 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import hub_client
 import pytest
 import torch
 import transformers
@@ -27,12 +26,12 @@ from conftest import (
     same_bits,
     sara_arguments,
 )
-from hub_server import Fault, HubServer, online
+from hub_client import BASE, REPO, TOKEN, load_base, pushed, secrets_in, train_in_private
+from hub_server import Fault
 from hub_storage import File
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
-from training import dataset, make_trainer, training_arguments
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from training import make_trainer, training_arguments
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from hf_sara import AdapterError, SaraAdapter, SaraTrainer, files, from_hub, hub, push_to_hub, repos, storage
@@ -40,49 +39,7 @@ from hf_sara.cli import app
 from hf_sara.hub import UPLOAD_FILES
 from hf_sara.own_tokenizer import VOCABULARY_FILES
 
-TOKEN = "hf_alicealicealicealice"
-BASE, REPO = "someone/base", "alice/adapter"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A Hub that this process's client takes for the real one, with a base model on it and an empty cache."""
-    with (
-        online(),
-        HubServer(
-            tokens={TOKEN: "alice", "hf_bobbobbobbob": "bob", "hf_someone": "someone"}, expired=["hf_oldoldoldold"]
-        ) as server,
-    ):
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        server.add_repo(BASE, files=base_files(tmp_path / "base"))
-        yield server
-
-
-def base_files(folder: Path) -> dict[str, bytes]:
-    tokenizer = make_tokenizer()
-    make_model(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def load_base(server):
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(BASE, cache_dir=constants.HF_HUB_CACHE)
-
-
-def pushed(server, method="sara", repo=REPO, factors="recompute", **card):
-    """A trained adapter on the Hub, and what it does."""
-    model = load_base(server)
-    adapter = attach_trained(model, method, factors=factors)
-    adapter.push_to_hub(repo, **card)
-    return adapter, logits(model)
+server = hub_client.server
 
 
 def run(server, cache, code, token=None, **changes):
@@ -345,6 +302,7 @@ def test_the_hub_accepts_the_metadata(server):
         Fault(r"/preupload/", status=503, times=99),
         Fault(r"/repos/create", status=500, times=99),
         Fault(r"/repos/create", drop_response=5, times=99),
+        Fault(r"/cdn/upload/", status=503, times=99),
     ],
     ids=str,
 )
@@ -459,76 +417,11 @@ def test_no_byte_of_a_token_leaves(server, tmp_path, capfd, caplog):
     assert TOKEN not in caplog.text + out + err
 
 
-@dataclass
-class PrivateArguments(TrainingArguments):
-    """Arguments with fields of somebody's own."""
-
-    api_key: str = field(default="sk-12345")
-    data_url: str = field(default="https://me:hunter2@example.org/x")
-
-
-class PrivateCallback(TrainerCallback, ExportableState):
-    """A callback that logs, and keeps, what is nobody else's business."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        state.log_history[-1]["note"] = "sk-12345 in /secret-place"
-
-    def state(self):
-        return {"args": {"key": "sk-12345"}, "attributes": {"where": "/secret-place"}}
-
-
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_no_path_and_no_secret_is_in_anything_that_is_published(server, strategy, tmp_path):
-    place = tmp_path / "secret-place"
-    model = load_base(server)
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<star>"])
-    tokenizer.save_pretrained(place / "tokenizer")
-    args = PrivateArguments(
-        str(place / "run"),
-        max_steps=4,
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        logging_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        push_to_hub=True,
-        hub_model_id=REPO,
-        hub_token=TOKEN,
-        hub_strategy=strategy,
-        hub_always_push=True,
-    )
-    trainer = SaraTrainer(
-        model,
-        args,
-        train_dataset=dataset(),
-        eval_dataset=dataset(8, seed=1),
-        # Its class knows where it was loaded from.
-        processing_class=PreTrainedTokenizerFast.from_pretrained(place / "tokenizer"),
-        callbacks=[PrivateCallback()],
-    )
-    trainer.train()
-    trainer.push_to_hub(
-        dataset=str(place / "data.jsonl"),
-        finetuned_from=str(place / "llama"),
-        dataset_tags=str(place / "more"),
-        tags=[str(place / "tag"), "https://me:hunter2@example.org"],
-        model_name=str(place / "name"),
-    )
-    repo = server.repo(REPO)
-    assert {"README.md", "tokenizer.json", hub.TRAINING_ARGS_FILE} <= set(repo.files())
-    uploaded = {
-        f"{commit.title}/{name}": file.content for commit in repo.commits for name, file in commit.files.items()
-    }
-    uploaded |= server.uploaded()
+    uploaded = train_in_private(server, strategy, tmp_path)
     assert len(uploaded) > 8
-    for name, content in uploaded.items():
-        for secret in (b"secret-place", b"sk-12345", b"hunter2", TOKEN.encode(), str(Path.home()).encode() + b"/"):
-            assert secret not in content, (name, secret)
+    assert secrets_in(uploaded) == []
 
 
 def test_links_are_not_followed(server, tmp_path, caplog):

@@ -481,6 +481,19 @@ def test_vectors_that_are_not_the_leading_ones_are_not_believed():
     assert not are_leading_vectors(later, weight, spectrum)
 
 
+def test_clusters_that_a_file_pretends_are_not_believed():
+    """In a cluster the signs are free, so it has to be one."""
+    weight = with_values(30, 20, [4.0, 3.0, 3.0, *torch.linspace(2, 1, 10).tolist()])
+    right = find_factors(weight, k=5)
+    assert right.clusters == [(1, 3)]
+    assert are_leading_vectors(right, weight)
+    signs = torch.tensor([-1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert not are_leading_vectors(Factors(right.U * signs, right.Vh * signs[:, None], [(0, 3)]), weight)
+    # Another basis of a cluster that is one.
+    swapped = [0, 2, 1, 3, 4]
+    assert not are_leading_vectors(Factors(right.U[:, swapped], right.Vh[swapped], [(1, 3)]), weight)
+
+
 def test_only_the_caches_own_files_are_its_files(empty_cache):
     find_factors(torch.randn(20, 12, generator=torch.Generator().manual_seed(0)), threshold=0.5)
     own = set(empty_cache.rglob("*.safetensors"))
