@@ -19,6 +19,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, Tra
 from hf_sara import AdapterError, SaraAdapter, SaraArguments, SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
 from hf_sara.checkpoints import LIST_FILE
 from hf_sara.hub import TRAINING_ARGS_FILE
+from hf_sara.model_card import CARD_FILE, LOSS_FILE, RANKS_FILE
 from hf_sara.storage import CONFIG_FILE, TENSORS_FILE
 from hf_sara.trainer import RUNNING_LOSS_FILE, last_complete_checkpoint
 
@@ -76,7 +77,11 @@ def test_a_saved_model_is_the_adapter_alone_and_does_what_it_did(method, tmp_pat
     trainer = make_trainer(tmp_path / "run", method, save_strategy="no")
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG_FILE, TENSORS_FILE, TRAINING_ARGS_FILE}
+    card = {CARD_FILE, RANKS_FILE, LOSS_FILE}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} - card == {
+        *(CONFIG_FILE, TENSORS_FILE, TRAINING_ARGS_FILE)
+    }
+    assert (tmp_path / "adapter" / CARD_FILE).is_file()
     fresh = make_model()
     SaraAdapter.load(fresh, tmp_path / "adapter")
     torch.testing.assert_close(logits(fresh), logits(trainer.model), rtol=0, atol=1e-6)
