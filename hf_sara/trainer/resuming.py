@@ -123,10 +123,7 @@ class ExactResumeMixin(DataPlaceMixin):
             rotate(output_dir, *args, **kwargs)
 
         transformers_trainer.rotate_checkpoints = complete_first
-        folder = Path(
-            self._get_output_dir(trial=trial),  # type: ignore[attr-defined]
-            f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
-        )
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
             with _naming_checkpoint(folder):
                 return super()._save_checkpoint(model, trial)

@@ -267,11 +267,18 @@ def train(folder: Path) -> tuple[int, str]:
     return notes.step, ""
 
 
-def test_a_training_on_a_full_disk_goes_on_when_there_is_room(disk, tried):
-    folder = disk.folder / "run"
-    # A training collects garbage. Its child need not look at what the tests have made so far.
+@pytest.fixture
+def _frozen():
+    """A training collects garbage. Its child need not look at what the tests have made so far."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_frozen")
+def test_a_training_on_a_full_disk_goes_on_when_there_is_room(disk, tried):
+    folder = disk.folder / "run"
     assert disk.outcome(lambda: train(folder)) == (STEPS, "")
     expected = torch.load(folder / "result.pt")
     # The older checkpoints have been deleted, when the next one was complete.
@@ -292,6 +299,5 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(disk, tried):
         lost += disk.outcome(lambda: train(folder))[1] != ""
         state, log = torch.load(folder / "result.pt")
         wrong += not same_bits(state, expected[0]) or log != expected[1]
-    gc.unfreeze()
     assert failures > SIZES // 2
     tried(f"a full disk, {SIZES} sizes of a training with checkpoints", SIZES, lost=lost, wrong=wrong)
