@@ -90,12 +90,14 @@ def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
             sync_folder(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        where = os.fsdecode(error.filename or new)
-        if error.errno is None or not where.startswith(str(new)):
+        # The error of a copy has two names: of the file that is read, and of the one that is written.
+        names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None] or [new]
+        if error.errno is None or not any(name.is_relative_to(new) for name in names):
             raise
         # A person knows the folder by its own name only.
-        path = folder / Path(where).relative_to(new)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        known = [str(folder / name.relative_to(new) if name.is_relative_to(new) else name) for name in names]
+        first, second = known[0], known[-1] if known[-1] != known[0] else None
+        raise OSError(error.errno, error.strerror, first, None, second) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

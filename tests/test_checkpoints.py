@@ -194,6 +194,27 @@ def test_everything_is_on_the_disk_before_the_list_that_says_so(tmp_path, monkey
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_full_disk_is_an_error_that_names_the_checkpoint(name, tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"disk may be full|No space left on device") as caught:
+        make_trainer(tmp_path).train()
+    assert str(folder) in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_another_error_of_a_checkpoint_stays_what_it_is(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(tmp_path).train()
+
+
 def test_a_folder_that_was_moved_keeps_its_best_checkpoint(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
     make_trainer(tmp_path / "old", **best).train()

@@ -148,6 +148,27 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
     assert content(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("/x", "{new}/one", "'/x' -> '{folder}/one'"),
+        ("{new}/one", "{folder}/one", "'{folder}/one'"),
+        ("/x", "/y", "'/x' -> '/y'"),
+    ],
+)
+def test_the_error_of_a_copy_names_the_new_file_as_a_person_knows_it(source, target, expected, tmp_path):
+    folder = tmp_path / "b"
+
+    def copy(new):
+        names = [name.format(new=new, folder=folder) for name in (source, target)]
+        raise OSError(28, "No space left on device", names[0], None, names[1])
+
+    with pytest.raises(OSError, match="No space left on device") as caught, files.new_folder(folder) as new:
+        copy(new)
+    assert str(caught.value).endswith(f"device: {expected.format(folder=folder)}")
+    assert content(tmp_path) == {}
+
+
 def test_new_folders_are_written_to_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(files, "sync_folder", synced.append)

@@ -5,21 +5,25 @@ lines, the order of batches that are grouped by length, the place in streamed da
 A finished run that is resumed trains no further step.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.trainer as transformers_trainer
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints import RUNNING_LOSS_FILE, complete, last_complete_checkpoint, refuse_incomplete
-from ..files import write_file
+from ..files import naming, write_file
 from .streaming import DataPlaceMixin
 
 logger = logging.getLogger(__name__)
@@ -119,8 +123,10 @@ class ExactResumeMixin(DataPlaceMixin):
             rotate(output_dir, *args, **kwargs)
 
         transformers_trainer.rotate_checkpoints = complete_first
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         try:
-            return super()._save_checkpoint(model, trial)
+            with _naming_checkpoint(folder):
+                return super()._save_checkpoint(model, trial)
         finally:
             transformers_trainer.rotate_checkpoints = rotate
 
@@ -173,6 +179,25 @@ class ExactResumeMixin(DataPlaceMixin):
 def output_dir_of(trainer: Trainer) -> str:
     """The folder of a training. TrainingArguments sets one if none is given."""
     return str(trainer.args.output_dir)
+
+
+# What the errors of torch.save say if a file cannot be written. They name neither the file nor the reason.
+WRITING_FAILED = re.compile("inline_container|iostream")
+
+
+@contextlib.contextmanager
+def _naming_checkpoint(folder: Path) -> Iterator[None]:
+    """Let the errors of a disk that is full be an `OSError` that names the checkpoint."""
+    try:
+        with naming(folder):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not WRITING_FAILED.search(str(error)):
+            raise
+        raise OSError(
+            f"The checkpoint {folder} cannot be written. The disk may be full. When there is room, the training goes "
+            "on from the last complete checkpoint with resume_from_checkpoint=True."
+        ) from error
 
 
 class _Events(TrainerCallback):
