@@ -87,6 +87,15 @@ def repaired(card: str) -> str:
     return card if found.is_sound else _write({}, found.generated, found)
 
 
+def loading_from(card: str, repo_id: str) -> str:
+    """A card whose snippet loads the adapter from a repository, wherever it loaded it from before."""
+    generated = _read(card).generated
+    found = re.search(r'from_hub\("([^"]+)"', generated or "")
+    if generated is None or found is None:
+        return card
+    return card.replace(generated, generated.replace(f'("{found[1]}"', f'("{repo_id}"'), 1)
+
+
 def _cleaned(text: str) -> str:
     """A text that UTF-8 can hold, without a byte order mark, and with a line feed at the end of each line."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

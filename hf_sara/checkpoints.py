@@ -1,8 +1,8 @@
 """The checkpoints of a training: which are complete, so that a training can go on from them with the same bits.
 
 When a checkpoint is written, all of its files are written to the disk, then a list of them. So a checkpoint with a
-list is complete if every file is there and is what the list says. Without a list, which earlier versions did not
-write, the files that resuming needs have to be there and readable.
+list is complete if the files that resuming reads are what the list says. Without a list, which earlier versions and
+other trainers do not write, these files have to be there and readable.
 """
 
 import json
@@ -10,74 +10,90 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from . import storage
 from .files import TEMPORARY_NAME, sync_file, sync_folder, write_file
-from .records import parse_json, read_json
-from .tensor_files import TensorFile
 
 logger = logging.getLogger(__name__)
 
 LIST_FILE = "checkpoint_files.json"
 RUNNING_LOSS_FILE = "running_loss.json"
-# DeepSpeed and FSDP keep the optimizer in files of their own, and DeepSpeed the schedule too.
-OPTIMIZER_FILES = (OPTIMIZER_NAME, "latest", "optimizer_*/*")
+# Of each kind of file that resuming reads, the names that it can have. DeepSpeed and FSDP have names of their own.
+WEIGHTS_FILES = (storage.TENSORS_FILE, "*.safetensors", "pytorch_model*", "latest")
+OPTIMIZER_FILES = (OPTIMIZER_NAME, "optimizer_*/*", "latest")
 SCHEDULER_FILES = (SCHEDULER_NAME, "latest")
 RANDOM_FILES = ("rng_state*.pth",)
-WEIGHTS_FILES = (storage.TENSORS_FILE, "*.safetensors", "pytorch_model*", "latest")
+STATE_FILES = (TRAINER_STATE_NAME,)
+KINDS = (WEIGHTS_FILES, OPTIMIZER_FILES, SCHEDULER_FILES, RANDOM_FILES, STATE_FILES)
+# These are read too, if they are there.
+MORE_FILES = (RUNNING_LOSS_FILE, SCALER_NAME, "global_step*/*", "pytorch_model*/*")
+# Reading every byte of a file takes long if it is large, so only the size of such a file is noted.
+MOST_BYTES_TO_READ = 2**28
 READ_AT_ONCE = 2**20
 
 
 def complete(folder: str | os.PathLike) -> None:
     """Write the files of a new checkpoint to the disk, and after them the list that makes it complete."""
     folder = Path(folder)
-    names = _names(folder)
-    for name in names:
-        sync_file(folder / name)
+    records = {}
+    for path in sorted(_files(folder)):
+        sync_file(path)
+        records[path.relative_to(folder).as_posix()] = _record_of(path)
     for path in (path for path in folder.rglob("*") if path.is_dir()):
         sync_folder(path)
-    records = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            records[name] = _record(file)
     write_file(folder / LIST_FILE, _text(records))
     sync_folder(folder.parent)
 
 
 def list_of(contents: Mapping[str, bytes]) -> bytes:
     """The list of files whose contents are given."""
-    return _text({name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in contents.items()})
+    return _text({name: _record(len(content), iter((content,))) for name, content in contents.items()})
 
 
 def _text(records: Mapping[str, Mapping[str, int]]) -> bytes:
     return (json.dumps(records, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _names(folder: Path) -> list[str]:
-    found = (path for path in folder.rglob("*") if path.is_file() and not TEMPORARY_NAME.fullmatch(path.name))
-    return sorted({path.relative_to(folder).as_posix() for path in found} - {LIST_FILE})
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        temporary = TEMPORARY_NAME.fullmatch(path.name) or path.name == LIST_FILE
+        if not temporary and path.is_file() and not path.is_symlink():
+            yield path
 
 
-def _record(file: IO[bytes]) -> dict[str, int]:
-    size, digest = 0, 0
+def _record_of(path: Path) -> dict[str, int]:
+    with open(path, "rb") as file:
+        return _record(path.stat().st_size, _pieces(file))
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     while piece := file.read(READ_AT_ONCE):
-        size, digest = size + len(piece), zlib.crc32(piece, digest)
+        yield piece
+
+
+def _record(size: int, pieces: Iterator[bytes]) -> dict[str, int]:
+    """What the list says of a file."""
+    if size > MOST_BYTES_TO_READ:
+        return {"bytes": size}
+    digest = 0
+    for piece in pieces:
+        digest = zlib.crc32(piece, digest)
     return {"bytes": size, "crc32": digest}
 
 
-def is_complete(folder: str | os.PathLike) -> bool:
+def is_unchanged(folder: str | os.PathLike) -> bool:
     """Whether a folder has a list of its files, and each of them is what was written."""
     try:
-        _compare(Path(folder))
+        records = _read_json(Path(folder, LIST_FILE))
+        return all(_record_of(Path(folder, name)) == record for name, record in records.items())
     except (OSError, ValueError):
         return False
-    return True
 
 
 def why_incomplete(folder: str | os.PathLike) -> str | None:
@@ -92,61 +108,51 @@ def why_incomplete(folder: str | os.PathLike) -> str | None:
     """
     folder = Path(folder)
     try:
-        if (folder / LIST_FILE).is_file():
-            _compare(folder)
-        _check_state(folder)
-        for patterns in (WEIGHTS_FILES, OPTIMIZER_FILES, SCHEDULER_FILES, RANDOM_FILES):
-            if not any(True for pattern in patterns for _ in folder.glob(pattern)):
-                raise ValueError(f"{patterns[0]} is missing")
-        if not (folder / LIST_FILE).is_file():
-            for name in _names(folder):
-                _check_readable(folder / name)
+        listed = _read_json(folder / LIST_FILE) if (folder / LIST_FILE).is_file() else None
+        needed = [path for kind in KINDS for path in _of_kind(folder, kind, listed)]
+        needed += [path for pattern in MORE_FILES for path in _found(folder, pattern, listed)]
+        for path in dict.fromkeys(needed):
+            name = path.relative_to(folder).as_posix()
+            if not path.is_file():
+                raise ValueError(f"{name} is missing")
+            _check(path, None if listed is None else listed.get(name))
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
-def _compare(folder: Path) -> None:
-    """Compare the files of a checkpoint with its list."""
+def _of_kind(folder: Path, patterns: tuple[str, ...], listed: Mapping[str, Any] | None) -> list[Path]:
+    """The files of a kind that resuming reads. A checkpoint with a list may have been written without an optimizer."""
+    found = [path for pattern in patterns for path in _found(folder, pattern, listed)]
+    if not found and (listed is None or patterns in (WEIGHTS_FILES, STATE_FILES)):
+        raise ValueError(f"{patterns[0]} is missing")
+    return found
+
+
+def _found(folder: Path, pattern: str, listed: Mapping[str, Any] | None) -> list[Path]:
+    if listed is None:
+        return sorted(folder.glob(pattern))
+    return [folder / name for name in listed if Path(name).match(pattern) and name.count("/") == pattern.count("/")]
+
+
+def _check(path: Path, expected: Any) -> None:
+    """Raise a `ValueError` if a file is not what was written, or, if nobody noted that, cannot be read."""
+    if expected is not None and _record_of(path) == expected:
+        return
     try:
-        records = read_json(folder / LIST_FILE, 2**24)
-    except ValueError as error:
-        raise ValueError(f"{LIST_FILE} is damaged: {error}") from error
-    for name, expected in records.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        with open(path, "rb") as file:
-            found = _record(file)
-        if found == expected:
-            continue
-        if path.suffix != ".json" and path.name != storage.TENSORS_FILE:
-            raise ValueError(f"{name} is not what was written: it has {found}, and {expected} was written")
-        # People edit these files, and they tell themselves whether they are whole.
-        _check_readable(path)
-        logger.warning("%s was changed after the checkpoint was written.", path)
-
-
-def _check_state(folder: Path) -> None:
-    path = folder / TRAINER_STATE_NAME
-    if not path.is_file():
-        raise ValueError(f"{TRAINER_STATE_NAME} is missing")
-    try:
-        step = json.loads(path.read_bytes().decode())["global_step"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{TRAINER_STATE_NAME} is damaged ({error})") from error
-    if type(step) is not int:
-        raise ValueError(f"{TRAINER_STATE_NAME} is damaged (its step is {step!r})")
-
-
-def _check_readable(path: Path) -> None:
-    """Raise a `ValueError` if a file of a checkpoint is damaged, as far as its own content tells that."""
-    check = CHECKS.get(path.name) or CHECKS.get(path.suffix)
-    try:
-        if check is not None:
-            check(path)
+        if path.name == storage.TENSORS_FILE:
+            _check_adapter(path)
+        elif path.suffix == ".json":
+            _read_json(path)
+        elif expected is not None:
+            raise ValueError("it is not what was written")
+        elif path.name in (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME) or path.suffix == ".pth":
+            _check_archive(path)
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise ValueError(f"{path.name} is damaged ({error})") from error
+    if expected is not None:
+        # People edit these files, and they tell themselves whether they are whole.
+        logger.warning("%s was changed after the checkpoint was written.", path)
 
 
 def _check_adapter(path: Path) -> None:
@@ -163,18 +169,20 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"the checksum of its part {damaged} is wrong")
 
 
-def _check_json(path: Path) -> None:
-    parse_json(content := path.read_bytes(), len(content))
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that Trainer may have written, with numbers like NaN."""
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
+    if type(found) is not dict:
+        raise ValueError(f"{path.name} is damaged (it is not a JSON object)")
+    return found
 
 
-# What earlier versions wrote is checked by the names and the endings of the files.
-CHECKS: dict[str, Callable[[Path], object]] = {
-    storage.TENSORS_FILE: _check_adapter,
-    ".json": _check_json,
-    ".safetensors": TensorFile,
-    ".pt": _check_archive,
-    ".pth": _check_archive,
-}
+def has_optimizer(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint has the state of the optimizer."""
+    return any(True for pattern in OPTIMIZER_FILES for _ in Path(folder).glob(pattern))
 
 
 def refuse_incomplete(folder: str | os.PathLike) -> None:
@@ -184,9 +192,8 @@ def refuse_incomplete(folder: str | os.PathLike) -> None:
     reason = why_incomplete(folder)
     if reason is not None:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} is not complete: {reason}. A training that goes on from it would not end "
-            "as it would have ended. Take an earlier checkpoint: resume_from_checkpoint=True takes the newest that "
-            "is complete."
+            f"The training cannot be resumed exactly from the checkpoint {str(folder)!r}, because it is not complete: "
+            f"{reason}. Take an earlier checkpoint: resume_from_checkpoint=True takes the newest that is complete."
         )
 
 

@@ -231,7 +231,9 @@ def pull(
             if not Path(repo_id).is_dir():
                 # The folder's name is the commit, so that the card is that of this adapter.
                 snapshot_download(repo_id, revision=folder.name, allow_patterns=list(hub.UPLOAD_FILES))
-            with new_folder(to, replaced=hub.UPLOAD_FILES) as new:
+            # The card and the tokenizer of an adapter that is there are not those of the new one.
+            old = hub.UPLOAD_FILES if (to / storage.TENSORS_FILE).is_file() else storage.LEFT_OVERS
+            with new_folder(to, replaced=old) as new:
                 for name in hub.UPLOAD_FILES:
                     if (folder / name).is_file():
                         with naming(new / name):

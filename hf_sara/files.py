@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -16,7 +17,9 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-TEMPORARY_NAME = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{16}\.tmp")
+TEMPORARY_NAME = re.compile(r"\.hf_sara-([0-9a-f]{8})-(\d+)-[0-9a-f]{16}\.tmp")
+# A folder of a temporary name with this file waits to be moved. The file has the name of the place.
+READY_FILE = ".hf_sara-ready"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -29,16 +32,16 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     Write several files under temporary names, then rename them in their order. A disk that is full, or a crash before
     the first rename, leaves all of the old files. The names are on the disk when this returns.
     """
-    writer = _writer()
-    temporary = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in contents}
+    temporary = {path: path.with_name(f".hf_sara-{_writer()}.tmp") for path in contents}
     try:
         for path, content in contents.items():
-            with naming(path), open(temporary[path], "wb") as file:
+            with naming(path, temporary[path]), open(temporary[path], "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            os.replace(temporary[path], path)
+            with naming(path, temporary[path]):
+                os.replace(temporary[path], path)
     except BaseException:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -59,35 +62,33 @@ def make_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """
-    A new folder with a temporary name. When everything in it is written, it takes the place of `folder` in one moment,
-    with the other files that lie there. After an error, or a crash, `folder` is what it was.
+    A new folder with a temporary name, whose files get to `folder` when all of them are written. If nothing else lies
+    in `folder`, the new one takes its place in one step. Otherwise the files are moved one by one, and the next write
+    finishes what a crash in between has left. After an error, or an earlier crash, `folder` is what it was.
 
     Args:
         folder (`Path`): The folder to make or to change.
         replaced (`Collection[str]`, *optional*): Names of files that go, also if the new folder does not have them.
     """
     folder = Path(os.path.realpath(folder))
-    # Nothing can take the place of a mount point, and a folder may be writable within one that is not.
-    inside = os.path.ismount(folder) or (folder.is_dir() and not os.access(folder.parent, os.W_OK))
+    # A folder may be writable, or be another disk, within one that is not.
+    inside = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
     home = folder if inside else folder.parent
     make_folder(home)
     for place in {home, folder} if folder.is_dir() else {home}:
         delete_leftovers(place)
-    new = home / f".{folder.name}.{_writer()}.tmp"
-    new.mkdir()
+    new = home / f".hf_sara-{_writer()}.tmp"
     try:
+        new.mkdir()
         yield new
         for path in sorted(new.rglob("*")):
             sync_folder(path) if path.is_dir() else sync_file(path)
         sync_folder(new)
-        made = {path.name for path in new.iterdir()}
-        if inside or not _take_place(new, folder, replaced):
-            for name in set(replaced) - made:
-                (folder / name).unlink(missing_ok=True)
-            # Without its configuration, no program takes a folder for a model or an adapter.
-            for name in sorted(made, key=lambda name: (name in ("config.json", "adapter_config.json"), name)):
-                os.replace(new / name, folder / name)
-            sync_folder(folder)
+        if not _take_place(new, folder, replaced):
+            # What is ready to be moved is moved by the next write, if this one is killed.
+            name = "." if inside else folder.name
+            write_file(new / READY_FILE, json.dumps([name, sorted(replaced)]).encode())
+            _move(new)
         sync_folder(folder.parent)
     except OSError as error:
         # The error of a copy has two names: of the file that is read, and of the one that is written.
@@ -103,31 +104,48 @@ def new_folder(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 
 
 def _take_place(new: Path, folder: Path, replaced: Collection[str]) -> bool:
-    """Put a folder into the place of another, which may exist. Returns whether the system can do that in one step."""
+    """Put a folder into the place of another in one step, if that loses nothing else. Returns whether it was done."""
     if not folder.exists():
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            # Another process has just made it, or the system refuses.
+            if not folder.is_dir():
+                raise
+            return False
         return True
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Choose another folder, or delete it.")
-    shutil.copymode(folder, new)
-    kept = [path for path in folder.iterdir() if path.name not in replaced and not os.path.lexists(new / path.name)]
-    if any(TEMPORARY_NAME.fullmatch(path.name) for path in kept):
-        # Another process writes there, and would lose its file.
+    going = {path.name for path in new.iterdir()} | set(replaced)
+    old = list(folder.iterdir())
+    if not all(path.name in going and path.is_file() and not path.is_symlink() for path in old):
         return False
-    for path in kept:
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, new / path.name)
-    return _exchange(new, folder)
+    if Path.cwd().is_relative_to(folder) or os.path.ismount(folder) or new.stat().st_uid != folder.stat().st_uid:
+        return False
+    shutil.copymode(folder, new)
+    if not _exchange(new, folder):
+        return False
+    for path in old:
+        (new / path.name).unlink(missing_ok=True)
+    for path in new.iterdir():
+        # Another process has just written it.
+        os.replace(path, folder / path.name)
+    return True
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name, or copy it where the file system has no second names."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+def _move(new: Path) -> None:
+    """Move the files of a folder, in which all is written, one by one to where they belong."""
+    name, replaced = json.loads((new / READY_FILE).read_bytes())
+    folder = new.parent / Path(name).name
+    folder.mkdir(exist_ok=True)
+    made = {path.name for path in new.iterdir()} - {READY_FILE}
+    for gone in set(replaced) - made:
+        if not (folder / gone).is_dir():
+            (folder / gone).unlink(missing_ok=True)
+    # Without its configuration, no program takes a folder for a model or an adapter.
+    for name in sorted(made, key=lambda name: (name in ("config.json", "adapter_config.json"), name)):
+        os.replace(new / name, folder / name)
+    sync_folder(folder)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -140,19 +158,23 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let the errors of the system name a file, such as that of a full disk, which does not name any by itself."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """
+    Let the errors of the system name a file: that of a full disk, which does not name any by itself, and those that
+    name the file by its temporary name.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None and (error.filename is None or (temporary and error.filename == str(temporary))):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def sync_file(path: Path) -> None:
     """Write the content of a file to the disk."""
-    with naming(path), open(path, "rb+") as file:
+    # Windows wants a file that may be changed, and elsewhere a file may be one that may only be read.
+    with naming(path), open(path, "rb" if os.name == "posix" else "rb+") as file:
         os.fsync(file.fileno())
 
 
@@ -185,12 +207,22 @@ def _writer() -> str:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete what processes of this machine left under temporary names in a folder when they were killed."""
-    with contextlib.suppress(OSError):
+    """
+    Delete what processes of this machine left under temporary names in a folder when they were killed. What was
+    written as a whole, and waits to be moved, is moved.
+    """
+    with contextlib.suppress(OSError, ValueError):
         for path in folder.iterdir():
             found = TEMPORARY_NAME.fullmatch(path.name)
-            if found and found[1] == _machine() and not _is_running(int(found[2])):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if not found or found[1] != _machine() or _is_running(int(found[2])):
+                continue
+            if not path.is_dir() or path.is_symlink():
+                path.unlink()
+                continue
+            # Somebody else could have made a folder of this name, so that his files get to a place of ours.
+            if (path / READY_FILE).is_file() and (os.name != "posix" or path.stat().st_uid == os.getuid()):
+                _move(path)
+            shutil.rmtree(path)
 
 
 def _is_running(process: int) -> bool:

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from . import model_card, storage
-from .card_text import decode, repaired, take_over
+from .card_text import decode, loading_from, repaired, take_over
 from .checkpoints import LIST_FILE, list_of
 from .files import write_file
 from .own_tokenizer import TOKENIZER_FILES, has_own_tokenizer
@@ -223,6 +223,7 @@ def push_files(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if model_card.CARD_FILE in files:
             card = keep_remote_text(api, files[model_card.CARD_FILE], repo_id, revision)
+            card = loading_from(card.decode(), repo_id).encode()
             if card != files[model_card.CARD_FILE] and (path := Path(folder, model_card.CARD_FILE)).is_file():
                 write_file(path, card)
             files[model_card.CARD_FILE] = card

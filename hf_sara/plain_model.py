@@ -93,8 +93,8 @@ def _tokenizer_of(model: Any) -> Any:
 
 def refuse_weights(folder: str | PathLike) -> None:
     """
-    Raise a `FileExistsError` if a folder holds weights, since they would be mixed up with those of a new model. What a
-    merge left beside the folder when it was killed is deleted.
+    Raise a `FileExistsError` if a folder holds weights, since they would be mixed up with those of a new model.
+    Before, a merge that was killed is finished, or what it has left is deleted.
     """
     delete_leftovers(Path(folder).parent)
     taken = sorted(path.name for path in Path(folder).glob("*.safetensors"))

@@ -5,6 +5,8 @@ What is left out is counted and not named, because a name may tell something too
 """
 
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,12 +17,11 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .records import parse_json
+logger = logging.getLogger(__name__)
 
 # This readable file replaces training_args.bin, which is a pickle with the Hub token in clear text.
 TRAINING_ARGS_FILE = "training_args.json"
 LEFT_OUT = "fields_left_out"
-MOST_BYTES_OF_ARGUMENTS = 2**20
 
 # The fields of transformers' own training arguments that hold neither a path nor a secret. One that a later version
 # adds is left out until it stands here.
@@ -35,7 +36,7 @@ gradient_checkpointing_kwargs greater_is_better group_by_length hub_strategy ign
 include_num_input_tokens_seen label_names label_smoothing_factor learning_rate length_column_name
 liger_kernel_config load_best_model_at_end logging_first_step logging_nan_inf_filter logging_steps logging_strategy
 lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps metric_for_best_model neftune_noise_alpha
-num_train_epochs optim optim_args optim_target_modules per_device_eval_batch_size per_device_train_batch_size
+num_train_epochs optim optim_target_modules per_device_eval_batch_size per_device_train_batch_size
 predict_with_generate prediction_loss_only remove_unused_columns restore_callback_states_from_checkpoint
 save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics sortish_sampler tf32
 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps train_sampling_strategy use_cache
@@ -51,9 +52,14 @@ train_batch_size
 KNOWN_STATE = frozenset(STATE.split())
 KNOWN_CALLBACKS = ("TrainerControl", "EarlyStoppingCallback")
 
-# A path that begins at the root, at a home or at a folder above, or on a drive, at the start of a text or of a word.
-PATH = re.compile(r"""(?<![^\s"'`=:;,(\[{<|])(?:file://|~[\w.-]*|\.{1,2})?(?:[A-Za-z]:)?[/\\][^\s"'`,;)\]}>|]+""")
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)(\S+)")
+# A path that begins at the root, at a home or at a folder above, with a variable, or on a drive. What stands before it
+# must not make it a part of something else: a fraction, a URL, the end of an HTML tag.
+ROOT = r"(?:file://|~[\w.-]*|\.{1,2}|\$\w+|\$\{\w+\}|%\w+%)?/|(?:[A-Za-z]:|~|\.{1,2}|%\w+%)[/\\]|\\\\"
+PATH = re.compile(rf"""(?<![\w./\\<~$%{{}}])(?:{ROOT})[^\s"'`,;)\]}}>|]+""")
+WHOLE_PATH = re.compile(rf"(?:{ROOT}).+", re.DOTALL)
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s]*)(\S*)")
+# A name and a password before a host.
+CREDENTIALS = re.compile(r"[^\s/@:]+:[^\s/@]+@(?=[\w.-])")
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,25 @@ def published_arguments(args: TrainingArguments, chosen: Collection[str] = ()) -
         `ValueError`: If there is no field of a chosen name.
     """
     values = args.to_dict()
+    chosen = [chosen] if isinstance(chosen, str) else chosen
     unknown = sorted(set(chosen) - set(values))
     if unknown:
         raise ValueError(f"published_arguments names {unknown[0]!r}, and {type(args).__name__} has no such field.")
-    return _published(values, KNOWN_ARGUMENTS | set(chosen))
+    found = _published(values, KNOWN_ARGUMENTS | set(chosen))
+    refused = sorted(set(chosen) - set(found.values))
+    if refused:
+        logger.warning("%s is not published, because its value has a path or a secret, or is no plain value.", refused)
+    return found
 
 
 def _published(values: Mapping[str, Any], names: Collection[str]) -> Published:
     kept = {name: plain(value) for name, value in values.items() if name in names}
-    kept = {name: value for name, value in kept.items() if is_harmless(value)}
+    kept = {
+        name: value
+        for name, value in kept.items()
+        # Options of other libraries may be texts of any kind.
+        if is_harmless(value) and not (isinstance(value, dict) and any(isinstance(v, str) for v in value.values()))
+    }
     return Published(kept, len(values) - len(kept))
 
 
@@ -107,8 +123,12 @@ def published_file(name: str, content: bytes) -> bytes | None:
     if base not in (TRAINING_ARGS_FILE, TRAINER_STATE_NAME):
         return content
     try:
-        record = parse_json(content, MOST_BYTES_OF_ARGUMENTS if base == TRAINING_ARGS_FILE else len(content))
-    except ValueError:
+        # Trainer writes numbers like NaN, which are not JSON.
+        record = json.loads(content.decode())
+        if type(record) is not dict:
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        logger.warning("%s is not published, because it is damaged: %s", name, error)
         return None
     if base == TRAINER_STATE_NAME:
         return (json.dumps(published_state(record), indent=2, sort_keys=True) + "\n").encode()
@@ -155,6 +175,8 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if isinstance(value, str) and URL.fullmatch(value) and not value.lower().startswith("file://"):
         return published_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -187,16 +209,23 @@ def published_text(text: str) -> str:
     A text without paths and secrets: of each path its last name is left, and of each URL its host and its path,
     without user, password and query.
     """
-    if os.path.isabs(text) or ("/" in text and os.path.exists(text)):
+    if WHOLE_PATH.fullmatch(text) or ("/" in text and os.path.exists(text)):
         # A path may have blanks in it.
-        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+        return _last_name(text)
     urls: list[str] = []
 
     def keep(match: re.Match) -> str:
-        # A password may have any character in it, so what counts is the last @.
-        urls.append(match[1] + re.split(r"[?#]", match[2].rsplit("@", 1)[-1], maxsplit=1)[0])
+        host, rest = match[2], match[3]
+        if ":" in host and "@" not in host and "@" in rest and not host.rsplit(":", 1)[1].isdigit():
+            # A password may have a slash in it, and is followed by an @.
+            host, rest = rest.rsplit("@", 1)[1], ""
+        urls.append(match[1] + host.rsplit("@", 1)[-1] + re.split("[?#;]", rest, maxsplit=1)[0])
         return f"\0{len(urls) - 1}\0"
 
     without = URL.sub(lambda match: match[0] if match[1].lower() == "file://" else keep(match), text.replace("\0", ""))
-    without = PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], without)
+    without = PATH.sub(lambda match: _last_name(match[0]), CREDENTIALS.sub("", without))
     return re.sub(r"\0(\d+)\0", lambda match: urls[int(match[1])], without)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

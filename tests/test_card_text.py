@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sara import card_metadata
-from hf_sara.card_text import BEGIN, END, decode, join_card, repaired, take_over
+from hf_sara.card_text import BEGIN, END, decode, join_card, loading_from, repaired, take_over
 
 OURS = {"library_name": "hf_sara", "tags": ["hf_sara", "sara"], "base_model": "someone/base"}
 BODY = "# A title\n\nWhat the adapter is."
@@ -415,3 +415,18 @@ def test_valid_metadata_come_back_as_they_were(fields):
     # People may write the same fields in their own form.
     theirs = yaml.safe_dump(fields, allow_unicode=False)
     assert check(saved(f"---\n{theirs}---\n")) == expected
+
+
+def test_the_snippet_of_a_pushed_card_names_the_repository():
+    snippet = (
+        'model = from_hub("runs/one")\ntokenizer = AutoTokenizer.from_pretrained("runs/one")\nprompt = "runs/one"'
+    )
+    own = 'I wrote: from_hub("runs/one")'
+    card = join_card({"tags": ["a"]}, f"```python\n{snippet}\n```", own)
+    moved = loading_from(card, "me/adapter")
+    assert 'from_hub("me/adapter")' in moved
+    assert 'from_pretrained("me/adapter")' in moved
+    assert 'prompt = "runs/one"' in moved
+    assert own in moved
+    assert loading_from(moved, "me/adapter") == moved
+    assert loading_from(own, "me/adapter") == own

@@ -57,8 +57,8 @@ def test_the_next_folder_deletes_what_a_killed_one_left(tmp_path):
 
 
 def test_what_another_process_is_writing_stays(tmp_path):
-    name = f".a.{files._machine()}-{os.getppid()}-{'0' * 16}.tmp"
-    elsewhere = f".a.{'f' * 8}-1-{'0' * 16}.tmp"
+    name = f".hf_sara-{files._machine()}-{os.getppid()}-{'0' * 16}.tmp"
+    elsewhere = f".hf_sara-{'f' * 8}-1-{'0' * 16}.tmp"
     for path in (name, elsewhere, ".a.1-2.tmp", ".a.tmp"):
         (tmp_path / path).write_text("theirs")
     files.write_file(tmp_path / "a", b"mine")
@@ -82,7 +82,15 @@ def test_a_folder_takes_the_place_of_another_and_keeps_its_other_files(way, tmp_
     with files.new_folder(old, replaced=["three", "five"]) as new:
         (new / "one").write_text("new one")
         assert (old / "one").read_text() == "old one"
-    assert content(old) == {"deep/four": "old deep/four", "link": "old two", "one": "new one", "two": "old two"}
+        # Another process writes there meanwhile.
+        (old / "six").write_text("theirs")
+    assert content(old) == {
+        "deep/four": "old deep/four",
+        "link": "old two",
+        "one": "new one",
+        "six": "theirs",
+        "two": "old two",
+    }
     assert (old / "link").is_symlink()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -175,3 +183,70 @@ def test_new_folders_are_written_to_the_disk(tmp_path, monkeypatch):
     files.make_folder(tmp_path / "a" / "b")
     assert set(synced) == {tmp_path, tmp_path / "a"}
     shutil.rmtree(tmp_path / "a")
+
+
+def test_the_folder_in_which_a_process_works_stays_that_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one").write_text("old")
+    monkeypatch.chdir(tmp_path / "a")
+    with files.new_folder(Path(".")) as new:
+        (new / "one").write_text("new")
+    assert Path("one").read_text() == "new"
+    assert Path.cwd() == tmp_path / "a"
+
+
+def test_a_name_as_long_as_a_name_can_be(tmp_path):
+    name = "x" * 250
+    files.write_file(tmp_path / name, b"1")
+    with files.new_folder(tmp_path / ("y" * 250)) as new:
+        (new / name).write_text("2")
+    assert content(tmp_path) == {name: "1", f"{'y' * 250}/{name}": "2"}
+
+
+def test_a_file_that_may_only_be_read_is_written_to_the_disk(tmp_path):
+    with files.new_folder(tmp_path / "a") as new:
+        (new / "one").write_text("1")
+        (new / "one").chmod(0o444)
+    assert content(tmp_path) == {"a/one": "1"}
+
+
+def test_the_next_write_finishes_a_move_that_was_killed(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("mine")
+    replace = files.os.replace
+
+    def kill(source, target):
+        if str(target).endswith("config.json"):
+            raise SystemExit
+        replace(source, target)
+
+    def write() -> None:
+        with files.new_folder(tmp_path / "a") as new:
+            for name in ("config.json", "weights"):
+                (new / name).write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", kill)
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            write()
+    assert set(content(tmp_path / "a")) == {"mine", "weights"}
+    monkeypatch.setattr(files, "_is_running", lambda process: False)
+    files.write_file(tmp_path / "other", b"1")
+    assert content(tmp_path) == {"a/config.json": "new", "a/mine": "mine", "a/weights": "new", "other": "1"}
+
+
+def test_what_waits_to_be_moved_gets_no_further_than_its_folder(tmp_path):
+    left = tmp_path / "home" / f".hf_sara-{files._machine()}-{2**22 + 1}-{'0' * 16}.tmp"
+    left.mkdir(parents=True)
+    (left / "evil").write_text("evil")
+    (left / files.READY_FILE).write_text('["../../outside", []]')
+    files.write_file(tmp_path / "home" / "a", b"1")
+    assert content(tmp_path) == {"home/a": "1", "home/outside/evil": "evil"}
+
+
+def test_a_file_that_cannot_be_replaced_is_named_by_its_own_name(tmp_path):
+    (tmp_path / "a" / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match=rf"'{tmp_path}/a'$"):
+        files.write_file(tmp_path / "a", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -49,12 +49,14 @@ def test_fields_of_a_subclass_are_left_out_and_counted(tmp_path):
     assert record["fields_left_out"] == mine.left_out
 
 
-def test_chosen_fields_are_published_but_no_path_and_no_password():
+def test_chosen_fields_are_published_but_no_path_and_no_password(caplog):
     chosen = ("packing", "data_url", "folder")
     found = published_arguments(Mine("x"), chosen)
     assert found.values["packing"] is True
     assert found.values["data_url"] == "https://example.org/x"
     assert "folder" not in found.values
+    assert "['folder'] is not published" in caplog.text
+    assert published_arguments(Mine("x"), "packing").values["packing"] is True
     with pytest.raises(ValueError, match="'pakcing', and Mine has no such field"):
         published_arguments(Mine("x"), ["pakcing"])
 
@@ -66,7 +68,7 @@ def test_chosen_fields_are_published_but_no_path_and_no_password():
         ("/secret-place/of mine/", "of mine"),
         ("see /secret-place/a.txt, and C:\\secret-place\\b.txt", "see a.txt, and b.txt"),
         ("file:///secret-place/a.json", "a.json"),
-        ("~/secret-place/x and ../secret-place/y", "x and y"),
+        ("in ~/secret-place/x and ../secret-place/y", "in x and y"),
         ("[(/secret-place/x)]", "[(x)]"),
         ("\\\\secret-place\\share\\f", "f"),
         ("path=/secret-place/x", "path=x"),
@@ -80,6 +82,13 @@ def test_chosen_fields_are_published_but_no_path_and_no_password():
         ("me/my-data", "me/my-data"),
         ("1/2 and/or 3/4", "1/2 and/or 3/4"),
         (r"model\.layers\.\d+", r"model\.layers\.\d+"),
+        (r"\frac{1}{2} of \alpha </s>", r"\frac{1}{2} of \alpha </s>"),
+        ("@/secret-place/a -/secret-place/b $HOME/secret-place/c %HOME%\\secret-place\\d", "@a -b c d"),
+        ("C:\\secret-place\\of mine\\x", "x"),
+        ("https://medium.com/@alice/post", "https://medium.com/@alice/post"),
+        ("https://h.org/x;token=sk-12345", "https://h.org/x"),
+        ("me:hunter2@example.org", "example.org"),
+        ("git@github.com:me/x", "git@github.com:me/x"),
         ("a\0b", "ab"),
     ],
 )
@@ -107,6 +116,11 @@ def test_a_file_of_an_earlier_version_is_published_without_its_secrets():
     again = json.loads(published_file("last-checkpoint/training_args.json", chosen.to_json().encode()))
     assert again["packing"] is True
     assert again["fields_left_out"] == chosen.left_out
+    # A number that is not finite is one that Trainer takes.
+    inf = published_arguments(TrainingArguments("x", max_grad_norm=float("inf")))
+    assert json.loads(published_file("training_args.json", inf.to_json().encode()))["max_grad_norm"] == "inf"
+    state = published_file("trainer_state.json", b'{"global_step": 1, "log_history": [{"eval_loss": NaN, "step": 1}]}')
+    assert "NaN" in state.decode()
     for broken in (b"", b"[1]", b"\xff", b"{" * 10_000):
         assert published_file("training_args.json", broken) is None
 

@@ -29,11 +29,11 @@ def warnings_of(caplog) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "rate", "said"),
     [
-        ("sara", 5e-5, "the default of TrainingArguments. Try 0.02 for a few hundred steps, and 0.001 for thousands"),
-        ("sara", 1e-4, "far below what it needs"),
+        ("sara", 5e-5, "Try 0.02 for a few hundred steps, and 0.001 for thousands"),
+        ("sara", 1e-4, "The defaults of trainers are for whole models"),
         ("sara", 1e-3, None),
-        ("mo_sara", 5e-5, "the default of TrainingArguments. Try 0.2 for a few hundred steps, and 0.03 for thousands"),
-        ("mo_sara", 8e-3, "far below what it needs"),
+        ("mo_sara", 5e-5, "Try 0.2 for a few hundred steps, and 0.03 for thousands"),
+        ("mo_sara", 8e-3, "The defaults of trainers are for whole models"),
         ("mo_sara", 2e-2, None),
     ],
 )
@@ -189,14 +189,30 @@ def test_a_save_over_a_card_leaves_a_true_one(tmp_path):
     assert not (tmp_path / "bare" / CARD_FILE).exists()
 
 
-def test_the_snippet_of_a_local_card_names_the_folder_as_it_was_given(tmp_path, monkeypatch):
+def test_the_snippet_of_a_local_card_does_not_say_where_the_folder_lies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, named in (("runs/one", "runs/one"), (str(tmp_path / "two"), "path/to/this/adapter")):
+    for folder in ("secret-place/one", str(tmp_path / "secret-place" / "one")):
         trainer = make_trainer(folder, save_strategy="no", max_steps=1)
         trainer.save_model()
         card = Path(folder, CARD_FILE).read_text()
-        assert f'from_hub("{named}"' in card
-        assert str(tmp_path) not in card
+        assert 'from_hub("path/to/one"' in card
+        assert "secret-place" not in card
+
+
+def test_a_card_is_written_for_an_adapter_that_was_saved_by_itself(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=1)
+    trainer.train()
+    trainer.sara_adapter.save_pretrained(tmp_path)
+    trainer.create_model_card(license="mit")
+    assert "license: mit" in (tmp_path / CARD_FILE).read_text()
+
+
+def test_a_card_that_cannot_be_written_does_not_stop_a_save(tmp_path, caplog):
+    (tmp_path / CARD_FILE).mkdir()
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=1)
+    trainer.save_model()
+    assert "model card cannot be written" in caplog.text
+    assert same_bits(SaraAdapter.load(make_model(), tmp_path).state_dict(), trainer.sara_adapter.state_dict())
 
 
 # ---- the tokenizer ----

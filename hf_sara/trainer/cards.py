@@ -15,11 +15,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from .. import hub
+from .. import hub, storage
 from ..card_text import listed
 from ..checkpoints import RUNNING_LOSS_FILE
 from ..model_card import Sample, Training, pipeline_of
 from ..publishing import Published, published_arguments
+from ..tensor_files import tensors_digest
 from .adapter_trainer import AdapterTrainerMixin
 from .resuming import output_dir_of
 
@@ -119,13 +120,12 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         groups: Any = getattr(self.optimizer, "param_groups", ())
         rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=self.args.learning_rate)
         short, long = method.learning_rates
-        default = {item.default for item in fields(self.args) if item.name == "learning_rate"}
-        if rate in default or rate < long / 2:
-            what = f"the default of {type(self.args).__name__}" if rate in default else "far below what it needs"
+        # An optimizer that finds its own rate has 0 here.
+        if 0.0 < rate < long / 2:
             logger.warning(
-                "%s learns next to nothing at learning_rate=%g, which is %s. Try %g for a few hundred steps, and %g "
-                "for thousands.",
-                *(method.title, rate, what, short, long),
+                "%s learns next to nothing at learning_rate=%g. The defaults of trainers are for whole models. Try %g "
+                "for a few hundred steps, and %g for thousands.",
+                *(method.title, rate, short, long),
             )
         try:
             method.refuse_export()
@@ -138,7 +138,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         """
         super().save_model(output_dir, _internal_call)
         if not _internal_call and self.args.should_save:
-            self._write_card(output_dir_of(self) if output_dir is None else output_dir)
+            try:
+                self._write_card(output_dir_of(self) if output_dir is None else output_dir)
+            except OSError as error:
+                logger.warning("The adapter is saved, and its model card cannot be written: %s", error)
 
     def push_to_hub(
         self,
@@ -256,12 +259,24 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if not self.is_world_process_zero():
             return
         folder = output_dir_of(self)
-        if self._sara_saved == (os.path.abspath(folder), self.state.global_step):
+        if self._is_saved(folder):
             self._write_card(folder)
         elif not self.is_in_train:
             logger.warning(
                 "The adapter is not saved in %s yet. The card is written when save_model is called.", folder
             )
+
+    def _is_saved(self, folder: str) -> bool:
+        """Whether a folder has the adapter as it is now."""
+        if self._sara_saved == (os.path.abspath(folder), self.state.global_step):
+            return True
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # One process alone cannot gather the tensors to compare.
+            return False
+        try:
+            return storage.read(folder).tensors_sha256 == tensors_digest(self.sara_adapter.state_dict())
+        except (OSError, ValueError):
+            return False
 
     def _write_card(self, folder: str) -> None:
         """Write the card of the adapter that was just saved to a folder, with all that is known of it by now."""
@@ -269,8 +284,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         names, ids, tasks = facts.pop("names", []), facts.pop("ids", []), facts.pop("tasks", None)
         settings = non_default(self.args, self._sara_published)
         on_hub = self.args.push_to_hub or self.hub_model_id or self.args.hub_model_id
-        # A path from the root is nobody else's business, and is no help to others.
-        place = None if os.path.isabs(folder) else folder
+        # Where the folder lies is nobody else's business.
+        place = f"path/to/{Path(folder).absolute().name}"
         facts.setdefault("results", self._last_evaluation(ids, names, tasks))
         facts.setdefault("title", self._hub_repo_id().rsplit("/", 1)[-1] if on_hub else Path(folder).absolute().name)
         self.sara_adapter.write_card(

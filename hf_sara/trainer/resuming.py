@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoints import RUNNING_LOSS_FILE, complete, last_complete_checkpoint, refuse_incomplete
+from ..checkpoints import RUNNING_LOSS_FILE, complete, has_optimizer, last_complete_checkpoint, refuse_incomplete
 from ..files import naming, write_file
 from .interrupts import Interrupt
 from .streaming import DataPlaceMixin
@@ -75,6 +75,12 @@ class ExactResumeMixin(DataPlaceMixin):
             refuse_incomplete(resume_from_checkpoint)
         self._sara_resumed_loss = None
         if resume_from_checkpoint:
+            if not has_optimizer(resume_from_checkpoint):
+                logger.warning(
+                    "%s was written without the state of the optimizer (save_only_model), which starts anew. So the "
+                    "training does not end as one without a break.",
+                    resume_from_checkpoint,
+                )
             # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
             path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
             self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hf_sara.cache import cache_folder
-from hf_sara.checkpoints import complete, is_complete
+from hf_sara.checkpoints import complete, is_unchanged
 from hf_sara.files import new_folder
 
 from .arguments import SMOLLM2
@@ -89,7 +89,7 @@ def smollm2_folder() -> tuple[str, str | None]:
     source, file = smollm2_file()
     path = Path(source, file)
     kept = cache_folder() / "models" / f"{path.stem}-{path.stat().st_size}-transformers-{transformers.__version__}"
-    if not is_complete(kept):
+    if not is_unchanged(kept):
         model, tokenizer = load_base(source, file)
         try:
             with new_folder(kept, replaced=[item.name for item in kept.iterdir()] if kept.is_dir() else ()) as new:
