@@ -68,6 +68,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
     A mixin that makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
     MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
 
+    So the learning rate has the Trainer's default too, which is far too small here. [`SaraTrainer`] has a table of
+    values to start from. The first training warns once if the learning rate is that default, or far below the table's
+    values.
+
     Args:
         sara_args ([`SaraArguments`], *optional*):
             The adapter to attach to the model, or to each new model of `model_init`. If it is left out, a model that
