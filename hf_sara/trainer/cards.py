@@ -67,10 +67,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
     """
     A mixin that makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
     MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
-
-    So the learning rate has the Trainer's default too, which is far too small here. [`SaraTrainer`] has a table of
-    values to start from. The first training warns once if the learning rate is that default, or far below the table's
-    values.
+    Its default learning rate is far too small here, and a training warns of it once: see [`SaraTrainer`].
 
     Args:
         sara_args ([`SaraArguments`], *optional*):
