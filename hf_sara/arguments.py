@@ -41,8 +41,8 @@ class SaraArguments:
             The number in (0, 1] that decides the ranks. A larger threshold gives larger ranks and more trained
             parameters. If it is left out, it is 0.01 for SARA and 0.5 for Mo-SARA. These are the paper's values, and
             sensible ones to start from. `hf-sara plan` shows the ranks and parameters that a value gives your model.
-            The exact rule is Algorithm 1 of the paper: the rank `k` of a weight is the smallest number of its largest singular values
-            whose sum is at least `threshold` times the sum of all of its singular values.
+            The exact rule is Algorithm 1 of the paper: the rank `k` of a weight is the smallest number of its largest
+            singular values whose sum is at least `threshold` times the sum of all of its singular values.
         parameter_budget (`str` or `int`, *optional*):
             Number of trained parameters that decides the threshold: a count (`200000`), or a share of base plus
             trained parameters (`"0.1%"`). The largest threshold that stays within the budget is taken.
