@@ -159,9 +159,9 @@ class SaraAdapter(AttachedUpdates):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
-        Write the adapter's files, without pickle. A crash leaves either the old adapter or the new one, never a mix.
-        A model card in the folder is written anew, since it is that of an earlier adapter. Updates that were never
-        used in a training are marked, and add nothing when the adapter is loaded.
+        Write the adapter's files, of which none is a pickle. A crash leaves either the old adapter or the new one, but
+        never a mix. A model card in the folder is written anew, since it is that of an earlier adapter. Updates that
+        were never used in a training are marked, and add nothing when the adapter is loaded.
 
         Args:
             folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.

@@ -25,13 +25,24 @@ class SaraArguments:
     [`~transformers.HfArgumentParser`] can parse together with [`~transformers.TrainingArguments`]. The defaults are
     those of the paper's appendix A.
 
+    The learning rate is not part of these arguments: it belongs to [`~transformers.TrainingArguments`], whose default
+    of 5e-5 is far too small here. Start from these values:
+
+    | learning rate | SARA | Mo-SARA |
+    |---|---|---|
+    | a few hundred steps | start at 0.02; try 0.008 and 0.05 | start at 0.2; try 0.1 and 0.3 |
+    | thousands of steps | 0.001 to 0.01 | 0.03 to 0.07 |
+
     Args:
         method (`str`, *optional*, defaults to `"sara"`):
             `"sara"` trains a low-rank update whose rank follows from each weight's singular values; `"mo_sara"` trains
             only vectors between the weight's own frozen singular vectors.
         threshold (`float`, *optional*):
-            Share of the sum of a weight's singular values that its leading `k` must reach (Algorithm 1 of the paper),
-            in (0, 1]. If it is left out, it is 0.01 for SARA and 0.5 for Mo-SARA.
+            The number in (0, 1] that decides the ranks. A larger threshold gives larger ranks and more trained
+            parameters. If it is left out, it is 0.01 for SARA and 0.5 for Mo-SARA. These are the paper's values, and
+            sensible ones to start from. `hf-sara plan` shows the ranks and parameters that a value gives your model.
+            The exact rule is Algorithm 1 of the paper: the rank `k` of a weight is the smallest number of its largest
+            singular values whose sum is at least `threshold` times the sum of all of its singular values.
         parameter_budget (`str` or `int`, *optional*):
             Number of trained parameters that decides the threshold: a count (`200000`), or a share of base plus
             trained parameters (`"0.1%"`). The largest threshold that stays within the budget is taken.
@@ -61,7 +72,8 @@ class SaraArguments:
         singular_values (`bool`, *optional*, defaults to `True`):
             SARA: whether the update has the trained vector `S` in its middle. `False` is an ablation of Table 4.
         zero_init_vh (`bool`, *optional*, defaults to `False`):
-            SARA: whether `Vh` starts at zero, so that the update starts at zero. `True` is an ablation of Table 4.
+            SARA: whether `Vh` starts at zero, so that the update starts at zero, and the model computes what the base
+            computes until the first step. `True` is an ablation of Table 4.
         v_position (`str`, *optional*, defaults to `"back"`):
             Mo-SARA: the trained scale `v` multiplies the update's output (`"back"`), its input (`"front"`), or is left
             out (`"none"`). The latter two are ablations of Table 4.
@@ -78,8 +90,9 @@ class SaraArguments:
     threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the sum of singular values that the rank must reach, in (0, 1]. "
-            "Default: 0.01 for sara, 0.5 for mo_sara."
+            "help": "Decides the ranks, in (0, 1]. A larger value gives larger ranks and more parameters. 0.01 is "
+            "sensible for sara, and 0.5 for mo_sara; these are the defaults. hf-sara plan shows what a value means "
+            "for your model."
         },
     )
     parameter_budget: str | None = field(

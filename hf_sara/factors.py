@@ -1,9 +1,10 @@
 """Leading singular vectors of a weight, in a canonical form.
 
-Singular vectors are unique only up to a sign, and inside a cluster of equal singular values only up to a rotation.
-`canonical_rotation` fixes both by a convention that depends on the spanned subspace alone, so that another LAPACK,
-thread count or machine arrives at the same factors. `sketch` summarises factors in eight numbers, so that a later
-computation can be compared with an earlier one.
+The singular vectors of a weight are not unique. Each may be multiplied by -1, and where several singular values are
+equal, their vectors may be replaced by others that span the same space. `canonical_rotation` always makes the same
+choice, which depends on the weight alone. So another machine, another number of threads or another library for linear
+algebra (LAPACK) arrives at the same factors. `sketch` summarises factors in eight numbers, so that a later computation
+can be compared with an earlier one.
 """
 
 import math

@@ -6,7 +6,7 @@
 One file is the adapter, so that the moment at which it is renamed is the moment at which the adapter changes. Nobody
 can see a config with the tensors of another save: neither after crashes, nor beside another writer.
 
-Loading is strict and pickle-free. A config has exactly the known fields, its shapes are used only after they were
+Loading is strict, and reads no pickle. A config has exactly the known fields, its shapes are used only after they were
 checked against the base, and every tensor's name, shape and dtype is compared before its bytes are read.
 """
 

@@ -81,3 +81,11 @@ class HuggingFaceDocstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = rewrite(obj.docstring.value)
+
+    def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Leave out a constructor with `*args` and `**kwargs` alone. Then the page shows that of the base class."""
+        constructor = cls.members.get("__init__")
+        if isinstance(constructor, griffe.Function):
+            names = [parameter.name for parameter in constructor.parameters]
+            if names == ["self", "args", "kwargs"] and constructor.docstring is None:
+                del cls.members["__init__"]

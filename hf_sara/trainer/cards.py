@@ -68,6 +68,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
     """
     A mixin that makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
     MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
+    Its default learning rate is far too small here, and a training warns of it once: see [`SaraTrainer`].
 
     Args:
         sara_args ([`SaraArguments`], *optional*):
