@@ -25,8 +25,11 @@ from .repos import NETWORK_ERRORS
 # hostile configuration beyond them would keep the computer busy for hours, or fill its memory.
 MAX_CONFIG_BYTES = 32 * 2**20
 MOST_MODULES = 2**19
-MOST_BY_KEY = {re.compile("layer|expert|block|depth|stage"): 4096, re.compile("label"): 10**6}
-SIZE_KEY = re.compile(r"(^|_)(size|dim|width|length|capacity|ids?)(_|$)")
+MOST_BY_KEY = {
+    # Numbers of parts, as num_hidden_layers, n_layer, encoder_layers and n_routed_experts.
+    re.compile(r"(?!.*_per_)((n|num)_.*|(.*_)?)(layers?|experts?|blocks?|stages?|depth)"): 4096,
+    re.compile(r"(?!.*_ids?$).*labels?"): 10**6,
+}
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def check_config(name_or_folder: str | os.PathLike, **access: Any) -> None:
 
 def _most(key: str) -> int:
     """The largest number that a field of a configuration may have."""
-    limits = [most for pattern, most in MOST_BY_KEY.items() if pattern.search(key) and not SIZE_KEY.search(key)]
+    limits = [most for pattern, most in MOST_BY_KEY.items() if pattern.fullmatch(key)]
     return min(limits, default=LARGEST_NUMBER)
 
 
