@@ -143,9 +143,10 @@ class AdapterSpec:
         Raises:
             `ImportError`: If matplotlib is not installed.
         """
-        figure = new_figure(8, 3.5, dpi=110)
-        axes = figure.subplots()
         kinds = sites_by_kind(self.sites)
+        # The legend has a line for each kind.
+        figure = new_figure(8, max(3.5, 0.3 + 0.2 * len(kinds)), dpi=110)
+        axes = figure.subplots()
         for kind, sites in kinds.items():
             axes.plot([site.layer or 0 for site in sites], [site.k for site in sites], marker="o", ms=3, label=kind)
         axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {self.threshold:.4g}")

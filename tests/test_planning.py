@@ -156,6 +156,11 @@ def test_the_ranks_of_a_plan_are_drawn(tmp_path):
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     ranks = {kind: [site.k for site in found.sites if site.name.endswith(kind)] for kind in ("q_proj", "v_proj")}
     assert drawn == {kind: ([0, 1, 2], k) for kind, k in ranks.items()}
+    check(plan(make_model("t5"), sara_arguments(target_modules=["all-linear"])).plot())
+    many = [
+        PlannedSite(f"h.{kind // 40}.m{kind % 40}", f"h.{kind // 40}.m{kind % 40}", (2, 2), k=1) for kind in range(80)
+    ]
+    check(AdapterSpec(sara_arguments(), 0.5, many, []).plot())
     found.plot(tmp_path / "ranks.svg")
     assert {path.name for path in tmp_path.iterdir()} == {"ranks.png", "ranks.svg"}
 
