@@ -160,7 +160,8 @@ class SaraAdapter(AttachedUpdates):
     def save_pretrained(self, folder: str | PathLike) -> None:
         """
         Write the adapter's files, without pickle. A crash leaves either the old adapter or the new one, never a mix.
-        Updates that were never used in a training are marked, and add nothing when the adapter is loaded.
+        A model card in the folder is written anew, since it is that of an earlier adapter. Updates that were never
+        used in a training are marked, and add nothing when the adapter is loaded.
 
         Args:
             folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
@@ -172,6 +173,9 @@ class SaraAdapter(AttachedUpdates):
         self.refuse_others()
         untrained = self.untrained_sites()
         storage.write(folder, self.manifest(untrained), self.state_dict(), self.saved_factors())
+        if model_card.has_generated_card(folder):
+            # It is that of the adapter that was here before.
+            self.write_card(folder)
         self.warn_of_idle(untrained)
 
     def write_card(self, folder: str | PathLike, *, tags: str | Sequence[str] = (), **card: Any) -> None:

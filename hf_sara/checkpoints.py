@@ -71,6 +71,15 @@ def _record(file: IO[bytes]) -> dict[str, int]:
     return {"bytes": size, "crc32": digest}
 
 
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a list of its files, and each of them is what was written."""
+    try:
+        _compare(Path(folder))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def why_incomplete(folder: str | os.PathLike) -> str | None:
     """
     Why a training cannot go on from a checkpoint as if it had not been interrupted.

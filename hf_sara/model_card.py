@@ -20,7 +20,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from .arguments import SaraArguments
 from .card_metadata import accepted, is_repo
-from .card_text import cells, decode, duration, fenced, inline, join_card, listed, number
+from .card_text import BEGIN, cells, decode, duration, fenced, inline, join_card, listed, number
 from .figures import finish, new_figure
 from .files import write_file
 from .manifest import Manifest
@@ -90,6 +90,12 @@ class Sample:
 
     prompt: str
     output: str
+
+
+def has_generated_card(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a card with a generated part, which describes one adapter and no other."""
+    path = Path(folder, CARD_FILE)
+    return path.is_file() and BEGIN in decode(path.read_bytes())
 
 
 def write_card(

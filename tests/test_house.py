@@ -69,7 +69,15 @@ FLOORS = (
         "adapter",
         "export",
     ),
-    *("plain_model", "merge_files", "sharing", "analysis", "trainer.streaming", "trainer.resuming"),
+    *(
+        "plain_model",
+        "merge_files",
+        "sharing",
+        "analysis",
+        "trainer.streaming",
+        "trainer.interrupts",
+        "trainer.resuming",
+    ),
     *(
         "trainer.frozen_base",
         "trainer.searching",

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints import RUNNING_LOSS_FILE, complete, last_complete_checkpoint, refuse_incomplete
 from ..files import naming, write_file
+from .interrupts import Interrupt
 from .streaming import DataPlaceMixin
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ExactResumeMixin(DataPlaceMixin):
         self._sara_resumed_loss: dict[str, Any] | None = None
         self._sara_started: float | None = None
         self._sara_seconds = 0.0
+        self._sara_interrupt = Interrupt()
         super().__init__(*args, **kwargs)
         self.add_callback(_Events(self))
 
@@ -58,7 +60,12 @@ class ExactResumeMixin(DataPlaceMixin):
         """
         Train as Trainer does. `resume_from_checkpoint=True` takes the last *complete* checkpoint. One that a crash cut
         off, or that was damaged later, is passed over with a warning that names the file. If its path is given, it is
-        refused.
+        refused. The first Ctrl-C ends the training after the current step, with a checkpoint.
+
+        Raises:
+            `ValueError`: If there is no complete checkpoint to resume from.
+            [`~hf_sara.trainer.interrupts.TrainingInterrupted`]: After Ctrl-C, a `KeyboardInterrupt` that says how to
+                go on.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(output_dir_of(self))
@@ -73,9 +80,12 @@ class ExactResumeMixin(DataPlaceMixin):
             self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
         self._sara_saved_place = (self._sara_resumed_loss or {}).get("data")
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._sara_interrupt.watched(self):
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._sara_seconds, self._sara_started = self.training_seconds, None
+        self._sara_interrupt.report(self, output_dir_of(self))
+        return result
 
     @property
     def training_seconds(self) -> float:
@@ -172,6 +182,7 @@ class ExactResumeMixin(DataPlaceMixin):
             # because the sum of the losses is that of the whole run.
             self._initial_global_step = 0
             start_time -= self._sara_seconds
+            logger.warning("train_runtime and the speeds are those of the whole training, and not of this call alone.")
             self._sara_resumed_loss = None
         return super()._finalize_training(trial, num_train_samples, start_time)
 
@@ -208,6 +219,9 @@ class _Events(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._on_train_begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._sara_interrupt.after_step(self.trainer, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._on_epoch_end()

