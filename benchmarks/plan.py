@@ -23,6 +23,7 @@ from _common import interleave, keep_memory, table
 from spectrum import make_matrix
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hf_sara
 from hf_sara import SaraArguments
 from hf_sara.arguments import parse_layers
 from hf_sara.base_model import BaseWeights
@@ -98,7 +99,7 @@ def main() -> None:
         by_svd = []
 
         def plan() -> None:
-            checkpoint.plan(SaraArguments(threshold=options.threshold, layers=str(next(turns["plan"]))))
+            hf_sara.plan(folder, SaraArguments(threshold=options.threshold, layers=str(next(turns["plan"]))))
 
         def svd() -> None:
             for site in find_sites(checkpoint.model, SaraArguments(layers=str(next(turns["svd"])))):

@@ -138,7 +138,7 @@ class SaraAdapter(AttachedUpdates):
         return Plan(self.args, self.threshold, self.sites, self.parts, count_base(self.model))
 
     def summary(self) -> str:
-        """A table of the sites with their shapes, ranks and parameters, and one line that sums them up."""
+        """A text for people, see [`Plan.table`]: one line that sums the adapter up, its ranks, and its parameters."""
         return self.plan().table()
 
     def __repr__(self) -> str:

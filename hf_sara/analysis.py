@@ -1,8 +1,4 @@
-"""Ranks and routers over the layers of a model: the data, and the figures that the paper draws of them.
-
-Figures are matplotlib's `Figure` objects. They are made without pyplot, so that no window system and no global state
-is touched.
-"""
+"""Ranks and routers over the layers of a model: the data, and the figures that the paper draws of them."""
 
 import math
 import os
@@ -19,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapter import SaraAdapter
 from .arguments import SaraArguments, parse_layers
-from .base_model import BaseWeights
+from .base_model import open_model
 from .carrier import unwrap
+from .figures import finish, new_panels
 from .parallel import for_each
+from .planning import Plan, plan
 from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum
 from .targets import find_sites
@@ -37,7 +35,7 @@ STEPS = (1, 2, 5, 10)
 
 
 def _rows(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
-    """`sites_by_kind` for sites that are compared by layers, so that each of them has to be in a layer."""
+    """`sites_by_kind` of sites to compare by layers, which have to be in one."""
     outside = [site.name for site in sites if site.layer is None]
     if outside:
         raise ValueError(f"{outside[0]} is in no numbered layer. Leave it out of target_modules to compare layers.")
@@ -84,8 +82,8 @@ class RankCurves:
 
 
 def rank_curves(
-    model: nn.Module | str | os.PathLike,
-    thresholds: Sequence[float],
+    model: nn.Module | str | os.PathLike | Plan,
+    thresholds: Sequence[float] | None = None,
     args: SaraArguments | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -94,12 +92,15 @@ def rank_curves(
     Find the rank k of every site at each of several thresholds. These are the data of the paper's Figures 2 and 8.
 
     Args:
-        model ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`): A model with its weights loaded, or the
-            folder or Hub id of a model in safetensors files, from which one matrix at a time is read.
-        thresholds (`Sequence[float]`): Thresholds with 0 < threshold <= 1. Each matrix is factorised once for all of
-            them, and its singular values are kept in the cache.
-        args ([`SaraArguments`], *optional*): Only `target_modules`, `exclude_modules` and `layers` are read. Defaults
-            to the query and value projections of all layers.
+        model ([`~transformers.PreTrainedModel`], `str`, `os.PathLike` or [`Plan`]): A model with its weights loaded,
+            or the folder or Hub id of a model in safetensors files, from which one matrix at a time is read. A plan
+            has its ranks already, at its own threshold, so nothing else is given with it.
+        thresholds (`Sequence[float]`, *optional*): Thresholds with 0 < threshold <= 1. Each matrix is factorised once
+            for all of them, and its singular values are kept in the cache. If they are left out, the threshold is that
+            of `args`, whose `parameter_budget` is solved.
+        args ([`SaraArguments`], *optional*): `target_modules`, `exclude_modules` and `layers` choose the sites. They
+            default to the query and value projections of all layers. A `threshold` is read only if `thresholds` is
+            left out.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         token (`str`, *optional*): Access token for private repositories.
 
@@ -108,21 +109,34 @@ def rank_curves(
 
     Raises:
         `FileNotFoundError`: If there is no such folder or repository, or it has no safetensors files.
-        `ValueError`: For thresholds out of range, sites that do not exist or are in no layer, and weights without a
-            rank.
+        `ValueError`: For thresholds out of range or beside a budget or a plan, sites that do not exist or are in no
+            layer, and weights without a rank.
     """
-    thresholds = [float(threshold) for threshold in thresholds]
+    if isinstance(model, Plan):
+        if thresholds is not None or args is not None:
+            raise ValueError(
+                f"A plan has ranks at its own threshold {model.threshold:.6g} only, so thresholds and args cannot be "
+                "given with it. Give the model in place of the plan."
+            )
+        return _curves([model.threshold], _rows(model.sites), {site: [site.k] for site in model.sites})
+    model = unwrap(model) if isinstance(model, nn.Module) else model
+    if thresholds is None and args is not None:
+        return rank_curves(plan(model, args, revision, token))
+    thresholds = [] if thresholds is None else [float(threshold) for threshold in thresholds]
     if not thresholds:
-        raise ValueError("thresholds is empty. Give at least one, such as [0.1, 0.5, 0.9].")
+        raise ValueError(
+            "thresholds is empty. Give at least one, such as [0.1, 0.5, 0.9], or args without thresholds."
+        )
     for threshold in thresholds:
         check_threshold(threshold)
     args = args or SaraArguments()
-    if isinstance(model, (str, os.PathLike)):
-        weights = BaseWeights(os.fspath(model), revision=revision, token=token)
-        sites, weight_of = find_sites(weights.model, args), weights.weight
-    else:
-        base = unwrap(model)
-        sites, weight_of = find_sites(base, args), lambda site: site.weight(base)
+    if args.parameter_budget is not None:
+        raise ValueError(
+            f"thresholds={thresholds} and parameter_budget={args.parameter_budget!r} exclude each other: the budget "
+            "solves the threshold. Give one of them."
+        )
+    base, weight_of = open_model(model, revision, token)
+    sites = find_sites(base, args)
     kinds = _rows(sites)
 
     def ranks(site: Site) -> list[int]:
@@ -130,11 +144,16 @@ def rank_curves(
         spectrum = find_spectrum(weight_of(site), site.name, thresholds=thresholds)
         return [spectrum.count(threshold) for threshold in thresholds]
 
-    found = dict(zip(sites, for_each(ranks, sites, "Singular values"), strict=True))
+    return _curves(thresholds, kinds, dict(zip(sites, for_each(ranks, sites, "Singular values"), strict=True)))
+
+
+def _curves(
+    thresholds: list[float], kinds: Mapping[str, Sequence[AnySite]], ranks: Mapping[AnySite, list[int]]
+) -> RankCurves:
     return RankCurves(
         thresholds,
         {kind: _layers(row) for kind, row in kinds.items()},
-        {kind: np.array([found[site] for site in row]).T for kind, row in kinds.items()},
+        {kind: np.array([ranks[site] for site in row]).T for kind, row in kinds.items()},
     )
 
 
@@ -323,7 +342,7 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    figure, panels = _panels(list(curves.ranks), width=4.6, height=4.2)
+    figure, panels = new_panels(list(curves.ranks), width=4.6, height=4.2)
     from matplotlib import colormaps
 
     # Thresholds have an order, so their colours have one too. The map's lightest colours are left out, because they
@@ -340,7 +359,7 @@ def plot_rank_curves(curves: RankCurves, path: str | os.PathLike | None = None, 
     # The legend lists the lines from the top down, as they lie in the panels.
     labels = [f"{curves.thresholds[row]:g}" for row in order]
     figure.legend(lines[::-1], labels[::-1], title="threshold", loc="outside center right")  # type: ignore[call-overload]  # matplotlib lacks "outside"
-    return _finish(figure, path, title)
+    return finish(figure, path, title)
 
 
 def plot_routing(
@@ -367,7 +386,7 @@ def plot_routing(
         `ImportError`: If matplotlib is not installed.
     """
     longest = max(len(layers) for layers in routing.layers.values())
-    figure, panels = _panels(list(routing.gates), width=3.4, height=2.2 + 0.13 * longest)
+    figure, panels = new_panels(list(routing.gates), width=3.4, height=2.2 + 0.13 * longest)
     highest = routing.highest if highest is None else highest
     for kind, axes in panels.items():
         layers, gates = routing.layers[kind], routing.gates[kind]
@@ -377,7 +396,7 @@ def plot_routing(
         axes.set_xticks(range(gates.shape[1]))
         axes.set(title=kind, xlabel="head", ylabel="layer")
     figure.colorbar(image, ax=list(panels.values()), label="gate, mean over tokens")
-    return _finish(figure, path, title)
+    return finish(figure, path, title)
 
 
 def plot_correlation(
@@ -398,7 +417,7 @@ def plot_correlation(
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    figure, panels = _panels([""], width=6.4, height=4.2)
+    figure, panels = new_panels([""], width=6.4, height=4.2)
     axes = panels[""]
     axes.plot(correlation.ranks, correlation.scores, "o")
     points = sorted(zip(correlation.ranks, correlation.scores, correlation.groups, strict=True))
@@ -413,7 +432,7 @@ def plot_correlation(
     axes.set(title=found, xlabel="mean rank k", ylabel=ylabel)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.3)
-    return _finish(figure, path, title)
+    return finish(figure, path, title)
 
 
 def _rank_axes(axes: "Axes") -> None:
@@ -424,23 +443,3 @@ def _rank_axes(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=STEPS, prune="lower"))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-
-
-def _panels(kinds: list[str], width: float, height: float) -> "tuple[Figure, dict[str, Axes]]":
-    """A figure with a panel per kind, two of them side by side. Width and height of a panel are in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib. Install it with: pip install 'hf_sara[plot]'") from error
-    columns, rows = min(2, len(kinds)), math.ceil(len(kinds) / 2)
-    figure = Figure(figsize=(1.0 + width * columns, height * rows), dpi=120, layout="constrained")
-    panels = [figure.add_subplot(rows, columns, index + 1) for index in range(len(kinds))]
-    return figure, dict(zip(kinds, panels, strict=True))
-
-
-def _finish(figure: "Figure", path: str | os.PathLike | None, title: str | None) -> "Figure":
-    if title is not None:
-        figure.suptitle(title)
-    if path is not None:
-        figure.savefig(path)
-    return figure

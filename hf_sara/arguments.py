@@ -227,9 +227,10 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
         return float(share.group(1)) / 100.0, None
     if re.fullmatch(r"\d+", text) and int(text) > 0:
         return None, int(text)
+    asked = f" Was '{text}%' meant?" if re.fullmatch(r"\d*\.\d+", text) and float(text) > 0.0 else ""
     raise ValueError(
         f"parameter_budget={reprlib.repr(budget)} is neither a count of parameters such as 200000 nor a share "
-        "of the model such as '0.1%'."
+        f"of the model such as '0.1%'.{asked}"
     )
 
 

@@ -27,10 +27,8 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .arguments import SaraArguments
 from .base_files import base_config, loading, parse_object
 from .parts import input_embedding
-from .planning import Plan, plan_with
 from .records import check_fields
 from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name
 from .sites import Site
@@ -300,10 +298,6 @@ class BaseWeights:
             raise FileNotFoundError(f"The model {name_or_folder!r} cannot be read: {error}") from error
         self._by_name = {names[key]: entry for key, entry in entries if key in names}
 
-    def plan(self, args: SaraArguments) -> Plan:
-        """Plan an adapter as [`~hf_sara.plan`] does for the loaded model."""
-        return plan_with(self.model, args, self.weight)
-
     def weight(self, site: Site) -> torch.Tensor:
         """The weight W of a site, of shape (d_in, d_out)."""
         module = site.linear(self.model)
@@ -349,3 +343,16 @@ class BaseWeights:
             # Only the bytes that are asked for are transferred, by range requests without read-ahead.
             with self._files.open(f"{self._remote}/{name}", "rb", cache_type="none") as file:
                 yield file
+
+
+def open_model(
+    model: nn.Module | str | os.PathLike, revision: str | None = None, token: str | None = None
+) -> tuple[nn.Module, Callable[[Site], torch.Tensor]]:
+    """
+    A model, and a function that returns the weight of a site, of shape (d_in, d_out). A folder or a Hub id gives the
+    modules without values, and each weight is read when it is asked for, see [`BaseWeights`].
+    """
+    if isinstance(model, nn.Module):
+        return model, lambda site: site.weight(model)
+    weights = BaseWeights(os.fspath(model), revision=revision, token=token)
+    return weights.model, weights.weight

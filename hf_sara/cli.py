@@ -5,34 +5,42 @@ Modules that take long to import are imported inside of the commands, so that `-
 
 import json
 import os
-from contextlib import contextmanager
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
+
 # The longest text of a model whose configuration names no limit.
 MOST_TOKENS = 32_768
+# Arguments of the library, and the parameters of the commands that have other names.
+OTHER_NAMES = {"base_model": "base", "parameter_budget": "budget"}
 
 
-@contextmanager
-def _errors():
+class _Commands(TyperGroup):
     """
-    Print an error as one line on stderr, with exit code 1. An error that is none of those for people is a bug, and
-    with HF_SARA_TRACE=1 it is raised, so that its trace tells where it is.
+    The commands, with one treatment of their errors: also of those that printing a result brings about. An error is
+    one line on stderr, with exit code 1. An error that is none of those for people is a bug, and with HF_SARA_TRACE=1
+    it is raised, so that its trace tells where it is.
     """
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "exit_code") or isinstance(error, (typer.Abort, BrokenPipeError)):
-            # typer ends with its own errors, and with this one, without a trace.
-            raise
-        if isinstance(error, (ValueError, OSError, ImportError)):
-            _fail(str(error), error)
-        if os.environ.get("HF_SARA_TRACE") == "1":
-            raise
-        _fail(f"{type(error).__name__}: {error} (to see where, set the environment variable HF_SARA_TRACE=1)", error)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, (typer.Abort, BrokenPipeError)):
+                # typer ends with its own errors, and with this one, without a trace.
+                raise
+            if isinstance(error, (ValueError, OSError, ImportError)):
+                _fail(_with_options(str(error), self.commands.get(ctx.invoked_subcommand)), error)
+            if os.environ.get("HF_SARA_TRACE") == "1":
+                raise
+            text = f"{type(error).__name__}: {error} (to see where, set the environment variable HF_SARA_TRACE=1)"
+            _fail(text, error)
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
@@ -42,12 +50,17 @@ def _fail(message: str, error: Exception) -> NoReturn:
     raise typer.Exit(1) from error
 
 
-class _Commands(TyperGroup):
-    """The commands, with one treatment of their errors: also of those that printing a result brings about."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with _errors():
-            return super().invoke(ctx)
+def _with_options(message: str, command: Any) -> str:
+    """A message of the library, in which its arguments have the names of the command's options."""
+    params = {} if command is None else {param.name: param.opts[0] for param in command.params}
+    options = {name: option for name, option in params.items() if option.startswith("--")}
+    options |= {other: options[name] for other, name in OTHER_NAMES.items() if name in options}
+    # A single word is the name of an argument only where its value follows. A part of a path, or of a value, is none.
+    names = "|".join(name if "_" in name else f"{name}(?==)" for name in options)
+    if not names:
+        return message
+    pattern = rf"""(?<![\w/\\.'"-])({names})(?![\w/\\-]|\.\w)"""
+    return re.sub(pattern, lambda found: options[found[1]], message)
 
 
 app = typer.Typer(
@@ -58,22 +71,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-sara {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", show_default=False)]
+Names = Optional[list[str]]  # noqa: UP045
+Summary = Annotated[bool, typer.Option("--summary", help="Print only the line that sums it up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Base = Annotated[Optional[str], typer.Option(help="Folder or Hub id of the base; default: the recorded one.")]  # noqa: UP045
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit.")]  # noqa: UP045
-
-
-def _show(rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table: names on the left, numbers on the right."""
-    from .errors import one_line
-
-    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell, 200) for cell in row] for row in rows]
-    cells.insert(0, list(columns))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        typer.echo("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
 
 
 def _parts(spec: Any) -> list[dict[str, Any]]:
@@ -101,88 +120,117 @@ def plan(
     threshold: Annotated[Optional[float], typer.Option(help="Share of the singular values, in (0, 1].")] = None,  # noqa: UP045
     budget: Annotated[Optional[str], typer.Option(help="Solve the threshold: a count, or a share like 0.1%.")] = None,  # noqa: UP045
     num_heads: Annotated[int, typer.Option(help="Mo-SARA: vectors that the router mixes.")] = 5,
-    target_modules: Annotated[Optional[list[str]], typer.Option(help="Modules to adapt; may be repeated.")] = None,  # noqa: UP045
-    exclude_modules: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Linear modules to leave out; may be repeated."),
-    ] = None,
+    target_modules: Annotated[Names, typer.Option(help="Modules to adapt: names with commas, or all-linear.")] = None,
+    exclude_modules: Annotated[Names, typer.Option(help="Linear modules to leave out: names with commas.")] = None,
     layers: Annotated[Optional[str], typer.Option(help="Layers to adapt: 0-7,12.")] = None,  # noqa: UP045
     modules_to_save: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Modules to train in full; may be repeated. none: not even a new head."),
+        Names, typer.Option(help="Modules to train in full: names with commas. none: not even a new head.")
     ] = None,
     trainable_token_indices: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(help="Ids of tokens whose rows of the embedding train; may be repeated."),
+        Names, typer.Option(help="Ids of tokens whose rows of the embedding train, with commas.")
     ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Image file for a figure of the ranks.")] = None,  # noqa: UP045
+    summary: Summary = False,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the ranks and parameters per site, for a threshold or a budget. This reads one matrix at a time."""
+    """Print the ranks and parameters, for a threshold or a budget. This reads one matrix at a time."""
     from .arguments import SaraArguments
-    from .base_model import BaseWeights
+    from .planning import plan as plan_adapter
 
     args = SaraArguments(
         method=method,
         threshold=threshold,
         parameter_budget=budget,
         num_heads=num_heads,
-        target_modules=target_modules or None,
-        exclude_modules=exclude_modules or None,
+        target_modules=_listed(target_modules),
+        exclude_modules=_listed(exclude_modules),
         layers=layers,
-        modules_to_save=modules_to_save or None,
-        trainable_token_indices=trainable_token_indices or None,
+        modules_to_save=_listed(modules_to_save),
+        trainable_token_indices=_token_ids(trainable_token_indices),
     )
-    found = BaseWeights(model, revision=revision).plan(args)
-    rows = [(site.name, *site.shape, site.k, found.count(site)) for site in found.sites]
-    parts = _parts(found)
-    keys = ("site", "d_in", "d_out", "k", "trained")
-    if as_json:
-        _print_json(
-            {
-                "method": method,
-                "threshold": found.threshold,
-                "trained_parameters": found.trained_parameters,
-                "share": found.share,
-                "sites": [dict(zip(keys, row, strict=True)) for row in rows],
-                "parts": parts,
-            }
-        )
+    found = plan_adapter(model, args, revision=revision)
+    if plot is not None:
+        found.plot(plot)
+    if not as_json:
+        for line in [str(found)] if summary else found.table().splitlines():
+            _say(line)
         return
-    _show([*rows, *((part["name"], "", "", "", part["trained"]) for part in parts)], keys)
-    _say(str(found))
+    sites = [{**_site(site), "trained": found.count(site)} for site in found.sites]
+    facts = {
+        "method": method,
+        "threshold": found.threshold,
+        "trained_parameters": found.trained_parameters,
+        "share": found.share,
+        "limit": found.limit,
+    }
+    _print_json(facts if summary else {**facts, "sites": sites, "parts": _parts(found)})
+
+
+def _listed(values: list[str] | None) -> list[str] | None:
+    """The values of an option that may be repeated, and of which each may be several names with commas."""
+    from .patterns import PLAIN_NAME
+
+    found: list[str] = []
+    for value in values or ():
+        names = [name.strip() for name in value.split(",")]
+        # A regular expression may have a comma of its own.
+        found += names if all(map(PLAIN_NAME.fullmatch, names)) else [value]
+    return found or None
+
+
+def _token_ids(values: list[str] | None) -> list[int] | None:
+    try:
+        return [int(token) for value in values or () for token in value.split(",")] or None
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{reprlib.repr(values)} has to be ids of tokens, which are whole numbers, with commas: 5,17.",
+            param_hint="--trainable-token-indices",
+        ) from error
+
+
+def _site(site: Any) -> dict[str, Any]:
+    return {"site": site.name, "d_in": site.shape[0], "d_out": site.shape[1], "k": site.k}
 
 
 @app.command()
-def info(adapter: Adapter, revision: Revision = None, as_json: AsJson = False) -> None:
-    """Print what an adapter is: method, threshold, sites, base, versions, bytes."""
+def info(adapter: Adapter, summary: Summary = False, revision: Revision = None, as_json: AsJson = False) -> None:
+    """Print what an adapter is: method, ranks, base, dtype, versions, bytes, and how it was trained."""
     from . import hub, storage
+    from .publishing import TRAINING_ARGS_FILE, main_settings
 
-    folder = hub.fetch_adapter(adapter, revision=revision)
+    folder = hub.fetch_adapter(adapter, revision=revision, beside=(TRAINING_ARGS_FILE,))
     saved = storage.read(folder)
-    facts = {
+    facts: dict[str, Any] = {
         "method": saved.args.method,
         "threshold": saved.threshold,
+        "heads": saved.method.router_heads,
+        "dropout": saved.args.dropout,
+        "dtype": saved.dtype,
         "base": saved.base.to_json(),
         "arguments": saved.args.to_dict(),
         "versions": saved.versions,
+        "training": main_settings(folder),
         "trained_parameters": saved.trained_parameters,
         "bytes": storage.size_on_disk(folder),
     }
-    rows = [(site.name, *site.shape, site.k) for site in saved.sites]
     if as_json:
-        keys = ("site", "d_in", "d_out", "k")
-        sites = [dict(zip(keys, row, strict=True)) for row in rows]
-        _print_json({**facts, "sites": sites, "parts": _parts(saved)})
+        sites = {} if summary else {"sites": list(map(_site, saved.sites)), "parts": _parts(saved)}
+        _print_json({**facts, **sites})
         return
-    _show(rows, ("site", "d_in", "d_out", "k"))
-    for part in _parts(saved):
-        _say(f"{part['name']}: {part['how']}, {part['trained']:,} trained parameters")
+    first, *others = saved.table().splitlines()
+    _say(first)
+    if summary:
+        return
     base = saved.base.model_id or f"a {saved.base.class_name} that is not on the Hub"
-    _say(
-        f"{facts['method']} at threshold {saved.threshold:.6g} for {base}: {len(rows)} sites, "
-        f"{facts['trained_parameters']:,} trained parameters, {facts['bytes']:,} bytes"
-    )
+    _say(f"base: {base}, {saved.base.dtype}" + (f", revision {saved.base.revision}" if saved.base.revision else ""))
+    heads = "" if facts["heads"] is None else f"{facts['heads']:,} heads, "
+    _say(f"adapter: {heads}dropout {saved.args.dropout:g}, {saved.dtype}, {facts['bytes']:,} bytes")
+    for name in ("versions", "training"):
+        if facts[name]:
+            _say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts[name].items()))
+    for line in others:
+        _say(line)
 
 
 @app.command()
@@ -196,17 +244,16 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push an adapter's own files, and only those, in one commit."""
-    with _errors():
-        from .hub import push_folder
+    from .hub import push_folder
 
-        commit = push_folder(
-            folder,
-            repo_id,
-            commit_message=message,
-            private=private or None,
-            revision=revision,
-            create_pr=create_pr,
-        )
+    commit = push_folder(
+        folder,
+        repo_id,
+        commit_message=message,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+    )
     facts = {"url": commit.commit_url, "commit": commit.oid, "pull_request": commit.pr_url}
     _print_json(facts) if as_json else typer.echo(commit.pr_url or commit.commit_url)
 
@@ -219,26 +266,26 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download an adapter, check it, and print its folder."""
-    with _errors():
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
 
-        from . import hub, storage
-        from .files import naming, new_folder
+    from . import hub, storage
+    from .files import naming, new_folder
+    from .own_tokenizer import TOKENIZER_FILES
 
-        folder = hub.fetch_adapter(repo_id, revision=revision, tokenizer=True)
-        tensors = storage.read(folder).tensors
-        if to is not None:
-            if not Path(repo_id).is_dir():
-                # The folder's name is the commit, so that the card is that of this adapter.
-                snapshot_download(repo_id, revision=folder.name, allow_patterns=list(hub.UPLOAD_FILES))
-            # The card and the tokenizer of an adapter that is there are not those of the new one.
-            old = hub.UPLOAD_FILES if (to / storage.TENSORS_FILE).is_file() else storage.LEFT_OVERS
-            with new_folder(to, replaced=old) as new:
-                for name in hub.UPLOAD_FILES:
-                    if (folder / name).is_file():
-                        with naming(new / name):
-                            (new / name).write_bytes((folder / name).read_bytes())
-            folder = to
+    folder = hub.fetch_adapter(repo_id, revision=revision, beside=TOKENIZER_FILES)
+    tensors = storage.read(folder).tensors
+    if to is not None:
+        if not Path(repo_id).is_dir():
+            # The folder's name is the commit, so that the card is that of this adapter.
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=list(hub.UPLOAD_FILES))
+        # The card and the tokenizer of an adapter that is there are not those of the new one.
+        old = hub.UPLOAD_FILES if (to / storage.TENSORS_FILE).is_file() else storage.LEFT_OVERS
+        with new_folder(to, replaced=old) as new:
+            for name in hub.UPLOAD_FILES:
+                if (folder / name).is_file():
+                    with naming(new / name):
+                        (new / name).write_bytes((folder / name).read_bytes())
+        folder = to
     _print_json({"folder": str(folder), "tensors": len(tensors)}) if as_json else typer.echo(str(folder))
 
 
@@ -251,13 +298,13 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, file by file, and save a plain model."""
-    with _errors():
-        from . import hub, storage
-        from .merge_files import merge_shards
-        from .sharing import fetch_base
+    from . import hub, storage
+    from .merge_files import merge_shards
+    from .own_tokenizer import TOKENIZER_FILES
+    from .sharing import fetch_base
 
-        folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
-        merge_shards(fetch_base(storage.read(folder), base), folder, out)
+    folder = hub.fetch_adapter(adapter, revision=revision, beside=TOKENIZER_FILES)
+    merge_shards(fetch_base(storage.read(folder), base), folder, out)
     _print_json({"folder": str(out)}) if as_json else typer.echo(str(out))
 
 
@@ -267,14 +314,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for the LoRA.", show_default=False)],
     base: Base = None,
     max_rank: Annotated[Optional[int], typer.Option(help="Cut every rank to this, with the least error.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the LoRA in a folder that exists.")] = False,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Export an adapter to PEFT's LoRA format, for vLLM, PEFT and others."""
-    with _errors():
-        from .export import export_lora
+    from .export import export_lora
 
-        report = export_lora(_load(adapter, base, revision), out, max_rank=max_rank)
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(
+            f"The folder {out} is not empty. Give another folder, or --overwrite to replace the LoRA in it."
+        )
+    report = export_lora(_load(adapter, base, revision), out, max_rank=max_rank, base_model_name_or_path=base)
     facts = {"folder": str(out), "ranks": report.ranks, "errors": report.errors, "bytes": report.size}
     _print_json(facts) if as_json else typer.echo(f"{out}: {report}")
 
@@ -293,13 +344,13 @@ def generate(
     from .base_files import base_config, loading
     from .base_model import model_class
     from .errors import escaped
-    from .own_tokenizer import has_own_tokenizer, load_tokenizer
+    from .own_tokenizer import TOKENIZER_FILES, has_own_tokenizer, load_tokenizer
     from .sharing import recorded_base
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}, and has to be at least 1.")
     # What can be wrong is found out before the weights are loaded, which takes long.
-    folder = hub.fetch_adapter(adapter, revision=revision, tokenizer=True)
+    folder = hub.fetch_adapter(adapter, revision=revision, beside=TOKENIZER_FILES)
     saved = storage.read(folder)
     kind = model_class(saved.base.class_name)
     if kind is not None and not kind.can_generate():

@@ -60,7 +60,7 @@ def fetch_adapter(
     token: str | bool | None = None,
     cache_dir: str | PathLike | None = None,
     local_files_only: bool = False,
-    tokenizer: bool = False,
+    beside: Sequence[str] = (),
 ) -> Path:
     """
     Find the folder of an adapter: the given one, or that of a Hub repository in the cache. Files that the cache lacks
@@ -73,7 +73,7 @@ def fetch_adapter(
             `hf auth login`.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of downloads; defaults to huggingface_hub's.
         local_files_only (`bool`, *optional*, defaults to `False`): Whether to use the cache only, and no network.
-        tokenizer (`bool`, *optional*, defaults to `False`): Whether to fetch the files of a tokenizer too.
+        beside (`Sequence[str]`, *optional*): Names of other files to fetch, where the repository has them.
 
     Returns:
         `Path`: A folder for [`~hf_sara.storage.read`].
@@ -94,7 +94,7 @@ def fetch_adapter(
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=[*storage.ADAPTER_FILES, *(TOKENIZER_FILES if tokenizer else ())],
+            allow_patterns=[*storage.ADAPTER_FILES, *beside],
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(

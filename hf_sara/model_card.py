@@ -21,13 +21,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from .arguments import SaraArguments
 from .card_metadata import accepted, is_repo
 from .card_text import BEGIN, cells, decode, duration, fenced, inline, join_card, listed, number
+from .figures import finish, new_figure
 from .files import write_file
 from .manifest import Manifest
 from .own_tokenizer import has_own_tokenizer
 from .parts import count
 from .publishing import published, published_log
 from .repos import hub_id
-from .sites import sites_by_kind
 from .storage import size_on_disk
 
 CARD_FILE = "README.md"
@@ -120,7 +120,7 @@ def write_card(
     folder = Path(folder)
     figures = []
     if importlib.util.find_spec("matplotlib") is not None:
-        plot_ranks(manifest, folder / RANKS_FILE)
+        manifest.plot(folder / RANKS_FILE)
         figures.append(RANKS_FILE)
         if training is not None and plot_loss(training.losses(), folder / LOSS_FILE):
             figures.append(LOSS_FILE)
@@ -212,7 +212,7 @@ def make_card(
     ranks = [site.k for site in manifest.sites]
     trained = manifest.trained_parameters
     log_columns, log_rows = _log_table(published_log(training.log) if training else [])
-    rank_columns, rank_rows = _rank_table(manifest)
+    rank_columns, rank_rows = manifest.rank_table()
     body = _render(
         title=inline(title),
         method_name=method.title,
@@ -237,7 +237,7 @@ def make_card(
         sample_output=fenced(sample.output) if sample else None,
         ranks_figure=RANKS_FILE if RANKS_FILE in figures else None,
         loss_figure=LOSS_FILE if LOSS_FILE in figures else None,
-        rank_columns=rank_columns,
+        rank_columns=list(map(inline, rank_columns)),
         rank_rows=rank_rows,
         training=training,
         datasets=[inline(name) for name in datasets],
@@ -337,50 +337,19 @@ def framework_versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def plot_ranks(manifest: Manifest, path: Path) -> None:
-    """Draw the rank of each site over the layers into a PNG file."""
-    figure, axes = _figure()
-    for kind, sites in sites_by_kind(manifest.sites).items():
-        axes.plot([site.layer or 0 for site in sites], [site.k for site in sites], marker="o", ms=3, label=kind)
-    axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {manifest.threshold:.4g}")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(path, metadata={"Software": None})
-
-
 def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
     """Draw the training loss over the steps into a PNG file; `False` if fewer than two points make no curve."""
     if len(losses) < 2:
         return False
-    figure, axes = _figure()
+    figure = new_figure(8, 3.5, dpi=110)
+    axes = figure.subplots()
     axes.plot(*zip(*losses, strict=True))
     axes.set(xlabel="step", ylabel="training loss", title="Training loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axis: Any = axes.xaxis
+    axis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Software": None})
+    finish(figure, path)
     return True
-
-
-def _figure() -> tuple[Any, Any]:
-    # The figure is made without pyplot, so that no window system and no global state is touched.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _rank_table(manifest: Manifest) -> tuple[list[str], list[list[Any]]]:
-    """The ranks, with a row per layer and a column per kind of site. Several sites may share a cell."""
-    kinds = sites_by_kind(manifest.sites)
-    layers = sorted({site.layer for site in manifest.sites}, key=lambda layer: (layer is None, layer))
-    rows = [
-        ["-" if layer is None else layer]
-        + [" ".join(str(site.k) for site in sites if site.layer == layer) for sites in kinds.values()]
-        for layer in layers
-    ]
-    return ["layer", *map(inline, kinds)], rows
 
 
 def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:

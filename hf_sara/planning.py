@@ -1,26 +1,39 @@
 """Ranks and parameter counts for a threshold, and the threshold for a budget of parameters."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .arguments import SaraArguments, allowed_parameters
+from .base_model import open_model
+from .errors import one_line
+from .figures import finish, new_figure
 from .methods import Measured, Method
 from .methods.base import Shapes
 from .parallel import for_each
 from .parts import Part, find_parts
 from .parts import count as count_part
 from .patterns import is_of_update
-from .sites import PlannedSite, Site
+from .sites import PlannedSite, Site, sites_by_kind
 from .spectrum import Spectrum, find_rank, find_spectrum
 from .targets import find_sites
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WeightOf = Callable[[Site], torch.Tensor]
 
 # A threshold that is found for a budget is a multiple of 1 / STEPS, so that the search is one over whole numbers.
 STEPS = 10**9
+# A table for people is not wider than this, so that terminals do not break its lines.
+WIDEST_TABLE = 119
+LONGEST_NAME = 60
+# The number of modules beside the sites that a summary names.
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,120 @@ class AdapterSpec:
             f"{site.name}.{name}": shape for site in self.sites for name, shape in of_site(site.shape, site.k).items()
         }
 
+    @property
+    def limit(self) -> str | None:
+        """Why no adapter of this kind can be merged or exported; `None` if it can."""
+        try:
+            self.method.refuse_merge()
+            self.method.refuse_export()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def rank_table(self) -> tuple[list[str], list[list[str]]]:
+        """The ranks, with a row per layer and a column per kind of site. Several sites may share a cell."""
+        kinds = sites_by_kind(self.sites)
+        cells: dict[int | None, dict[str, list[str]]] = {}
+        for kind, sites in kinds.items():
+            for site in sites:
+                cells.setdefault(site.layer, {}).setdefault(kind, []).append(str(site.k))
+        rows = [
+            ["-" if layer is None else str(layer), *(" ".join(cells[layer].get(kind, ())) for kind in kinds)]
+            for layer in sorted(cells, key=lambda layer: -1 if layer is None else layer)
+        ]
+        return ["layer", *kinds], rows
+
+    def table(self) -> str:
+        """
+        A text for people: one line that sums the adapter up, the ranks with a row per layer and a column per kind of
+        site, and the trained parameters of each kind.
+        """
+        lines = [str(self)] if self.limit is None else [str(self), one_line(self.limit)]
+        return "\n".join([*lines, *_text_of_ranks(*self.rank_table()), "", *self._totals()])
+
+    def _totals(self) -> list[str]:
+        rows = [["kind", "sites", "d_in x d_out", "k", "trained"]]
+        for kind, sites in sites_by_kind(self.sites).items():
+            shapes = sorted({site.shape for site in sites})
+            shape = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
+            total = sum(map(self.count, sites))
+            rows.append([kind, f"{len(sites):,}", shape, _range([site.k for site in sites]), f"{total:,}"])
+        rows += [[part.name, "", part.title, "", f"{count_part(part):,}"] for part in self.parts]
+        return text_table(rows)
+
+    def plot(self, path: str | os.PathLike | None = None) -> "Figure":
+        """
+        Draw the rank of each site over the layers, with a line per kind of site.
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): Image file to write; its ending gives the format.
+
+        Returns:
+            `matplotlib.figure.Figure`: The figure.
+
+        Raises:
+            `ImportError`: If matplotlib is not installed.
+        """
+        kinds = sites_by_kind(self.sites)
+        # The legend has a line for each kind.
+        figure = new_figure(8, max(3.5, 0.3 + 0.2 * len(kinds)), dpi=110)
+        axes = figure.subplots()
+        for kind, sites in kinds.items():
+            axes.plot([site.layer or 0 for site in sites], [site.k for site in sites], marker="o", ms=3, label=kind)
+        axes.set(xlabel="layer", ylabel="rank k", title=f"Ranks at threshold {self.threshold:.4g}")
+        axis: Any
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside right upper", fontsize="small")
+        return finish(figure, path)
+
+    def __str__(self) -> str:
+        ranks = [site.k for site in self.sites]
+        named = [f", {one_line(part.name, LONGEST_NAME)} ({part.title})" for part in self.parts]
+        more = f", and {len(named) - MOST_NAMED} other modules" if len(named) > MOST_NAMED else ""
+        return (
+            f"{self.args.method}: threshold {self.threshold:.6g}, {len(self.sites):,} sites, k {_range(ranks)} "
+            f"(mean {sum(ranks) / len(ranks):.1f}){''.join(named[:MOST_NAMED])}{more}, "
+            f"{self.trained_parameters:,} trained parameters"
+        )
+
+
+def _range(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _text_of_ranks(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of the table of ranks. Columns for which a line has no room stand in another table below."""
+    lines: list[str] = []
+    start = 1
+    while start < len(names):
+        stop, width = start, len(names[0])
+        while stop < len(names):
+            widest = max(len(row[stop]) for row in [names, *rows])
+            width += 2 + min(widest, LONGEST_NAME)
+            if width > WIDEST_TABLE and stop > start:
+                break
+            stop += 1
+        kept = [[row[0], *row[start:stop]] for row in rows if any(row[start:stop])]
+        lines += ["", *text_table([[names[0], *names[start:stop]], *kept])]
+        start = stop
+    return lines
+
+
+def text_table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table for people: names on the left, numbers on the right. Long names are shortened."""
+    cells = [[one_line(cell, LONGEST_NAME) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
 
 @dataclass(frozen=True)
 class Plan(AdapterSpec):
@@ -97,50 +224,40 @@ class Plan(AdapterSpec):
         """Trained parameters divided by base plus trained parameters, as in the paper's tables."""
         return self.trained_parameters / (self.base_parameters + self.trained_parameters)
 
-    def table(self) -> str:
-        """A table of the sites with their shapes, ranks and parameters, and one line that sums them up."""
-        width = max(len(row.name) for row in (*self.sites, *self.parts))
-        lines = [f"{'site':<{width}}  {'d_in':>6} {'d_out':>6} {'k':>5} {'trained':>10}"]
-        for site in self.sites:
-            d_in, d_out = site.shape
-            lines.append(f"{site.name:<{width}}  {d_in:>6} {d_out:>6} {site.k:>5} {self.count(site):>10,}")
-        lines += [f"{part.name:<{width}}  {part.title:>19} {count_part(part):>10,}" for part in self.parts]
-        return "\n".join([*lines, str(self)])
-
     def __str__(self) -> str:
-        ranks = [site.k for site in self.sites]
-        beside = "".join(f", {part.name} ({part.title})" for part in self.parts)
-        return (
-            f"{self.args.method}: threshold {self.threshold:.6g}, {len(self.sites)} sites, k {min(ranks)} to "
-            f"{max(ranks)} (mean {sum(ranks) / len(ranks):.1f}){beside}, "
-            f"{self.trained_parameters:,} trained parameters ({100 * self.share:.4g} % of the model)"
-        )
+        limit = "" if self.limit is None else "; it can be neither merged nor exported"
+        return f"{super().__str__()} ({100 * self.share:.4g} % of the model){limit}"
 
 
-def plan(model: nn.Module, args: SaraArguments) -> Plan:
+def plan(
+    model: nn.Module | str | os.PathLike,
+    args: SaraArguments,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Plan:
     """
     Plan an adapter without attaching it.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The base model, with its weights loaded.
+        model ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`): The base model with its weights loaded, or
+            the folder or Hub id of a model in safetensors files, from which one matrix at a time is read.
         args ([`SaraArguments`]): The arguments to plan for. A `parameter_budget` decides the threshold.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): Access token for private repositories.
 
     Returns:
         [`Plan`]: Sites with ranks, the threshold in force, and counts.
 
     Raises:
+        `FileNotFoundError`: If there is no such folder or repository, or it has no safetensors files.
         `ValueError`: For sites that do not exist, weights without a rank, and budgets too small even for k = 1.
     """
-    return plan_with(model, args, lambda site: site.weight(model))
-
-
-def plan_with(model: nn.Module, args: SaraArguments, weight_of: WeightOf) -> Plan:
-    """The plan of [`plan`] for a model whose weights may be elsewhere: `weight_of` returns a site's, (d_in, d_out)."""
-    sites, base = find_sites(model, args), count_base(model)
-    parts = find_parts(model, args, sites)
-    threshold = resolve_threshold(sites, parts, args, base, weight_of)
+    base, weight_of = open_model(model, revision, token)
+    sites, size = find_sites(base, args), count_base(base)
+    parts = find_parts(base, args, sites)
+    threshold = resolve_threshold(sites, parts, args, size, weight_of)
     ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
-    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), parts, base)
+    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), parts, size)
 
 
 def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Measured]]:

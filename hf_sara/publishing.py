@@ -12,16 +12,20 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from .records import read_json
 
 logger = logging.getLogger(__name__)
 
 # This readable file replaces training_args.bin, which is a pickle with the Hub token in clear text.
 TRAINING_ARGS_FILE = "training_args.json"
 LEFT_OUT = "fields_left_out"
+MOST_BYTES_OF_ARGUMENTS = 2**20
 
 # The fields of transformers' own training arguments that hold neither a path nor a secret. One that a later version
 # adds is left out until it stands here.
@@ -43,6 +47,11 @@ torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps t
 use_cpu use_liger_kernel warmup_ratio warmup_steps weight_decay
 """
 KNOWN_ARGUMENTS = frozenset(ARGUMENTS.split())
+# What people ask first of a training.
+MAIN_ARGUMENTS = """
+learning_rate lr_scheduler_type warmup_steps warmup_ratio max_steps num_train_epochs per_device_train_batch_size
+gradient_accumulation_steps weight_decay max_grad_norm optim seed
+"""
 # The fields of a trainer's state, which is needed to resume. Those of callbacks are treated apart.
 STATE = """
 best_global_step best_metric epoch eval_steps global_step is_hyper_param_search is_local_process_zero
@@ -136,6 +145,17 @@ def published_file(name: str, content: bytes) -> bytes | None:
     # Without the count, the file is of an earlier version, which wrote every field.
     found = _published(record, KNOWN_ARGUMENTS if left_out is None else record)
     return Published(found.values, found.left_out + (left_out if type(left_out) is int else 0)).to_json().encode()
+
+
+def main_settings(folder: Path) -> dict[str, Any]:
+    """The main settings in the training_args.json of a folder. There are none if the file is missing or damaged."""
+    try:
+        record = read_json(folder / TRAINING_ARGS_FILE, MOST_BYTES_OF_ARGUMENTS)
+    except (OSError, ValueError):
+        return {}
+    # max_steps is -1 where it does not count.
+    found = {name: record[name] for name in MAIN_ARGUMENTS.split() if record.get(name, -1) != -1}
+    return {name: value for name, value in found.items() if type(value) in (int, float, str)}
 
 
 def published_state(record: Mapping[str, Any]) -> dict[str, Any]:

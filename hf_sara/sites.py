@@ -5,7 +5,7 @@ A *site* is one weight matrix W of shape (d_in, d_out), so that y = x W + b. `nn
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -18,6 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from .layouts import OutputSlice, fused_slices
 from .linears import is_linear, linear_shape, read_weight
 from .patterns import is_of_update
+
+# A part of a module's name that is a number. Nothing has more than a billion layers.
+FIRST_NUMBER = re.compile(r"(^|\.)([0-9]{1,9})(?=\.|$)")
+# The name of a kind has at most so many parts, or it is a whole name.
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Site:
     @property
     def layer(self) -> int | None:
         """Index of the layer, which is the first number in the module's name; `None` if it has none."""
-        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+        found = FIRST_NUMBER.search(self.module)
+        return int(found[2]) if found else None
 
     def linear(self, model: nn.Module) -> nn.Linear:
         """The site's module: an `nn.Linear`, or another module that has a weight."""
@@ -139,12 +145,18 @@ def sites_by_kind(sites: Sequence[AnySite]) -> dict[str, list[AnySite]]:
     """
     kinds: dict[str, list[AnySite]] = defaultdict(list)
     for site in sorted(sites, key=lambda site: -1 if site.layer is None else site.layer):
-        kinds[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", site.name, count=1)].append(site)
-    return {_shortest_end(name, kinds, found[0]): found for name, found in kinds.items()}
+        kinds[FIRST_NUMBER.sub(r"\1*", site.name, count=1)].append(site)
+    known = Counter(end for name in kinds for end in _ends(name))
+    return {_shortest_end(name, known, found[0]): found for name, found in kinds.items()}
 
 
-def _shortest_end(name: str, others: Mapping[str, Any], site: Site) -> str:
-    parts = name.split(".")
+def _ends(name: str) -> list[str]:
+    """The ends of a name that begin after a dot, from the shortest to the name itself."""
+    last = name.rsplit(".", MOST_PARTS)[1:]
+    return [".".join(last[-count:]) for count in range(1, len(last) + 1)] + [name]
+
+
+def _shortest_end(name: str, known: Mapping[str, int], site: Site) -> str:
     # The name of a fused module's projection always includes the name of the module, as in target_modules.
-    ends = (".".join(parts[-count:]) for count in range(2 if site.label else 1, len(parts)))
-    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in others) == 1), name)
+    ends = _ends(name)[1:] if site.label else _ends(name)
+    return next((end for end in ends if known[end] == 1), name)

@@ -128,6 +128,29 @@ def test_sites_outside_of_the_layers_are_kinds_but_have_no_curve(family):
         rank_curves(make_model(), [0.5], sara_arguments(target_modules=["q_proj", "lm_head"]))
 
 
+def test_curves_of_a_plan_or_a_budget_have_its_ranks(tmp_path):
+    model = make_model(num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    args = sara_arguments(threshold=None, parameter_budget="900")
+    planned = plan(model, args)
+    expected = rank_curves(model, [planned.threshold]).to_dict()
+    assert planned.threshold not in (0.01, 1.0)
+    for found in (rank_curves(planned), rank_curves(model, args=args), rank_curves(tmp_path, args=args)):
+        assert found.to_dict() == expected
+    assert rank_curves(model, args=sara_arguments(threshold=0.4)).thresholds == [0.4]
+
+
+def test_no_threshold_plan_or_budget_is_ignored():
+    model, args = make_model(), sara_arguments(threshold=None, parameter_budget="900")
+    with pytest.raises(ValueError, match="parameter_budget='900' exclude each other"):
+        rank_curves(model, [0.5], args)
+    for others in ({"thresholds": [0.5]}, {"args": args}):
+        with pytest.raises(ValueError, match="Give the model in place of the plan"):
+            rank_curves(plan(model, args), **others)
+    with pytest.raises(ValueError, match="thresholds is empty"):
+        rank_curves(model)
+
+
 @pytest.mark.parametrize("thresholds", [[], [0.5, 0.0], [1.5]])
 def test_thresholds_that_make_no_sense_are_an_error(thresholds):
     with pytest.raises(ValueError, match="threshold"):

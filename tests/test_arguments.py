@@ -103,3 +103,12 @@ def test_the_parser_of_transformers_reads_them_beside_training_arguments(tmp_pat
     assert training.output_dir == str(tmp_path)
     # A percent sign in a help text breaks argparse unless it is doubled.
     assert "0.1%" in parser.format_help()
+
+
+@pytest.mark.parametrize(("budget", "asked"), [("0.3", "0.3"), (".05", ".05"), (0.001, "0.001"), ("1.5", "1.5")])
+def test_a_budget_without_a_percent_sign_is_asked_for(budget, asked):
+    with pytest.raises(ValueError, match=rf"Was '{asked}%' meant\?"):
+        SaraArguments(parameter_budget=budget)
+    for other in ("0.0", "x", "-0.3", "0.3.1"):
+        with pytest.raises(ValueError, match=r"'0\.1%'\.$"):
+            SaraArguments(parameter_budget=other)

@@ -18,7 +18,7 @@ from hf_sara.targets import find_sites
 def test_a_plan_from_the_files_is_that_of_the_loaded_model(family, method, shard, tmp_path):
     model = make_model(family)
     model.save_pretrained(tmp_path, max_shard_size=shard)
-    found, expected = BaseWeights(str(tmp_path)).plan(sara_arguments(method)), plan(model, sara_arguments(method))
+    found, expected = plan(str(tmp_path), sara_arguments(method)), plan(model, sara_arguments(method))
     assert found == expected
 
 
@@ -39,14 +39,14 @@ def test_a_checkpoint_of_the_base_model_alone_has_no_prefix(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     model.model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert BaseWeights(str(tmp_path)).plan(sara_arguments()).sites == plan(model, sara_arguments()).sites
+    assert plan(str(tmp_path), sara_arguments()).sites == plan(model, sara_arguments()).sites
 
 
 def test_a_budget_is_solved_too(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     args = sara_arguments(threshold=None, parameter_budget="400")
-    assert BaseWeights(str(tmp_path)).plan(args).threshold == plan(model, args).threshold
+    assert plan(str(tmp_path), args).threshold == plan(model, args).threshold
 
 
 def test_what_cannot_be_read_is_a_clear_error(tmp_path):
@@ -65,7 +65,7 @@ def test_what_cannot_be_read_is_a_clear_error(tmp_path):
             BaseWeights(str(tmp_path))
     weights.write_bytes(whole[:-2000])
     with pytest.raises(ValueError, match="damaged"):
-        BaseWeights(str(tmp_path)).plan(sara_arguments())
+        plan(str(tmp_path), sara_arguments())
     weights.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
@@ -123,8 +123,8 @@ def test_from_the_hub_only_headers_and_the_chosen_matrices_are_transferred(tmp_p
     model.save_pretrained(tmp_path / "base")
     expected = [site.k for site in plan(model, sara_arguments()).sites]
     code = (
-        "from hf_sara import SaraArguments\nfrom hf_sara.base_model import BaseWeights\n"
-        "sites = BaseWeights('someone/base').plan(SaraArguments(threshold=0.3)).sites\n"
+        "from hf_sara import SaraArguments, plan\n"
+        "sites = plan('someone/base', SaraArguments(threshold=0.3)).sites\n"
         "print('ranks', [site.k for site in sites])"
     )
     with HubServer(tokens={}) as server:

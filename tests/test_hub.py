@@ -162,6 +162,14 @@ def test_what_lies_in_a_folder_by_chance_stays_there(server, tmp_path):
     assert set(server.repo(REPO).files()) - {".gitattributes"} == {storage.CONFIG_FILE, storage.TENSORS_FILE}
 
 
+def test_info_of_an_adapter_on_the_hub_has_the_settings_of_its_training(server, tmp_path):
+    attach_trained(load_base(server)).save_pretrained(tmp_path)
+    (tmp_path / hub.TRAINING_ARGS_FILE).write_text('{"learning_rate": 0.02, "fields_left_out": 0}')
+    hub.push_folder(tmp_path, REPO)
+    result = CliRunner().invoke(app, ["info", REPO])
+    assert "training: learning_rate 0.02\n" in result.output, result.output
+
+
 def test_pull_copies_an_adapter_with_its_tokenizer_and_its_card(server, tmp_path, monkeypatch):
     model = load_base(server)
     folder = tmp_path / "adapter"

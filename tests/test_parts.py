@@ -347,7 +347,7 @@ def test_parts_count_in_plans_and_budgets():
     updates = sum(found.count(site) for site in found.sites)
     assert found.trained_parameters == updates + 24 * 3 + 3
     assert "classifier" in found.table()
-    assert "75" in found.table().splitlines()[-2]
+    assert "75" in found.table().splitlines()[-1]
     assert "classifier (trained in full)" in str(found)
     budget = plan(model, SaraArguments(parameter_budget="400"))
     assert 300 < budget.trained_parameters <= 400

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import make_model, sara_arguments
+from plotting import check
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
@@ -95,6 +96,73 @@ def test_a_weight_without_a_rank_is_an_error_that_names_the_site(method):
         SaraAdapter.attach(model, sara_arguments(method))
     assert not hasattr(model, "sara_adapter")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_plan_of_a_folder_is_that_of_the_model_in_it(method, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    args = sara_arguments(method)
+    assert plan(tmp_path, args) == plan(str(tmp_path), args) == plan(model, args)
+    with pytest.raises(FileNotFoundError, match="cannot be a Hub id"):
+        plan(tmp_path / "no" / "model", args)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
+def test_the_table_of_a_plan_has_a_summary_first_and_each_rank(family):
+    found = plan(make_model(family), sara_arguments(target_modules=["all-linear"], threshold=0.4))
+    lines = found.table().splitlines()
+    assert lines[0] == str(found)
+    assert max(map(len, lines[1:])) <= 119
+    columns, rows = found.rank_table()
+    ranks = [int(k) for row in rows for cell in row[1:] for k in cell.split()]
+    assert sorted(ranks) == sorted(site.k for site in found.sites)
+    # The totals of the kinds, the parts included, are the total of the plan.
+    start = next(number for number, line in enumerate(lines) if line.startswith("kind"))
+    totals = [int(line.split()[-1].replace(",", "")) for line in lines[start + 1 :]]
+    assert sum(totals) == found.trained_parameters
+    assert [line.split()[0] for line in lines[start + 1 :]] == columns[1:] + [part.name for part in found.parts]
+
+
+def test_a_site_outside_of_the_layers_has_a_row_of_its_own():
+    found = plan(make_model(), sara_arguments(target_modules=["q_proj", "lm_head"]))
+    columns, rows = found.rank_table()
+    assert columns == ["layer", "lm_head", "q_proj"]
+    assert [row[0] for row in rows] == ["-", "0", "1"]
+    assert rows[0][2] == ""
+    assert "-" in [line.split(" ")[0] for line in found.table().splitlines()]
+
+
+def test_many_modules_beside_the_sites_do_not_flood_the_summary():
+    found = plan(make_model(num_hidden_layers=6), sara_arguments(modules_to_save=[".*norm"]))
+    assert len(found.parts) == 13
+    assert ", and 8 other modules, " in str(found)
+
+
+def test_a_plan_says_what_cannot_be_merged_or_exported():
+    model = make_model()
+    mixed = plan(model, sara_arguments("mo_sara"))
+    assert "neither merged nor exported" in str(mixed)
+    assert "Only num_heads=1 can be merged or exported" in mixed.table().splitlines()[1]
+    for args in (sara_arguments(), sara_arguments("mo_sara", num_heads=1)):
+        assert plan(model, args).limit is None
+        assert "exported" not in plan(model, args).table()
+
+
+def test_the_ranks_of_a_plan_are_drawn(tmp_path):
+    found = plan(make_model(num_hidden_layers=3), sara_arguments())
+    figure = found.plot(tmp_path / "ranks.png")
+    check(figure)
+    (axes,) = figure.axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    ranks = {kind: [site.k for site in found.sites if site.name.endswith(kind)] for kind in ("q_proj", "v_proj")}
+    assert drawn == {kind: ([0, 1, 2], k) for kind, k in ranks.items()}
+    check(plan(make_model("t5"), sara_arguments(target_modules=["all-linear"])).plot())
+    many = [
+        PlannedSite(f"h.{kind // 40}.m{kind % 40}", f"h.{kind // 40}.m{kind % 40}", (2, 2), k=1) for kind in range(80)
+    ]
+    check(AdapterSpec(sara_arguments(), 0.5, many, []).plot())
+    found.plot(tmp_path / "ranks.svg")
+    assert {path.name for path in tmp_path.iterdir()} == {"ranks.png", "ranks.svg"}
 
 
 def test_shared_parameters_are_counted_once():

@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sara import SaraArguments
 from hf_sara.layouts import OutputSlice
-from hf_sara.sites import all_sites
+from hf_sara.sites import Site, all_sites, sites_by_kind
 from hf_sara.targets import find_sites
 
 # Sites per model and their shapes: q is (24, heads x head size), v has the heads that keys and values have.
@@ -217,3 +217,13 @@ def test_an_attached_adapter_offers_no_sites_of_its_own(method):
     before = all_sites(model)
     SaraAdapter.attach(model, sara_arguments(method))
     assert all_sites(model) == before
+
+
+def test_kinds_of_sites_with_names_that_no_model_has():
+    # An adapter's files may say any names: numbers of any length, digits that are no numbers, and many kinds.
+    names = [f"l.{'9' * 5000}.q", "l.².q", "a." * 10_000 + "b", *(f"x{number}" for number in range(10_000))]
+    sites = [Site(name, name, (2, 2)) for name in names]
+    assert {site.layer for site in sites} == {None}
+    found = sites_by_kind(sites)
+    assert [site for row in found.values() for site in row] == sites
+    assert found["x77"] == [sites[80]]

@@ -128,10 +128,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
                 "for a few hundred steps, and %g for thousands.",
                 *(method.title, rate, short, long),
             )
-        try:
-            method.refuse_export()
-        except ValueError as error:
-            logger.warning("This adapter will not be merged or exported later: %s", error)
+        limit = self.sara_adapter.spec.limit
+        if limit is not None:
+            logger.warning("This adapter will not be merged or exported later: %s", limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

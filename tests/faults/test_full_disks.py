@@ -198,7 +198,7 @@ def test_pull_to_a_full_disk(there, disk, tried):
 
 
 def test_export_to_a_full_disk(there, disk, tried):
-    options = ("--base", there / "base")
+    options = ("--base", there / "base", "--overwrite")
     fill(disk, "export", there / "exported", lambda out, _: command("export", there / "new", out, *options), tried)
 
 

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_card_text import BROKEN, WORD
 
-from hf_sara import SaraAdapter, hub, model_card, storage
+from hf_sara import SaraAdapter, hub, storage
 from hf_sara.card_text import decode
+from hf_sara.manifest import Manifest
 from hf_sara.tensor_files import tensors_digest
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,7 @@ home = commands.home
 @pytest.mark.parametrize("where", ["in the folder", "on the Hub"])
 def test_a_hostile_readme_stops_no_push_and_loses_no_text(server, where, tmp_path, monkeypatch, tried):
     # The plot is not what is tried here, and it would take most of the time.
-    monkeypatch.setattr(model_card, "plot_ranks", lambda manifest, path: path.write_bytes(b"an image"))
+    monkeypatch.setattr(Manifest, "plot", lambda self, path: path.write_bytes(b"an image"))
     adapters = []
     for method in METHODS:
         adapter = attach_trained(load_base(server), method)
