@@ -117,7 +117,10 @@ def _print_json(value: Any) -> None:
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.", show_default=False)],
     method: Annotated[str, typer.Option(help="sara or mo_sara.")] = "sara",
-    threshold: Annotated[Optional[float], typer.Option(help="Share of the singular values, in (0, 1].")] = None,  # noqa: UP045
+    threshold: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="In (0, 1]: 0.01 suits sara, and 0.5 mo_sara. Larger means larger ranks."),
+    ] = None,
     budget: Annotated[Optional[str], typer.Option(help="Solve the threshold: a count, or a share like 0.1%.")] = None,  # noqa: UP045
     num_heads: Annotated[int, typer.Option(help="Mo-SARA: vectors that the router mixes.")] = 5,
     target_modules: Annotated[Names, typer.Option(help="Modules to adapt: names with commas, or all-linear.")] = None,
