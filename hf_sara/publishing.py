@@ -66,9 +66,9 @@ KNOWN_CALLBACKS = ("TrainerControl", "EarlyStoppingCallback")
 ROOT = r"(?:file://|~[\w.-]*|\.{1,2}|\$\w+|\$\{\w+\}|%\w+%)?/|(?:[A-Za-z]:|~|\.{1,2}|%\w+%)[/\\]|\\\\"
 PATH = re.compile(rf"""(?<![\w./\\<~$%{{}}])(?:{ROOT})[^\s"'`,;)\]}}>|]+""")
 WHOLE_PATH = re.compile(rf"(?:{ROOT}).+", re.DOTALL)
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s]*)(\S*)")
-# A name and a password before a host.
-CREDENTIALS = re.compile(r"[^\s/@:]+:[^\s/@]+@(?=[\w.-])")
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^/?#\s]*)(\S*)")
+# A name and a password before a host. All lengths are bounded, so that a long text takes no long time.
+CREDENTIALS = re.compile(r"(?<![^\s/@:])[^\s/@:]{1,100}:[^\s/@]{1,100}@(?=[\w.-])")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What leaves the machine with an adapter holds no path of it and no secret."""
 
 import json
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_chosen_fields_are_published_but_no_path_and_no_password(caplog):
 def test_texts_lose_paths_and_passwords(text, expected):
     assert published_text(text) == expected
     assert published_text(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "piece", ["x", "a:", "a.", "a/", "~", "$a", "%a", "@", "a:a@", "http://", "://", "\\", "{", "../"]
+)
+def test_long_texts_take_no_long_time(piece):
+    start = time.process_time()
+    published_text(piece * 200_000)
+    assert time.process_time() - start < 2.0
 
 
 def test_a_relative_path_that_exists_is_a_path(tmp_path, monkeypatch):
