@@ -93,5 +93,9 @@ def test_the_state_of_the_mixins_cannot_be_taken_for_that_of_another_trainer():
                     ours.add(target.attr)
     source = inspect.getsource(inspect.getmodule(Trainer))
     theirs = {name for name in ours if f"self.{name}" in source}
-    # These two are of a sampler and of a callback.
-    assert {name for name in ours - theirs if not name.startswith(("sara_", "_sara_"))} == {"seed", "trainer"}
+    # These are of a sampler, of a callback and of an interrupt.
+    assert {name for name in ours - theirs if not name.startswith(("sara_", "_sara_"))} == {
+        "seed",
+        "trainer",
+        "pressed",
+    }

@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from .. import hub, storage
+from ..adapter import SaraAdapter
 from ..card_text import listed
 from ..checkpoints import RUNNING_LOSS_FILE
 from ..model_card import Sample, Training, pipeline_of
@@ -104,33 +105,15 @@ class SaraTrainerMixin(AdapterTrainerMixin):
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
-        self._say_once()
+        if not self._sara_has_said and self.is_world_process_zero():
+            self._sara_has_said = True
+            _advise(self.sara_adapter, self.optimizer, self.args.learning_rate)
         with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} pushes the state of the optimizer, which "
                 "FSDP and DeepSpeed keep in files of their own. hub_strategy='every_save' pushes the adapter."
             )
-
-    def _say_once(self) -> None:
-        """Say before the first training what would otherwise cost a person a whole run to find out."""
-        if self._sara_has_said or not self.is_world_process_zero():
-            return
-        self._sara_has_said = True
-        method = self.sara_adapter.args.resolved_method()
-        groups: Any = getattr(self.optimizer, "param_groups", ())
-        rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=self.args.learning_rate)
-        short, long = method.learning_rates
-        # An optimizer that finds its own rate has 0 here.
-        if 0.0 < rate < long / 2:
-            logger.warning(
-                "%s learns next to nothing at learning_rate=%g. The defaults of trainers are for whole models. Try %g "
-                "for a few hundred steps, and %g for thousands.",
-                *(method.title, rate, short, long),
-            )
-        limit = self.sara_adapter.spec.limit
-        if limit is not None:
-            logger.warning("This adapter will not be merged or exported later: %s", limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -325,6 +308,23 @@ class SaraTrainerMixin(AdapterTrainerMixin):
             )
             for metric, value in values.items()
         ]
+
+
+def _advise(adapter: SaraAdapter, optimizer: Any, default_rate: float) -> None:
+    """Say before a training what would otherwise cost a person a whole run to find out."""
+    method = adapter.args.resolved_method()
+    groups = getattr(optimizer, "param_groups", ())
+    rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=default_rate)
+    short, long = method.learning_rates
+    # An optimizer that finds its own rate has 0 here.
+    if 0.0 < rate < long / 2:
+        logger.warning(
+            "%s learns next to nothing at learning_rate=%g. The defaults of trainers are for whole models. Try %g for "
+            "a few hundred steps, and %g for thousands.",
+            *(method.title, rate, short, long),
+        )
+    if adapter.spec.limit is not None:
+        logger.warning("This adapter will not be merged or exported later: %s", adapter.spec.limit)
 
 
 def _warn_of_failure(job: Future) -> None:
