@@ -18,7 +18,7 @@ BODY = "# A title\n\nWhat the adapter is."
 FRESH = join_card(OURS, BODY, None)
 WORD = "Zebrafink"
 quick = settings(
-    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -404,7 +404,7 @@ plain = st.recursive(
 )
 
 
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=30)
 @given(st.dictionaries(words, plain, max_size=3))
 def test_valid_metadata_come_back_as_they_were(fields):
     fields = {key: value for key, value in fields.items() if card_metadata.accepted(key, value)}

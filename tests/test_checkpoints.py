@@ -67,7 +67,8 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = (missing, empty, cut_off, flipped, a_folder)
+# The damages that the quick tests try, and all others.
+DAMAGES = [missing, flipped, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (empty, cut_off, a_folder))]
 
 
 def test_a_checkpoint_lists_all_of_its_files(run):
@@ -114,7 +115,11 @@ def test_a_checkpoint_of_another_trainer_is_taken_as_it_is(folder):
     assert resumed.state.global_step == 7
 
 
-@pytest.mark.parametrize("damage", [missing, empty, cut_off, flipped], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage",
+    [cut_off, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (missing, empty, flipped))],
+    ids=lambda damage: damage.__name__,
+)
 @pytest.mark.parametrize("name", CHECKED)
 def test_a_checkpoint_of_an_earlier_version_is_checked_by_its_own_files(name, damage, folder):
     checkpoint = folder / "checkpoint-7"

@@ -21,7 +21,7 @@ from hf_sara.tensor_files import BUFFER_DTYPES
 
 VERSION = 2
 quick = settings(
-    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 names = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)

@@ -278,7 +278,8 @@ def run(home: Path, arguments, tmp_path: Path):
     return result
 
 
-@pytest.mark.parametrize("arguments", PLAN + LOAD, ids=label)
+# The others run with the slow tests of tests/faults.
+@pytest.mark.parametrize("arguments", (PLAN + LOAD)[::4], ids=label)
 def test_a_wrong_command_ends_with_one_line(home, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(home, arguments, tmp_path)
@@ -291,7 +292,7 @@ def test_a_wrong_command_ends_with_one_line(home, arguments, tmp_path, monkeypat
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", USAGE, ids=label)
+@pytest.mark.parametrize("arguments", USAGE[::4], ids=label)
 def test_a_wrong_usage_is_exit_code_2(home, arguments, tmp_path):
     assert run(home, arguments, tmp_path).exit_code == 2
 
