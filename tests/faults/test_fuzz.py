@@ -283,6 +283,7 @@ def test_a_thousand_fuzzed_adapters(adapters, tmp_path, tried):
     judge.report("a fuzzed adapter", tried)
 
 
+@pytest.mark.long
 def test_a_minute_of_fuzzing(adapters, tmp_path, tried):
     maker, judge = Maker(60, adapters, tmp_path / "adapter"), Judge(adapters, tmp_path / "adapter")
     end = time.monotonic() + SECONDS
