@@ -142,6 +142,8 @@ def test_the_answers_can_be_left_out(base, data, tmp_path):
     assert "- loss\n" in (tmp_path / "README.md").read_text()
 
 
+# The twin of E2E is among the quick tests.
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, monkeypatch):
     run = load("run_math").main
     whole = run(arguments("math", base, data, tmp_path / "whole"))

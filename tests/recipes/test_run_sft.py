@@ -120,6 +120,8 @@ def test_a_folder_has_the_splits_of_its_files(base, tmp_path):
     assert run(base, tmp_path / "data", tmp_path / "other", *more)["eval_records"] == 5
 
 
+# The twin of E2E is among the quick tests.
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_its_checkpoint_and_ends_the_same(base, tmp_path):
     data = write(tmp_path / "my.jsonl", FORMS["prompts"])
     whole = run(base, data, tmp_path / "whole")
