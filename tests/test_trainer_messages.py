@@ -193,7 +193,7 @@ def test_the_snippet_of_a_local_card_does_not_say_where_the_folder_lies(tmp_path
         trainer = make_trainer(folder, save_strategy="no", max_steps=1)
         trainer.save_model()
         card = Path(folder, CARD_FILE).read_text()
-        assert 'from_hub("path/to/one"' in card
+        assert 'from_hub("path/to/this/adapter"' in card
         assert "secret-place" not in card
 
 

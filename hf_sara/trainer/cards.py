@@ -267,13 +267,12 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         names, ids, tasks = facts.pop("names", []), facts.pop("ids", []), facts.pop("tasks", None)
         settings = non_default(self.args, self._sara_published)
         on_hub = self.args.push_to_hub or self.hub_model_id or self.args.hub_model_id
-        # Where the folder lies is nobody else's business.
-        place = f"path/to/{Path(folder).absolute().name}"
         facts.setdefault("results", self._last_evaluation(ids, names, tasks))
         facts.setdefault("title", self._hub_repo_id().rsplit("/", 1)[-1] if on_hub else Path(folder).absolute().name)
         self.sara_adapter.write_card(
             folder,
-            repo_id=self._hub_repo_id() if on_hub else place,
+            # Without a repository, the snippet does not say where the folder lies, which is nobody else's business.
+            repo_id=self._hub_repo_id() if on_hub else None,
             training=Training(
                 hyperparameters=settings.values,
                 left_out=settings.left_out,
