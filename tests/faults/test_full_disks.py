@@ -226,7 +226,9 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-def test_push_from_a_full_disk(there, disk, hub, tried, tmp_path):
+def test_push_from_a_full_disk(there, disk, hub, tried, tmp_path, monkeypatch):
+    # Each try has a repository of its own, whose name would be in the card.
+    monkeypatch.setattr("hf_sara.hub.loading_from", lambda card, repo_id: card)
     old = tmp_path / "old"
     shutil.copytree(there / "new", old)
     words = "".join(f"This is line {number}, which a person wrote on the Hub.\n" for number in range(2500)).encode()
