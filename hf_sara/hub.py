@@ -247,6 +247,8 @@ def push_files(
 
 def _with_own_tokenizer(files: Mapping[str, bytes]) -> bool:
     """Whether the tokenizer among an adapter's files is one of its own."""
+    if not any(name in files for name in TOKENIZER_FILES):
+        return False
     with tempfile.TemporaryDirectory(prefix="hf_sara-") as temporary:
         for name in (*storage.ADAPTER_FILES, *TOKENIZER_FILES):
             if name in files:
