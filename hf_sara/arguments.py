@@ -30,7 +30,7 @@ class SaraArguments:
 
     | learning rate | SARA | Mo-SARA |
     |---|---|---|
-    | a few hundred steps | start at 0.02; try 0.008 and 0.05 | start at 0.2; try 0.1 and 0.3 |
+    | up to a few hundred steps | start at 0.02; try 0.008 and 0.05 | start at 0.2; try 0.1 and 0.3 |
     | thousands of steps | 0.001 to 0.01 | 0.03 to 0.07 |
 
     Args:

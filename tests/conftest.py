@@ -1,7 +1,10 @@
 """Tiny random models of every family, and what the tests share. Nothing here touches a network."""
 
+import gc
+import itertools
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 # huggingface_hub reads this when it is imported, so it is set before anything imports it.
@@ -23,6 +26,40 @@ from hf_sara import SaraAdapter, SaraArguments, factors
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    variants = defaultdict(itertools.count)
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            (every,) = mark.args
+            index = next(variants[item.module, item.originalname])
+            # This goes through a table of two parameters diagonally, so that each value of both has its turn.
+            if (index + index // every) % every:
+                item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    _forget_what_stays()
+
+
+FINISHED = itertools.count(1)
+
+
+def pytest_runtest_logfinish():
+    if next(FINISHED) % 50 == 0:
+        _forget_what_stays()
+
+
+def _forget_what_stays():
+    """
+    Trainer collects garbage at the start of every training, which takes half a second where everything that was
+    imported is looked at again and again. So what is alive after collecting is hidden from the collector.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 VOCABULARY = 40
 # Weights as large as these let every layer matter to the output, unlike the 0.02 of real initialisations.

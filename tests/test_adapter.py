@@ -44,6 +44,7 @@ def hooks_of(model) -> int:
 # ---- the contract, on every family ----
 
 
+@pytest.mark.one_in(2)
 def test_the_model_stays_what_it_was_and_becomes_the_base_again(family, method):
     model = make_model(family)
     frozen = next(iter(model.parameters()))
@@ -76,6 +77,7 @@ def test_the_model_stays_what_it_was_and_becomes_the_base_again(family, method):
     assert not any(hasattr(module, "sara") for module in model.modules())
 
 
+@pytest.mark.one_in(2)
 def test_every_site_computes_base_plus_update_and_leaves_the_other_columns(family, method):
     # Inside the model, in float64: a site's output is x W + b plus the update of section 2, and nothing else is.
     model = make_model(family, dtype=torch.float64)
@@ -106,6 +108,7 @@ def test_every_site_computes_base_plus_update_and_leaves_the_other_columns(famil
         assert torch.equal(output[untouched], expected[untouched])
 
 
+@pytest.mark.one_in(2)
 def test_merged_equals_live_and_unmerging_restores_the_bits(family):
     for changes in ({"method": "sara"}, {"method": "mo_sara", "num_heads": 1}):
         model = make_model(family)
@@ -333,6 +336,7 @@ def test_tensors_of_another_adapter_are_refused():
 # ---- what else works on the model ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_is_independent_and_has_its_own_handle(family, method, way):
@@ -354,6 +358,7 @@ def test_a_copy_is_independent_and_has_its_own_handle(family, method, way):
     assert torch.equal(logits(model), live)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "t5", "bert"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_gradients(family, method, reentrant):
@@ -400,6 +405,7 @@ def test_torch_compile_without_graph_breaks_computes_the_same(family, method):
         assert torch.allclose(compiled(**inputs).logits, logits(model), atol=1e-4)
 
 
+@pytest.mark.one_in(2)
 def test_bfloat16_autocast_trains_float32_tensors(family, method):
     model = make_model(family)
     adapter = attach_trained(model, method)
@@ -449,6 +455,7 @@ def test_generate_takes_the_adapter_into_account(family, method):
     assert torch.equal(model.generate(**inputs, **options).sequences, base.sequences)
 
 
+@pytest.mark.one_in(2)
 def test_mo_sara_starts_at_the_base_and_sara_does_not(family):
     model = make_model(family)
     output = logits(model)

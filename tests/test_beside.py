@@ -66,6 +66,7 @@ def losses(trainer) -> list[dict[str, float]]:
     return [{name: row[name] for name in names} for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", ["text", "prompt and completion", "conversation"])
 def test_trl_trains_the_adapter_alone_on_every_form_of_data(trl, form, method, tmp_path):
     model = make_base()
@@ -97,6 +98,7 @@ def test_trl_trains_the_adapter_alone_on_every_form_of_data(trl, form, method, t
     assert not torch.equal(logits(make_base(), **token_ids()), logits(model, **token_ids()))
 
 
+@pytest.mark.one_in(2)
 def test_a_resumed_trl_run_equals_the_uninterrupted_one(trl, method, tmp_path):
     whole = make_sft_trainer(trl, tmp_path / "whole", method)
     whole.train()

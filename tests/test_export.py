@@ -106,6 +106,7 @@ def nothing_left(folder: Path) -> bool:
 # ---- to LoRA ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("way", ["peft", "load_adapter"])
 def test_peft_computes_what_the_adapter_does(family, way, tmp_path):
     for number, changes in enumerate(({}, ONE_HEAD)):
@@ -354,6 +355,7 @@ def test_exporting_needs_no_peft_and_importing_stays_light():
 # ---- merging in memory ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merging_in_memory_leaves_a_plain_model(family, dtype):
     model = make_model(family, dtype=dtype)
@@ -544,6 +546,7 @@ def test_a_folder_without_all_of_its_files_is_not_taken_for_a_model(tmp_path, mo
 # ---- merging file by file ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("changes", [{}, ONE_HEAD], ids=["sara", "mo_sara"])
 def test_files_merge_to_the_bits_of_a_merge_in_memory(family, changes, tmp_path):
     base = saved_base(tmp_path / "base", family)
@@ -559,6 +562,7 @@ def test_files_merge_to_the_bits_of_a_merge_in_memory(family, changes, tmp_path)
     assert same_bits(dict(model.state_dict()), expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("changes", ONE_MATRIX.values(), ids=ONE_MATRIX)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_files_merge_in_every_dtype_and_variant(dtype, changes, tmp_path):

@@ -81,6 +81,7 @@ def model(request):
     return model
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("place", "loads"),
     [*((place, False) for place in sorted(ATTACHING)), *((place, True) for place in sorted(LOADING))],

@@ -1286,6 +1286,7 @@ def test_the_undamaged_adapters_load(good, loaders, models):
             loaders["from_hub"](good / kind, None)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("case", "kind"), [pytest.param(case, kind, id=f"{kind}-{case.name}") for case in CASES for kind in case.kinds]
 )

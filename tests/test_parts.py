@@ -127,6 +127,7 @@ def train_task(adapter: SaraAdapter, name: str, steps: int = 3) -> None:
 # ---- heads ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_of_a_task_trains_and_comes_back(name, method, tmp_path):
     saved_base(name, tmp_path / "base")
@@ -576,6 +577,7 @@ def merge_in_two_ways(tmp_path):
     return found[1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [36, 42])
 @pytest.mark.parametrize("name", WITH_BIASES)
 def test_all_that_follows_the_vocabulary_follows_it_in_merged_files(name, size, tmp_path):

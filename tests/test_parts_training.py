@@ -214,6 +214,7 @@ def test_a_compiled_model_with_parts_computes_the_same(case):
         assert torch.cosine_similarity(tensor.grad.flatten(), gradients[name].flatten(), dim=0) > 0.999, name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("case", ["head", "tied rows"])
 def test_activation_checkpointing_trains_the_same_parts(case, reentrant, tmp_path):
@@ -251,6 +252,7 @@ def test_parts_train_in_float32_whatever_the_base_and_autocast_compute_in(case, 
             assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9, name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", ["head", "norm", "rows", "tied rows", "bf16 head and rows"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_model_takes_another_dtype_together_with_its_parts(case, dtype, tmp_path):
@@ -271,6 +273,7 @@ def test_a_model_takes_another_dtype_together_with_its_parts(case, dtype, tmp_pa
     assert torch.equal(logits(fresh.to(dtype), **inputs), after)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )

@@ -76,6 +76,7 @@ LN2 = pytest.approx(math.log(2), abs=1e-5)
 # ---- DPO ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("beside", list(BESIDE))
 def test_a_trained_adapter_is_its_own_reference(dpo, method, beside, base_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder)

@@ -125,6 +125,7 @@ def test_the_inner_model_is_loaded_alone(base, tmp_path):
         assert torch.equal(inner(**inputs)[0], model[0].auto_model.eval()(**inputs)[0])
 
 
+@pytest.mark.one_in(2)
 def test_a_resumed_run_equals_the_uninterrupted_one(method, base, tmp_path):
     whole = make_trainer(tmp_path / "run", build(base), method)
     whole.train()

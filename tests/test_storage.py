@@ -83,6 +83,7 @@ def edit(folder, change) -> None:
 # ---- round trips ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("factors", ["recompute", "save"])
 def test_a_trained_adapter_does_on_a_fresh_base_what_it_did(family, method, factors, tmp_path, other_cache):
     adapter, live = saved(tmp_path / "a", method, family, factors=factors)
@@ -393,6 +394,7 @@ WRITES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("when", ["writing", "before", "after"])
 @pytest.mark.parametrize("write", WRITES)
 def test_after_a_crash_the_folder_has_the_old_adapter_or_the_new_one(write, when, tmp_path):
@@ -467,6 +469,7 @@ def test_a_first_write_that_is_cut_off_leaves_the_adapter_or_none(method, tmp_pa
     assert found == [False, False, False, True, True, True]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("step", range(1, 6))
 @pytest.mark.parametrize("when", ["writing", "before", "after"])
 def test_after_a_crash_over_the_first_format_the_folder_has_the_old_adapter_or_the_new_one(when, step, tmp_path):

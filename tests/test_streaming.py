@@ -126,6 +126,7 @@ def test_a_run_that_is_resumed_in_any_epoch_equals_the_uninterrupted_one(step, w
     check_same_end(train(tmp_path, shuffled(), checkpoint(whole, step)), whole)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("data", "steps", "changes"),
     [

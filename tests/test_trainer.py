@@ -166,6 +166,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(steps, tmp_path):
     assert again.training_seconds >= seconds
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"lr_scheduler_type": "cosine"}]
 )
@@ -411,6 +412,7 @@ def test_a_classifier_trains_with_metrics(method, tmp_path):
     assert 0.0 <= trainer.evaluate()["eval_accuracy"] <= 1.0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_trains_the_same_adapter(family, reentrant, tmp_path):

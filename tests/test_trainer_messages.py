@@ -63,12 +63,21 @@ def test_an_adapter_that_cannot_be_merged_says_so_before_it_is_trained(heads, sa
 # ---- Ctrl-C ----
 
 
+@pytest.fixture
+def terminal():
+    """A process that a person can interrupt. A job in the background, as this test run may be, ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    sys.excepthook = sys.__excepthook__
+
+
 def interrupt_at(step: int) -> At:
     return At(step, lambda control: os.kill(os.getpid(), signal.SIGINT))
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_ctrl_c_ends_after_a_step_with_a_checkpoint_to_go_on_from(step, tmp_path):
+def test_ctrl_c_ends_after_a_step_with_a_checkpoint_to_go_on_from(step, tmp_path, terminal):
     whole = make_trainer(tmp_path / "whole")
     whole.train()
     trainer = make_trainer(tmp_path / "run")
@@ -79,7 +88,6 @@ def test_ctrl_c_ends_after_a_step_with_a_checkpoint_to_go_on_from(step, tmp_path
         trainer.train()
     assert isinstance(info.value, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    sys.excepthook = sys.__excepthook__
     assert last_complete_checkpoint(tmp_path / "run").endswith(f"checkpoint-{trainer.state.global_step}")
     resumed = make_trainer(tmp_path / "run")
     resumed.train(resume_from_checkpoint=True)
@@ -87,7 +95,7 @@ def test_ctrl_c_ends_after_a_step_with_a_checkpoint_to_go_on_from(step, tmp_path
     assert log_of(resumed) == log_of(whole)
 
 
-def test_the_second_ctrl_c_ends_at_once(tmp_path):
+def test_the_second_ctrl_c_ends_at_once(tmp_path, terminal):
     trainer = make_trainer(tmp_path)
 
     def twice(control):
@@ -101,12 +109,11 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_without_checkpoints_ctrl_c_says_so(tmp_path):
+def test_without_checkpoints_ctrl_c_says_so(tmp_path, terminal):
     trainer = make_trainer(tmp_path, save_strategy="no")
     trainer.add_callback(interrupt_at(3))
     with pytest.raises(TrainingInterrupted, match="No checkpoint was written"):
         trainer.train()
-    sys.excepthook = sys.__excepthook__
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -128,6 +135,7 @@ def test_a_script_that_is_interrupted_ends_with_one_line(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from training import At, make_trainer
 trainer = make_trainer({str(tmp_path)!r})
 trainer.add_callback(At(3, lambda control: os.kill(os.getpid(), signal.SIGINT)))

@@ -182,6 +182,7 @@ def test_trained_tensors_are_float32_on_a_base_in_half_precision(name):
 # ---- training ----
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_loss_falls_and_what_is_saved_does_the_same_on_a_fresh_base(method, family, tmp_path):
     trainer = trainer_of(method, tmp_path, family, max_steps=12, save_strategy="no")
@@ -257,6 +258,7 @@ def test_all_methods_see_the_same_batches_in_the_same_order(strategy, tmp_path):
     assert sorted(row for batch in first for row in batch) == sorted(row for batch in second for row in batch)
 
 
+@pytest.mark.one_in(2)
 def test_a_resumed_training_ends_with_the_same_bits_and_a_finished_one_does_nothing(method, tmp_path):
     settings = {"data": ragged(), "train_sampling_strategy": "group_by_length", "save_steps": 3}
     whole = trainer_of(method, tmp_path / "whole", **settings)

@@ -63,6 +63,7 @@ def arguments(base, data, output, *more) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))] + list(more)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["sara", "mo_sara"])
 def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp_path, monkeypatch):
     output = tmp_path / "run"
@@ -99,6 +100,7 @@ def test_e2e_trains_decodes_scores_and_leaves_everything(method, base, data, tmp
     assert load("run_e2e").main(argv[1:]) == metrics
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("base", ["gpt2"], indirect=True)
 @pytest.mark.parametrize("method", ["lora", "adalora", "prefix", "series_adapter", "full"])
 def test_e2e_runs_the_baselines_just_so(method, base, data, tmp_path, monkeypatch):
@@ -142,6 +144,7 @@ def test_e2e_can_leave_the_decoding_out(method, base, data, tmp_path, monkeypatc
     assert (tmp_path / "README.md").is_file()
 
 
+@pytest.mark.one_in(2)
 def test_e2e_goes_on_where_it_stopped_and_ends_the_same(base, data, tmp_path, monkeypatch):
     run_e2e = load("run_e2e")
     monkeypatch.setattr("hf_sara.tasks.e2e_metrics.coco_scores", lambda predictions, references: {})

@@ -73,6 +73,7 @@ def predictions(folder, task) -> dict[str, list[dict]]:
     return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["sara", "mo_sara"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, data, tmp_path, monkeypatch):
@@ -120,6 +121,7 @@ def test_a_run_trains_answers_counts_and_leaves_everything(task, method, base, d
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != "run.log"} == before
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["lora", "prefix", "series_adapter", "full"])
 def test_baselines_run_in_the_same_recipe(method, base, data, tmp_path):
     if method in ("lora", "prefix"):

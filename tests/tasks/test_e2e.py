@@ -157,6 +157,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_batched_search_with_a_cache_is_the_plain_one(family, settings):
