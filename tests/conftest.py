@@ -61,6 +61,12 @@ def _forget_what_stays():
     gc.freeze()
 
 
+# transformers calls it so since 5.23.
+ACTIVATION_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 VOCABULARY = 40
 # Weights as large as these let every layer matter to the output, unlike the 0.02 of real initialisations.
 COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

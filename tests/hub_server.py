@@ -127,14 +127,17 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
 
+LOOPBACK = "127.0.0.1,localhost"
+
+
 class _Listener(ThreadingHTTPServer):
     request_queue_size = 64
 
-    def __init__(self, hub: HubServer):
+    def __init__(self, hub: HubServer, host: str):
         self.hub = hub
         self.connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://{host}:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
@@ -179,9 +182,9 @@ class HubServer:
         self.secret = secrets.token_bytes()
 
     def __enter__(self) -> HubServer:
-        # The client follows a redirect inside one origin and then misses the headers of the first answer, so the
-        # storage has to be another origin here too. Then the client does not send its token to the storage either.
-        self.listeners = _Listener(self), _Listener(self)
+        # The client follows a redirect inside one host and then misses the headers of the first answer, so the storage
+        # has to be another host here too. Then the client does not send its token to the storage either.
+        self.listeners = _Listener(self, "127.0.0.1"), _Listener(self, "localhost")
         self.endpoint, self.cdn = (listener.url for listener in self.listeners)
         return self
 
@@ -227,7 +230,7 @@ class HubServer:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": LOOPBACK,
         }
         return {**kept, **own, **({"HF_TOKEN": token} if token else {})}
 
@@ -342,7 +345,7 @@ def online() -> Iterator[None]:
     close_session()
     with (
         mock.patch.multiple(constants, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True),
-        mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}),
+        mock.patch.dict(os.environ, {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}),
     ):
         yield
     close_session()

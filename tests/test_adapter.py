@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from conftest import (
+    ACTIVATION_CHECKPOINTING,
     METHODS,
     attach_trained,
     base_state,
@@ -366,7 +367,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family, method, reent
     # With dropout: recomputing has to draw the same mask.
     adapter = attach_trained(model, method, dropout=0.3)
     expected = gradients(model, adapter)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{ACTIVATION_CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     found = gradients(model, adapter)

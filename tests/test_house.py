@@ -14,6 +14,7 @@ FLOORS = (
     *(
         "_lapack",
         "errors",
+        "versions",
         "files",
         "figures",
         "records",
@@ -74,6 +75,7 @@ FLOORS = (
         "merge_files",
         "sharing",
         "analysis",
+        "trainer.hooks",
         "trainer.streaming",
         "trainer.interrupts",
         "trainer.resuming",

@@ -536,20 +536,23 @@ def test_its_own_faults_are_not_silent():
 def test_cards_and_the_environment(hub, tmp_path):
     hub.add_repo("alice/x")
     code = f"""
+import pytest
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+import huggingface_hub
 card = ModelCard({CARD!r})
-card.validate()
+# Before 2.0, this method asks the real Hub, whatever the endpoint is.
+follows = not huggingface_hub.__version__.startswith("1.")
+if follows:
+    card.validate()
 card.push_to_hub("alice/x")
 assert ModelCard.load("alice/x").data.license == "mit"
-try:
-    ModelCard("---\\nlicense: nonsense\\n---\\n").validate()
-except ValueError as error:
-    print(error)
+if follows:
+    with pytest.raises(ValueError, match="must be one of .afl-3.0,"):
+        ModelCard("---\\nlicense: nonsense\\n---\\n").validate()
 print(snapshot_download("alice/x"), HfApi().whoami()["name"])
 """
     result = run(hub, tmp_path, code, token=ALICE)
     assert result.returncode == 0, result.stderr
-    assert "must be one of [afl-3.0," in result.stdout
     assert validate_card(hub.repo("alice/x").files()["README.md"].decode()) == validate_card(CARD)
     offline = "from huggingface_hub import snapshot_download; print(snapshot_download('alice/x'))"
     count = len(hub.requests)

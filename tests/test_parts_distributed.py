@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_bits, sara_arguments
+from conftest import ACTIVATION_CHECKPOINTING, same_bits, sara_arguments
 from training import MODELS, TWO_PROCESSES, make_trainer, run_script
 
 from hf_sara import SaraAdapter
@@ -116,7 +116,7 @@ def test_fsdp_ends_with_the_parts_of_one_process_and_resumes_exactly(case, tmp_p
     [
         ("bf16 head and rows", {"bf16": True}),
         ("bf16 head and rows", fsdp("bf16 head and rows", cpu_ram_efficient_loading=True)),
-        ("rows and norm", {"activation_checkpointing": True}),
+        ("rows and norm", {ACTIVATION_CHECKPOINTING: True}),
         ("head", {"fsdp": "shard_grad_op auto_wrap"}),
     ],
     ids=str,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import base_state, logits, make_model, same_bits, sara_arguments
+from conftest import ACTIVATION_CHECKPOINTING, base_state, logits, make_model, same_bits, sara_arguments
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -224,8 +224,8 @@ def test_activation_checkpointing_trains_the_same_parts(case, reentrant, tmp_pat
         return trainer.sara_adapter.state_dict()
 
     plain = trained()
-    kwargs = {"use_reentrant": reentrant}
-    for name, tensor in trained(activation_checkpointing=True, activation_checkpointing_kwargs=kwargs).items():
+    asked = {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    for name, tensor in trained(**asked).items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-5)
 
 

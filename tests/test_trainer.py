@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import base_state, logits, make_inputs, make_model, same_bits, sara_arguments
+from conftest import ACTIVATION_CHECKPOINTING, base_state, logits, make_inputs, make_model, same_bits, sara_arguments
 from datasets import Dataset
 from torch import nn
 from training import STEPS, TWO_PROCESSES, At, dataset, log_of, make_trainer, run_script, training_arguments
@@ -431,9 +431,8 @@ def test_activation_checkpointing_trains_the_same_adapter(family, reentrant, tmp
         return trainer.sara_adapter.state_dict(), hooks
 
     plain, _ = trained()
-    checkpointed, hooks = trained(
-        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    asked = {ACTIVATION_CHECKPOINTING: True, f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    checkpointed, hooks = trained(**asked)
     # What Trainer itself puts on a model of tokens stays; what we put on others goes.
     assert family != "vit" or not hooks
     for name, tensor in plain.items():
@@ -573,7 +572,7 @@ def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [("sara", {}), ("sara", {"activation_checkpointing": True}), ("mo_sara", {"bf16": True})],
+    [("sara", {}), ("sara", {ACTIVATION_CHECKPOINTING: True}), ("mo_sara", {"bf16": True})],
     ids=str,
 )
 def test_fsdp_resumes_exactly_and_loads_the_best(method, changes, tmp_path):

@@ -23,6 +23,7 @@ from ..model_card import Sample, Training, pipeline_of
 from ..publishing import Published, published_arguments
 from ..tensor_files import tensors_digest
 from .adapter_trainer import AdapterTrainerMixin
+from .hooks import say_if_untested
 from .resuming import output_dir_of
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         super()._on_train_begin()
         if not self._sara_has_said and self.is_world_process_zero():
             self._sara_has_said = True
+            say_if_untested()
             _advise(self.sara_adapter, self.optimizer, self.args.learning_rate)
         with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

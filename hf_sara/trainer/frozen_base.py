@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..versions import checkpoints_activations
 from .resuming import ExactResumeMixin
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class FrozenBaseMixin(ExactResumeMixin):
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
         model = self.accelerator.unwrap_model(self.model)
-        wants_hooks = self.args.activation_checkpointing and hasattr(model, "enable_input_require_grads")
+        wants_hooks = checkpoints_activations(self.args) and hasattr(model, "enable_input_require_grads")
         if wants_hooks and not getattr(model, "_require_grads_hooks", None):
             # Reentrant checkpointing needs an input with a gradient, which embeddings of a frozen base do not have.
             model.enable_input_require_grads()

@@ -52,6 +52,8 @@ class ExactResumeMixin(DataPlaceMixin):
         self._sara_resumed_loss: dict[str, Any] | None = None
         self._sara_started: float | None = None
         self._sara_seconds = 0.0
+        # The step at which this call began.
+        self._sara_first_step = 0
         self._sara_interrupt = Interrupt()
         super().__init__(*args, **kwargs)
         self.add_callback(_Events(self))
@@ -83,7 +85,7 @@ class ExactResumeMixin(DataPlaceMixin):
                 )
             # The loss is not read together with the tensors, because DeepSpeed loads those in its own way.
             path = Path(resume_from_checkpoint, RUNNING_LOSS_FILE)
-            self._sara_resumed_loss = json.loads(path.read_text()) if path.is_file() else None
+            self._sara_resumed_loss = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         self._sara_saved_place = (self._sara_resumed_loss or {}).get("data")
         try:
             with self._sara_interrupt.watched(self):
@@ -101,13 +103,14 @@ class ExactResumeMixin(DataPlaceMixin):
     def _on_train_begin(self) -> None:
         """Prepare the first step, after Trainer has made the model and reset its own state."""
         self._restore_running_loss()
+        self._sara_first_step = self.state.global_step
         self._sara_started = time.monotonic()
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:
             # A finished run is resumed. Trainer looks for the end only after a step, so it would train one step more.
             self.control.should_training_stop = True
-            if self.state.global_step == self._initial_global_step:
+            if self.state.global_step == self._sara_first_step:
                 # Nothing is trained, so the time of the training stays what it was.
                 self._sara_started = None
             return
@@ -184,8 +187,8 @@ class ExactResumeMixin(DataPlaceMixin):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._sara_resumed_loss is not None:
-            # Trainer divides by the steps and the time of this call only. Here they become those of the whole run,
-            # because the sum of the losses is that of the whole run.
+            # Since transformers 5.19, Trainer divides by the steps of this call only, and ever since by its time. Here
+            # they become those of the whole run, because the sum of the losses is that of the whole run.
             self._initial_global_step = 0
             start_time -= self._sara_seconds
             logger.warning("train_runtime and the speeds are those of the whole training, and not of this call alone.")
