@@ -29,6 +29,9 @@ class _Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        from .errors import print_anything
+
+        print_anything()
         try:
             return super().invoke(ctx)
         except Exception as error:
