@@ -235,7 +235,8 @@ class SaraAdapter(AttachedUpdates):
             create_pr=create_pr,
             token=token,
         )
-        shutil.rmtree(folder)
+        # The push is done, whether or not the folder can be deleted.
+        shutil.rmtree(folder, ignore_errors=True)
         return info
 
 

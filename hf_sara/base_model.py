@@ -259,7 +259,8 @@ def shard_names(exists: Callable[[str], bool], read: Callable[[str], bytes]) -> 
             "files."
         )
     names = sorted(set(index.values()))
-    outside = [name for name in names if "/" in name or "\\" in name]
+    # A colon stands behind the name of a drive.
+    outside = [name for name in names if re.search(r"[/\\:]", name)]
     if outside:
         raise ValueError(
             f"{SAFE_WEIGHTS_INDEX_NAME} names files outside of the model: {outside[0]!r} is not a file of this folder."

@@ -3,6 +3,7 @@ The cache of spectra and factors: one small file per spectrum and one per set of
 weight that they belong to. The cache only saves time: an entry that cannot be read or written is computed again.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -50,7 +51,10 @@ def read_entry(name: str, check: Callable[[Tensors, dict[str, str]], Entry]) -> 
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+            # The tensors are copies, because a view would keep the file open, and Windows would not let it be replaced
+            # or deleted.
+            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+            metadata = file.metadata() or {}
         if metadata.get("digest") != tensors_digest(tensors):
             raise ValueError("its tensors are not those that were written")
         return check(tensors, metadata)
@@ -72,13 +76,25 @@ def write_entry(name: str, tensors: Tensors, metadata: dict[str, str]) -> None:
     except (OSError, SafetensorError) as error:
         logger.warning("Could not keep %s in the cache (%s). Set HF_SARA_CACHE to a writable folder.", path, error)
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def cache_files() -> list[Path]:
     """The files of the cache, of this version and of earlier ones, and what writes that were cut off have left."""
     found = (path for path in sorted(cache_folder().glob("v*/*/*")) if OWN_FILE.search(path.as_posix()))
     return [path for path in found if path.is_file() and not path.is_symlink()]
+
+
+def clear_cache() -> list[Path]:
+    """Delete the files of the cache. Returns those that stay, because Windows has them open for another program."""
+    kept = []
+    for path in cache_files():
+        try:
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            kept.append(path)
+    return kept
 
 
 def _path(name: str) -> Path:

@@ -29,6 +29,9 @@ class _Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
+        from .errors import print_anything
+
+        print_anything()
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -417,13 +420,16 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False, as_json: AsJson = False
 ) -> None:
     """Print the size and the place of the cache of singular values and vectors."""
-    from .cache import cache_files, cache_folder
+    from .cache import cache_files, cache_folder, clear_cache
 
     folder, files = cache_folder(), cache_files()
     size = sum(path.stat().st_size for path in files)
-    if clear:
-        for path in files:
-            path.unlink()
+    kept = clear_cache() if clear else []
+    if kept:
+        raise PermissionError(
+            f"{len(kept):,} of {len(files):,} files in {folder} cannot be deleted: another program has them open, or "
+            "they are not yours. Try again when no program uses an adapter."
+        )
     facts = {"folder": str(folder), "files": len(files), "bytes": size, "cleared": clear}
     done = "deleted" if clear else "kept"
     _print_json(facts) if as_json else _say(f"{folder}: {len(files):,} files, {size:,} bytes {done}")

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .spectrum import doubled
+
 FULL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What classes call the method that returns the values of their weight.
 METHODS = ("dequantize", "dequantize_weight", "dequant", "_dequantize_weights")
@@ -164,4 +166,4 @@ def _gradient(output: torch.Tensor, x: torch.Tensor, side: torch.Tensor) -> torc
 def _is_near(found: Any, expected: torch.Tensor) -> bool:
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
-    return bool((found.double() - expected.double()).norm() <= LARGEST_ERROR * expected.double().norm())
+    return bool((doubled(found) - doubled(expected)).norm() <= LARGEST_ERROR * doubled(expected).norm())

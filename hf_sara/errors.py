@@ -1,6 +1,8 @@
 """The error of adapter files, and how text from elsewhere is shown."""
 
 import re
+import sys
+from typing import Any
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -17,6 +19,16 @@ def one_line(text: object, most: int = 2000) -> str:
     """
     joined = re.sub(r"\s*[\r\n]\s*", " ", _shortened(str(text), most).strip())
     return _shortened(escaped(joined), most)
+
+
+def print_anything() -> None:
+    """
+    From now on, a character that the standard output cannot show is printed as an escape. A file or a pipe has one of
+    the old code pages on Windows, which lack most characters, and they would be errors.
+    """
+    output: Any = sys.stdout
+    if hasattr(output, "reconfigure"):
+        output.reconfigure(errors="backslashreplace")
 
 
 def _shortened(text: str, most: int) -> str:

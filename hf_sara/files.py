@@ -14,12 +14,16 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 TEMPORARY_NAME = re.compile(r"\.hf_sara-([0-9a-f]{8})-(\d+)-[0-9a-f]{16}\.tmp")
 # A folder of a temporary name with this file waits to be moved. The file has the name of the place.
 READY_FILE = ".hf_sara-ready"
+WINDOWS = os.name == "nt"
+# The seconds between the tries to change a file that another program has open.
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -41,10 +45,11 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for path in contents:
             with naming(path, temporary[path]):
-                os.replace(temporary[path], path)
+                _when_free(os.replace, temporary[path], path)
     except BaseException:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise
     for folder in {path.parent for path in contents}:
         sync_folder(folder)
@@ -107,7 +112,7 @@ def _take_place(new: Path, folder: Path, replaced: Collection[str]) -> bool:
     """Put a folder into the place of another in one step, if that loses nothing else. Returns whether it was done."""
     if not folder.exists():
         try:
-            os.rename(new, folder)
+            _when_free(os.rename, new, folder)
         except OSError:
             # Another process has just made it, or the system refuses.
             if not folder.is_dir():
@@ -141,16 +146,39 @@ def _move(new: Path) -> None:
     made = {path.name for path in new.iterdir()} - {READY_FILE}
     for gone in set(replaced) - made:
         if not (folder / gone).is_dir():
-            (folder / gone).unlink(missing_ok=True)
-    # Without its configuration, no program takes a folder for a model or an adapter.
-    for name in sorted(made, key=lambda name: (name in ("config.json", "adapter_config.json"), name)):
-        os.replace(new / name, folder / name)
+            with contextlib.suppress(FileNotFoundError):
+                _when_free(os.unlink, folder / gone)
+    for name in sorted(made, key=_turn):
+        _when_free(os.replace, new / name, folder / name)
     sync_folder(folder)
+
+
+def _turn(name: str) -> tuple[bool, bool, str]:
+    """
+    The place of a file in the order of moving. The configuration is the last, since without it no program takes a
+    folder for a model or an adapter. Weights are the first, since they alone stay open in programs that have loaded
+    them, and where Windows refuses to replace them, the other files are not yet replaced either.
+    """
+    return name in ("config.json", "adapter_config.json"), not name.endswith(".safetensors"), name
+
+
+def _when_free(change: Callable[..., None], *paths: Path) -> None:
+    """
+    Move or delete a file. Windows refuses this while a program has the file open, as virus scanners do for a moment
+    with every new file. So there it is tried again for a few seconds.
+    """
+    for pause in PAUSES if WINDOWS else ():
+        try:
+            return change(*paths)
+        except PermissionError:
+            time.sleep(pause)
+    return change(*paths)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two folders in one step. Returns whether the system can do that: Linux can, on most file systems."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    # Windows has no library of this name, and that of macOS has no such function.
+    rename = None if WINDOWS else getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
@@ -174,7 +202,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def sync_file(path: Path) -> None:
     """Write the content of a file to the disk."""
     # Windows wants a file that may be changed, and elsewhere a file may be one that may only be read.
-    with naming(path), open(path, "rb" if os.name == "posix" else "rb+") as file:
+    with naming(path), open(path, "rb+" if WINDOWS else "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -196,7 +224,7 @@ def _machine() -> str:
     """A name for this machine since it was started, and for the processes on it that can see one another."""
     facts = [platform.node()]
     with contextlib.suppress(OSError):
-        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         facts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
 
@@ -219,23 +247,21 @@ def delete_leftovers(folder: Path) -> None:
             if not path.is_dir() or path.is_symlink():
                 path.unlink()
                 continue
-            # Somebody else could have made a folder of this name, so that his files get to a place of ours.
-            if (path / READY_FILE).is_file() and (os.name != "posix" or path.stat().st_uid == os.getuid()):
+            # Somebody else could have made a folder of this name, so that his files get to a place of ours. Windows
+            # has no numbers of users.
+            if (path / READY_FILE).is_file() and (WINDOWS or path.stat().st_uid == os.getuid()):
                 _move(path)
             shutil.rmtree(path)
 
 
 def _is_running(process: int) -> bool:
-    if os.name != "posix":
-        # A signal of another system would end the process.
-        return True
+    # accelerate requires this package. Python's own way to ask, os.kill, would end the process on Windows.
+    import psutil
+
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+        return psutil.pid_exists(process)
+    except OverflowError:
         return False
-    except OSError:
-        return True
-    return True
 
 
 def check_digest(what: str, digest: str) -> None:

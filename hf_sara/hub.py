@@ -249,7 +249,7 @@ def _with_own_tokenizer(files: Mapping[str, bytes]) -> bool:
     """Whether the tokenizer among an adapter's files is one of its own."""
     if not any(name in files for name in TOKENIZER_FILES):
         return False
-    with tempfile.TemporaryDirectory(prefix="hf_sara-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="hf_sara-", ignore_cleanup_errors=True) as temporary:
         for name in (*storage.ADAPTER_FILES, *TOKENIZER_FILES):
             if name in files:
                 Path(temporary, name).write_bytes(files[name])

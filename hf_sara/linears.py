@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .dequantizing import FULL_DTYPES, dequantizer, holds_numbers
+from .spectrum import doubled
 
 # Attributes of a weight that say nothing of its values.
 FACTS_OF_A_WEIGHT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_meta", "grad"}
@@ -260,7 +261,7 @@ def computes_product(module: Any) -> bool:
 
 
 def _is_product(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    expected = x.double() @ weight.double() + (0 if bias is None else bias.double())
+    expected = doubled(x) @ doubled(weight) + (0 if bias is None else doubled(bias))
     # The forward itself is tried, so that no hook sees these numbers.
     forward = _forward(module) or functools.partial(type(module).forward, module)
     for shape in ((2, 3), (6,)):
@@ -271,7 +272,7 @@ def _is_product(module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.
             continue
         if not isinstance(found, torch.Tensor) or found.shape != (*shape, expected.shape[-1]):
             return False
-        error = (found.reshape(expected.shape).double() - expected).norm()
+        error = (doubled(found.reshape(expected.shape)) - expected).norm()
         return bool(error <= max(1e-4, torch.finfo(x.dtype).eps) * expected.norm())
     return False
 

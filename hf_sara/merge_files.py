@@ -365,4 +365,4 @@ def _write_index(path: Path, sizes: Mapping[str, Mapping[str, int]], parameters:
     weight_map = {key: shard for shard, keys in sizes.items() for key in keys}
     new = {**index, "metadata": metadata, "weight_map": weight_map}
     if new != index:
-        path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")

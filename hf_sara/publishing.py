@@ -63,10 +63,15 @@ KNOWN_CALLBACKS = ("TrainerControl", "EarlyStoppingCallback")
 
 # A path that begins at the root, at a home or at a folder above, with a variable, or on a drive. What stands before it
 # must not make it a part of something else: a fraction, a URL, the end of an HTML tag.
-ROOT = r"(?:file://|~[\w.-]*|\.{1,2}|\$\w+|\$\{\w+\}|%\w+%)?/|(?:[A-Za-z]:|~|\.{1,2}|%\w+%)[/\\]|\\\\"
-PATH = re.compile(rf"""(?<![\w./\\<~$%{{}}])(?:{ROOT})[^\s"'`,;)\]}}>|]+""")
+WINDOWS_ROOT = r"(?:[A-Za-z]:|~|\.{1,2}|%\w+%|\$env:\w+|\$\{env:\w+\})[/\\]|\\\\"
+ROOT = rf"(?:file://|~[\w.-]*|\.{{1,2}}|\$\w+|\$\{{\w+\}}|%\w+%)?/|{WINDOWS_ROOT}"
+# The folders of people often have a blank in their name on Windows, so a blank does not end a path of it that has a
+# backslash further on. The lengths are bounded here too.
+FOLDERS = r"""(?:[^\\/:*?"'`<>|,;\r\n]{0,100}\\){0,30}"""
+PATH = re.compile(rf"""(?<![\w./\\<~$%{{}}])(?:(?:{WINDOWS_ROOT}){FOLDERS}|{ROOT})[^\s"'`,;)\]}}>|]+""")
 WHOLE_PATH = re.compile(rf"(?:{ROOT}).+", re.DOTALL)
-URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^/?#\s]*)(\S*)")
+# A single letter before the colon is a drive.
+URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{1,20}://)([^/?#\s]*)(\S*)")
 # A name and a password before a host. All lengths are bounded, so that a long text takes no long time.
 CREDENTIALS = re.compile(r"(?<![^\s/@:])[^\s/@:]{1,100}:[^\s/@]{1,100}@(?=[\w.-])")
 
@@ -229,7 +234,7 @@ def published_text(text: str) -> str:
     A text without paths and secrets: of each path its last name is left, and of each URL its host and its path,
     without user, password and query.
     """
-    if WHOLE_PATH.fullmatch(text) or ("/" in text and os.path.exists(text)):
+    if WHOLE_PATH.fullmatch(text) or (re.search(r"[/\\]", text) and os.path.exists(text)):
         # A path may have blanks in it.
         return _last_name(text)
     urls: list[str] = []

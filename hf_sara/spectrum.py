@@ -191,6 +191,11 @@ def widened(weight: torch.Tensor) -> torch.Tensor:
     return wide.double() / 2.0 ** math.floor(math.log2(largest))
 
 
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64: on its own device, or on the CPU if that is a GPU of Apple, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def _gram(matrix: torch.Tensor) -> torch.Tensor:
     """The Gram matrix of the smaller side. Only its lower triangle is computed; the rest is zero."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()

@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("Give the table first, then the options: run_paper.py TABLE --option value ...")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     from harness import report, tables
+    from hf_sara.errors import print_anything
+
+    print_anything()
 
     if args.table is None and args.report is None:
         for name in tables.table_names(RECIPES / "paper"):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 import hf_sara
 from hf_sara import plan, storage
+from hf_sara.cache import cache_files
 from hf_sara.cli import app
 
 COMMANDS = ["plan", "info", "push", "pull", "merge", "export", "generate", "cache"]
@@ -227,6 +229,9 @@ def test_cache(adapted, monkeypatch, tmp_path):
     assert json.loads(run("cache", "--json").stdout)["files"] == 0
     plan(make_model(), sara_arguments())
     assert json.loads(run("cache", "--json").stdout)["files"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_sara.cache.clear_cache", cache_files)
+        assert "4 of 4 files in" in run("cache", "--clear", code=1).output
     run("cache", "--clear")
     assert json.loads(run("cache", "--json").stdout)["bytes"] == 0
 
@@ -254,3 +259,10 @@ def test_an_error_is_one_line_and_exit_code_1(arguments):
 def test_a_wrong_usage_is_exit_code_2():
     run("plan", code=2)
     run("nonsense", code=2)
+
+
+def test_what_a_code_page_lacks_is_printed_as_an_escape():
+    code = "from hf_sara.errors import print_anything\nprint_anything()\nprint('é 数')"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert done.stdout.split() == ["é".encode("cp1252"), rb"\u6570"]

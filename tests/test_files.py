@@ -29,8 +29,11 @@ else:
 """
 
 
+ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals, names or permissions")
+
+
 def content(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def killed(folder: Path, what: str) -> None:
@@ -38,6 +41,7 @@ def killed(folder: Path, what: str) -> None:
     assert child.returncode == -9
 
 
+@ON_UNIX
 def test_the_next_write_deletes_what_a_killed_one_left(tmp_path):
     (tmp_path / "a").write_text("old")
     killed(tmp_path, "file")
@@ -46,6 +50,7 @@ def test_the_next_write_deletes_what_a_killed_one_left(tmp_path):
     assert content(tmp_path) == {"a": "old", "other": "1"}
 
 
+@ON_UNIX
 def test_the_next_folder_deletes_what_a_killed_one_left(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "old").write_text("old")
@@ -140,6 +145,7 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_and_stays(tmp_path):
     assert content(tmp_path) == {"a": "mine"}
 
 
+@ON_UNIX
 def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -156,6 +162,7 @@ def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
     assert content(tmp_path) == {}
 
 
+@ON_UNIX
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [
@@ -195,6 +202,7 @@ def test_the_folder_in_which_a_process_works_stays_that_folder(tmp_path, monkeyp
     assert Path.cwd() == tmp_path / "a"
 
 
+@ON_UNIX
 def test_a_name_as_long_as_a_name_can_be(tmp_path):
     name = "x" * 250
     files.write_file(tmp_path / name, b"1")
@@ -203,6 +211,7 @@ def test_a_name_as_long_as_a_name_can_be(tmp_path):
     assert content(tmp_path) == {name: "1", f"{'y' * 250}/{name}": "2"}
 
 
+@ON_UNIX
 def test_a_file_that_may_only_be_read_is_written_to_the_disk(tmp_path):
     with files.new_folder(tmp_path / "a") as new:
         (new / "one").write_text("1")
@@ -245,8 +254,112 @@ def test_what_waits_to_be_moved_gets_no_further_than_its_folder(tmp_path):
     assert content(tmp_path) == {"home/a": "1", "home/outside/evil": "evil"}
 
 
+@ON_UNIX
 def test_a_file_that_cannot_be_replaced_is_named_by_its_own_name(tmp_path):
     (tmp_path / "a" / "full").mkdir(parents=True)
     with pytest.raises(OSError, match=rf"'{tmp_path}/a'$"):
         files.write_file(tmp_path / "a", b"1")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# ---- Windows and macOS ----
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """What the module does on Windows. The pauses are noted and not waited for."""
+    pauses = []
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    return pauses
+
+
+def refusing(function, times: int):
+    """A function of the system that Windows refuses a few times, because another program has the file open."""
+    left = [times]
+
+    def call(*paths):
+        if left[0]:
+            left[0] -= 1
+            raise PermissionError(13, "it is used by another process", str(paths[0]))
+        function(*paths)
+
+    return call
+
+
+def test_a_file_that_is_open_for_a_moment_is_replaced_after_it(tmp_path, windows, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(files.os, "replace", refusing(os.replace, 3))
+    files.write_file(tmp_path / "a", b"new")
+    assert content(tmp_path) == {"a": "new"}
+    assert windows == [0.05, 0.1, 0.2]
+
+
+def test_a_file_that_stays_open_stays_and_so_does_all_else(tmp_path, windows, monkeypatch):
+    for name in ("model.safetensors", "config.json", "more.json", "mine"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_text("old")
+    before = content(tmp_path)
+    replace = os.replace
+
+    def in_use(source, target):
+        if str(target).endswith(".safetensors"):
+            raise PermissionError(13, "it is used by another process", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", in_use)
+
+    def write() -> None:
+        with files.new_folder(tmp_path / "a") as new:
+            for name in ("model.safetensors", "config.json", "more.json"):
+                (new / name).write_text("new")
+
+    with pytest.raises(PermissionError, match="used by another") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "a" / "model.safetensors")
+    assert content(tmp_path) == before
+    assert sum(windows) > 3
+
+
+def test_elsewhere_a_refusal_is_final(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "replace", refusing(os.replace, 1))
+    with pytest.raises(PermissionError):
+        files.write_file(tmp_path / "a", b"new")
+    assert content(tmp_path) == {}
+
+
+def test_a_folder_that_cannot_be_opened_is_written_nevertheless(tmp_path, windows, monkeypatch):
+    """Windows cannot open a folder, and so not write its names to the disk."""
+    opened = os.open
+
+    def refuse(path, *arguments, **more):
+        # Deleting a folder opens it too, which Windows does in another way.
+        if os.path.isdir(path) and "dir_fd" not in more:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    monkeypatch.setattr(files.ctypes, "CDLL", None)
+    for text in ("1", "2"):
+        with files.new_folder(tmp_path / "a") as new:
+            (new / "one").write_text(text)
+    files.write_file(tmp_path / "b", b"3")
+    assert content(tmp_path) == {"a/one": "2", "b": "3"}
+
+
+def test_a_system_without_the_exchange_of_folders_moves_the_files(tmp_path, monkeypatch):
+    # The library of macOS has no function of this name.
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    for text in ("1", "2"):
+        with files.new_folder(tmp_path / "a") as new:
+            (new / "one").write_text(text)
+    assert content(tmp_path) == {"a/one": "2"}
+
+
+def test_a_process_that_has_ended_is_known_to_have_ended():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert files._is_running(child.pid)
+    child.communicate(b"\n")
+    assert not files._is_running(child.pid)
+    assert files._is_running(os.getpid())
+    assert not files._is_running(10**30)

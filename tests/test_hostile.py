@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -30,6 +29,8 @@ from hf_sara import AdapterError, SaraAdapter, from_hub, storage
 from hf_sara.storage import CONFIG_FILE, CONFIG_KEY, FACTORS_FILE, PENDING_CONFIG_FILE, TENSORS_FILE
 from hf_sara.tensor_files import tensors_digest
 
+# Windows has neither these limits nor pipes and devices in folders.
+resource = pytest.importorskip("resource", reason="the limits of Unix")
 FORMAT1 = Path(__file__).parent / "data" / "format1"
 
 BASE, COMMIT = "someone/base", "0123456789abcdef0123456789abcdef01234567"
@@ -1138,7 +1139,8 @@ def bounded(seconds: float = 20.0, room: int = 2**29):
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if pages is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
 

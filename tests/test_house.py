@@ -189,3 +189,62 @@ def test_the_public_names_are_the_same_in_all_three_places():
     }
     homes = {name for names in hf_sara._HOMES.values() for name in names}
     assert set(hf_sara.__all__) == homes == for_checkers
+
+
+# What this file reads as text is ASCII.
+WITHOUT_ENCODING = {"hf_sara/trainer/resuming.py"}
+# How many arguments without a name stand before the encoding.
+BEFORE_ENCODING = {"open": 3, "fdopen": 3, "read_text": 0, "write_text": 1}
+
+
+def without_encoding(tree: ast.AST) -> list[int]:
+    """The lines that read or write text, and leave its encoding to the system, which has a code page on Windows."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+        named = {keyword.arg for keyword in call.keywords}
+        values = [*call.args, *(keyword.value for keyword in call.keywords)]
+        texts = [node.value for value in values for node in ast.walk(value) if isinstance(node, ast.Constant)]
+        of_bytes = any(isinstance(text, str) and re.fullmatch("[rwax+]*b[rwax+]*", text) for text in texts)
+        # os.open opens a file neither as text nor as bytes.
+        is_text = name in BEFORE_ENCODING and not of_bytes and not ast.unparse(call.func).startswith("os.open")
+        is_text = is_text and len(call.args) <= BEFORE_ENCODING[name]
+        if "encoding" not in named and (is_text or {"text", "universal_newlines"} & named):
+            found.append(call.lineno)
+    return found
+
+
+def test_no_text_file_has_the_encoding_of_the_system():
+    root = PACKAGE.parent
+    files = [path for folder in ("hf_sara", "recipes") for path in sorted((root / folder).rglob("*.py"))]
+    assert len(files) > 80
+    found = [
+        f"{path.relative_to(root).as_posix()}:{line}"
+        for path in files
+        if path.relative_to(root).as_posix() not in WITHOUT_ENCODING
+        for line in without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("open(p)", True),
+        ("open(p, 'w')", True),
+        ("open(p, 'rb')", False),
+        ("open(p, mode='rb')", False),
+        ("open(p, 'rb' if a else 'rb+')", False),
+        ("open(p, encoding='utf-8')", False),
+        ("p.open()", True),
+        ("p.open('rb')", False),
+        ("p.read_text()", True),
+        ("p.read_text('utf-8')", False),
+        ("p.write_text(t)", True),
+        ("p.write_text(t, encoding='utf-8')", False),
+        ("subprocess.run(c, text=True)", True),
+        ("subprocess.run(c)", False),
+    ],
+)
+def test_what_the_rule_of_encodings_refuses(code, wrong):
+    assert bool(without_encoding(ast.parse(code))) == wrong

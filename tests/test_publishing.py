@@ -11,7 +11,9 @@ from training import dataset
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_sara import SaraTrainer, publishing
+from hf_sara.card_metadata import is_repo
 from hf_sara.publishing import KNOWN_ARGUMENTS, published_arguments, published_file, published_text
+from hf_sara.repos import hub_id
 
 PLACE, KEY, PASSWORD = "/secret-place/of mine", "sk-12345", "hunter2"
 SECRETS = ("secret-place", KEY, PASSWORD)
@@ -86,6 +88,14 @@ def test_chosen_fields_are_published_but_no_path_and_no_password(caplog):
         (r"\frac{1}{2} of \alpha </s>", r"\frac{1}{2} of \alpha </s>"),
         ("@/secret-place/a -/secret-place/b $HOME/secret-place/c %HOME%\\secret-place\\d", "@a -b c d"),
         ("C:\\secret-place\\of mine\\x", "x"),
+        ("see C:\\secret-place\\of mine\\a b\\x, and D:\\y", "see x, and y"),
+        ("No file 'C:\\\\secret-place\\\\of mine\\\\x'", "No file 'x'"),
+        ("\\\\secret-place\\of mine\\x", "x"),
+        ("from C:\\a and D:\\b", "from a and b"),
+        (".\\secret-place\\x ..\\y", "y"),
+        ("$env:SECRET\\secret-place\\x", "x"),
+        ("C://secret-place/x", "x"),
+        ("file:///C:/secret-place/x", "x"),
         ("https://medium.com/@alice/post", "https://medium.com/@alice/post"),
         ("https://h.org/x;token=sk-12345", "https://h.org/x"),
         ("me:hunter2@example.org", "example.org"),
@@ -99,12 +109,20 @@ def test_texts_lose_paths_and_passwords(text, expected):
 
 
 @pytest.mark.parametrize(
-    "piece", ["x", "a:", "a.", "a/", "~", "$a", "%a", "@", "a:a@", "http://", "://", "\\", "{", "../"]
+    "piece", ["x", "a:", "a.", "a/", "~", "$a", "%a", "@", "a:a@", "http://", "://", "\\", "{", "../", " .\\", "C:\\ "]
 )
 def test_long_texts_take_no_long_time(piece):
     start = time.process_time()
     published_text(piece * 200_000)
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    "name", ["C:\\models\\llama", "C:/models/llama", ".\\base", "..\\base", "\\\\server\\share", "a\\b"]
+)
+def test_a_path_of_windows_is_no_name_on_the_hub(name):
+    assert hub_id(name) is None
+    assert not is_repo(name)
 
 
 def test_a_relative_path_that_exists_is_a_path(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 import logging
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -524,6 +526,38 @@ def test_a_write_that_is_cut_off_leaves_no_file(monkeypatch, empty_cache):
     monkeypatch.setattr(os, "replace", refuse)
     find_rank(torch.eye(5), 0.5)
     assert not [path for path in empty_cache.rglob("*") if path.is_file()]
+
+
+def test_an_entry_that_was_read_is_not_kept_open(empty_cache):
+    """A file that is mapped into memory can be neither replaced nor deleted on Windows."""
+    weight = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    find_factors(weight, threshold=0.5)
+    held = find_factors(weight, threshold=0.5)
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("The system does not tell what is mapped.")
+    assert str(empty_cache) not in maps.read_text()
+    assert held.k > 0
+
+
+def test_a_file_in_use_stays_when_the_cache_is_cleared(empty_cache, monkeypatch):
+    find_rank(torch.eye(5), 0.5)
+    (file,) = cache.cache_files()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "it is used by another process")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert cache.clear_cache() == [file]
+    assert cache.clear_cache() == []
+    assert not file.exists()
+
+
+def test_an_apple_gpu_leaves_float64_to_the_cpu():
+    on_gpu = SimpleNamespace(device=torch.device("mps"), cpu=lambda: torch.ones(2))
+    assert spectrum.doubled(on_gpu).dtype == torch.float64
+    assert spectrum.doubled(torch.ones(2, device="meta")).device.type == "meta"
 
 
 # ---- side by side ----

@@ -1,7 +1,6 @@
 """What a training says by itself: about its learning rate, about Ctrl-C, and on its card."""
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def terminal():
 
 
 def interrupt_at(step: int) -> At:
-    return At(step, lambda control: os.kill(os.getpid(), signal.SIGINT))
+    return At(step, lambda control: signal.raise_signal(signal.SIGINT))
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -100,7 +99,7 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path, terminal):
 
     def twice(control):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     trainer.add_callback(At(3, twice))
     with pytest.raises(KeyboardInterrupt) as info:
@@ -134,11 +133,11 @@ def test_a_script_that_is_interrupted_ends_with_one_line(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import os, signal
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from training import At, make_trainer
 trainer = make_trainer({str(tmp_path)!r})
-trainer.add_callback(At(3, lambda control: os.kill(os.getpid(), signal.SIGINT)))
+trainer.add_callback(At(3, lambda control: signal.raise_signal(signal.SIGINT)))
 trainer.train()
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

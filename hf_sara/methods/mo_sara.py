@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..sites import PlannedSite
+from ..spectrum import doubled
 from .base import Delta, Method, Options, Shapes
 from .products import add_product, has_own_gradients, is_plain, uniform_
 
@@ -66,13 +67,13 @@ class MoSaraDelta(Delta):
             return
         if module.bias is not None or self.slice is not None or self.v_position == "front":
             return
-        U, Vh = self.U.double(), self.Vh.double()
-        projected = module.weight.t().double() @ Vh.t()
+        U, Vh = doubled(self.U), doubled(self.Vh)
+        projected = doubled(module.weight.t()) @ Vh.t()
         sigma = projected.norm(dim=0)
         error = (projected - U * sigma).norm(dim=0)
         # This is also false if sigma spans so many orders of magnitude that the output's rounding would show in z.
         holds = bool((error <= 1e-5 * sigma).all())
-        self.inverse_sigma = (1 / sigma).to(self.U.dtype) if holds else None
+        self.inverse_sigma = (1 / sigma).to(self.U.device, self.U.dtype) if holds else None
 
     def add_update(self, x, output, dtype, linear):
         Vh, S = self.Vh.to(dtype), self.S.to(dtype)

@@ -9,7 +9,6 @@ paper's LoRA, although that adapts query and value only.)
 """
 
 import functools
-import resource
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -35,6 +34,14 @@ from hf_sara.trainer import FrozenBaseMixin, SaraTrainer
 from . import bottleneck
 from .arguments import BOTTLENECKS, OURS, PEFT_METHODS, MethodArguments
 
+try:
+    import resource
+except ImportError:
+    # Windows does not have it.
+    resource = None
+
+# The unit of `ru_maxrss`: macOS counts in bytes, and Linux in kilobytes.
+UNIT = 1 if sys.platform == "darwin" else 1024
 # This file of a checkpoint has all trained tensors in full, by their names in the model. PEFT's own file would lack
 # the ranks that AdaLoRA has pruned, and the optimizer's state has entries for these too.
 TRAINED_FILE = "trained.safetensors"
@@ -298,8 +305,8 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
         `dict`: `method`; `trained_parameters` (of AdaLoRA: before its pruning); `share`, these divided by base plus
         trained parameters, in [0, 1]; `adapter_bytes`, of the files that one would share; `train_seconds`, over all
         calls that the training was resumed by; `peak_memory_bytes`, the process's largest resident set since it
-        started; with CUDA `peak_cuda_bytes`, the most that was allocated; the `versions` of the packages
-        and the `hardware`; of SARA and Mo-SARA the `threshold`.
+        started, which is not measured on Windows; with CUDA `peak_cuda_bytes`, the most that was allocated; the
+        `versions` of the packages and the `hardware`; of SARA and Mo-SARA the `threshold`.
     """
     folder = Path(trainer.args.output_dir)
     if isinstance(trainer, BaselineTrainer):
@@ -329,7 +336,5 @@ def report(trainer: SaraTrainer | BaselineTrainer) -> dict[str, Any]:
 
 
 def _peak_memory() -> dict[str, int]:
-    # Linux counts in kilobytes, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {} if resource is None else {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT}
     return {**peak, "peak_cuda_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else peak

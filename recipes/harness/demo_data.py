@@ -57,7 +57,7 @@ def make_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
         while len(lines) < size * REFERENCES:
             mr, _, texts = next(places)
             lines += [f"{mr}||{text}" for text in texts]
-        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     return folder
 
 
@@ -83,7 +83,7 @@ def make_prompt_demo_data(folder: str | PathLike, seed: int = 0) -> Path:
             mr, _, texts = next(places)
             record = {"prompt": f"Describe this place.\n{mr}\n", "completion": chance.choice(texts)}
             lines.append(json.dumps(record, ensure_ascii=False))
-        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     return folder
 
 
@@ -267,7 +267,7 @@ def _records(
 
 def _write(path: Path, records: list[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 # No name begins with one of the letters A to E, because the first of these letters in a response counts as the answer

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_sara.errors import print_anything
+
 
 class RecipeError(ValueError):
     """A recipe was asked for something that it cannot do. The message says what to change."""
@@ -121,6 +123,7 @@ def run_script(name: str, main: Callable[[], Any]) -> None:
         name (`str`): The name of the recipe, which stands before an error's message.
         main (`Callable`): The recipe.
     """
+    print_anything()
     try:
         result = main()
     except (ValueError, OSError, ImportError) as error:

@@ -44,7 +44,10 @@ def decode_to_file(
     # A batch is decoded as a whole or not at all, so that a resumed call pads like an uninterrupted one.
     order = sorted(range(len(values)), key=lambda index: lengths[index])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with tqdm(total=len(values), desc=f"Decoding {path.stem}") as progress, open(path, "a", encoding="utf-8") as file:
+    with (
+        tqdm(total=len(values), desc=f"Decoding {path.stem}") as progress,
+        open(path, "a", encoding="utf-8", newline="\n") as file,
+    ):
         for batch in batches:
             if not all(values[index] in done for index in batch):
                 for row in decode(batch):

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import ModuleType
 from typing import Any
 
@@ -90,7 +90,7 @@ def parse_options(module: ModuleType, options: Mapping[str, Any]) -> tuple[Any, 
     first = {name: options[name][0] for name in TRIED if isinstance(options.get(name), list)}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "options.yaml")
-        config.write_text(_to_yaml({**options, **first}))
+        config.write_text(_to_yaml({**options, **first}), encoding="utf-8")
         return parse_arguments(*module.arguments(), ["--config", str(config)])
 
 
@@ -110,8 +110,11 @@ def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the bare names of local files and folders instead of their paths."""
 
     def shorten(value: Any) -> Any:
-        is_path = isinstance(value, str) and value.startswith(("/", ".", "~"))
-        return Path(value).name if is_path else value
+        if not isinstance(value, str):
+            return value
+        # This class knows the paths of all systems, and another machine may have made a report.
+        path = PureWindowsPath(value)
+        return path.name if path.is_absolute() or value.startswith(("/", "\\", ".", "~")) else value
 
     return {name: shorten(value) for name, value in options.items()}
 
@@ -330,7 +333,10 @@ class Sweep:
         with open(log, "ab") as file:
             begin = file.tell()
             command = [sys.executable, str(self.script), "--config", str(config)]
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+            # The log is UTF-8 everywhere. Windows would choose a code page, which lacks most characters.
+            environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            code = subprocess.run(command, env=environment, **streams).returncode
         if code:
             raise RunError(_what_went_wrong(code, log.read_bytes()[begin:].decode(errors="replace")))
         metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
@@ -343,8 +349,9 @@ class Sweep:
 
 def _what_went_wrong(code: int, output: str) -> str:
     if code < 0:
-        memory = " (of the system, when it has no memory left?)" if code == -signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{memory}."
+        name = signal.Signals(-code).name
+        memory = " (of the system, when it has no memory left?)" if name == "SIGKILL" else ""
+        return f"killed by {name}{memory}."
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {code}."
 

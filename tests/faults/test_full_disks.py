@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import time
@@ -34,6 +33,7 @@ from hf_sara.cli import app
 from hf_sara.trainer import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
+resource = pytest.importorskip("resource", reason="the limits of Unix")
 pytestmark = pytest.mark.slow
 SIZES = 22
 STEPS = 3

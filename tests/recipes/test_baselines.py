@@ -10,6 +10,7 @@ from training import At, dataset, log_of, training_arguments
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer
 
 from harness import arguments as method_arguments
+from harness import baselines
 from harness.arguments import ALL_METHODS, MethodArguments
 from harness.baselines import attach_baseline, make_trainer, report
 from harness.bottleneck import load_bottleneck
@@ -440,3 +441,9 @@ def test_the_prefix_takes_positions_too(tmp_path):
 
 def test_ours_are_the_libraries_own_trainer(tmp_path):
     assert isinstance(trainer_of("sara", tmp_path), SaraTrainer)
+
+
+def test_without_the_module_of_unix_the_memory_is_not_measured(monkeypatch):
+    assert baselines._peak_memory()["peak_memory_bytes"] > 50e6
+    monkeypatch.setattr(baselines, "resource", None)
+    assert "peak_memory_bytes" not in baselines._peak_memory()

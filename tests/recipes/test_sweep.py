@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ from sweeps import SMALL, calls, errors, make_sweep, run
 
 from harness import report, results, tables
 from harness.options import RecipeError
-from harness.sweep import Sweep, check_rows, load_recipe, parse_options, read_overrides, read_records
+from harness.sweep import Sweep, check_rows, load_recipe, parse_options, read_overrides, read_records, without_paths
 from harness.tables import Row
+
+ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that kill")
 
 # ---- recipes ----
 
@@ -33,6 +36,30 @@ def test_options_come_from_the_recipes_own_parser():
             check_rows([Row("fine", options={}), Row("B", "fast", wrong)], module)
     with pytest.raises(RecipeError, match="There is no recipe"):
         load_recipe("nowhere.py")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("/data/e2e", "e2e"),
+        ("~/e2e", "e2e"),
+        ("./e2e", "e2e"),
+        ("C:\\Users\\me\\e2e", "e2e"),
+        ("D:/data/e2e", "e2e"),
+        ("..\\e2e", "e2e"),
+        ("\\\\server\\share\\e2e", "e2e"),
+        ("me/model", "me/model"),
+        ("https://a.b/c", "https://a.b/c"),
+        (3, 3),
+    ],
+)
+def test_a_report_has_no_paths_of_any_system(value, name):
+    assert without_paths({"data_dir": value}) == {"data_dir": name}
+
+
+def test_options_of_any_language_reach_the_recipe():
+    (options,) = parse_options(load_recipe(FAKE), {"data_dir": "Données/数据"})
+    assert options.data_dir == "Données/数据"
 
 
 # ---- runs ----
@@ -192,7 +219,10 @@ def test_where_nothing_was_reported_nothing_is_known(tmp_path):
         read_records(tmp_path)
 
 
-@pytest.mark.parametrize(("how", "message"), [("raise", "ValueError: it is broken"), ("kill", "killed by SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("raise", "ValueError: it is broken"), pytest.param("kill", "killed by SIGKILL", marks=ON_UNIX)],
+)
 def test_a_failed_row_leaves_the_others_and_is_finished_by_a_second_call(how, message, tmp_path):
     switch = tmp_path / "switch"
     switch.write_text(how)
