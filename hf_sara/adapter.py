@@ -113,6 +113,7 @@ class SaraAdapter(AttachedUpdates):
         """Attach an adapter whose config has been read. This is [`SaraAdapter.load`] without its first step."""
         model = unwrap(model)
         check_name(model, name)
+        saved = saved.named_for(model)
         sites, parts = saved.sites_on(model), saved.parts_on(model)
         tensors = saved.tensors
         factors = saved.factors_on(model, sites)

@@ -75,6 +75,13 @@ class Manifest(AdapterSpec):
     versions: dict[str, str]
     untrained: frozenset[str] = field(default=frozenset(), kw_only=True)
 
+    @property
+    def origin(self) -> str:
+        """Where the adapter comes from, for an error that says that it does not fit."""
+        made, here = self.versions.get("transformers"), version("transformers")
+        with_other = f" It was made with transformers {made}, and this is {here}." if made and made != here else ""
+        return f"It was trained on {self.base}.{with_other}"
+
     def untrained_sites(self) -> list[PlannedSite]:
         """The sites whose updates add nothing, although their tensors do not say so."""
         return [site for site in self.sites if site.name in self.untrained]

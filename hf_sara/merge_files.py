@@ -60,6 +60,7 @@ def merge_shards(base_folder: str | PathLike, adapter_folder: str | PathLike, fo
     saved = storage.read(adapter_folder)
     saved.method.refuse_merge()
     model, as_it_was = _empty_model(base_folder, saved)
+    saved = saved.named_for(model)
     embedding = input_embedding(model)
     rows = None if embedding is None else embedding.num_embeddings
     saved.fit_vocabulary(model, str(base_folder))

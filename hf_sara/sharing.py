@@ -110,6 +110,7 @@ def from_hub(
                     **access,
                     **kwargs,
                 )
+                saved = saved.named_for(model)
                 _refuse_random(name, saved, loaded)
         except OSError as error:
             raise FileNotFoundError(f"The base {name!r} of the adapter in {folder} cannot be had: {error}") from error

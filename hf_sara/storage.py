@@ -13,7 +13,7 @@ checked against the base, and every tensor's name, shape and dtype is compared b
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -40,6 +40,7 @@ from .parts import (
 )
 from .patterns import is_within
 from .records import parse_json
+from .renaming import rename, renamed_fields, renamed_modules
 from .seeds import Seed
 from .sites import PlannedSite, Site, all_sites, whole_site
 from .tensor_files import SAFETENSORS_DTYPES, TensorFile, check_tensors, tensors_digest, to_bytes
@@ -79,10 +80,14 @@ class SavedAdapter(Config):
     Args:
         folder (`Path`): The folder of its files.
         files ([`Files`]): The files of its tensors. They stay as they were when the adapter was read.
+        renames (`dict[str, str]`, *optional*): By name of a module in the files, its name in the model.
+        as_written ([`SavedAdapter`], *optional*): The adapter with the names of its files, if some have others here.
     """
 
     folder: Path = Path()
     files: Files | None = None
+    renames: dict[str, str] = field(default_factory=dict)
+    as_written: "SavedAdapter | None" = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -91,7 +96,17 @@ class SavedAdapter(Config):
         them.
         """
         assert self.files is not None
-        return self.files.read_state(self)
+        return self._renamed(self.files.read_state(self.as_written or self))
+
+    def _renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {rename(name, self.renames): tensor for name, tensor in tensors.items()}
+
+    def named_for(self, model: nn.Module) -> "SavedAdapter":
+        """The adapter with the names of this model, where transformers has renamed modules since it was saved."""
+        renames = renamed_modules(model, [*(s.module for s in self.sites), *(part.name for part in self.parts)])
+        if not renames:
+            return self
+        return replace(self, **renamed_fields(self, renames), renames=renames, as_written=self)
 
     def sites_on(self, model: nn.Module) -> list[PlannedSite]:
         """Check that the model has each site with the same shape and columns; returns the sites."""
@@ -107,7 +122,7 @@ class SavedAdapter(Config):
                 missing = f"has as a {type(module).__name__}, which it cannot adapt" if packed else "does not have"
                 raise AdapterError(
                     f"The adapter in {self.folder} adapts {site.name!r}, which this {type(model).__name__} {missing}. "
-                    f"It was trained on {self.base}."
+                    f"{self.origin}"
                 )
             if (there.shape, there.slice, there.module) != (site.shape, site.slice, site.module):
                 raise AdapterError(
@@ -134,7 +149,7 @@ class SavedAdapter(Config):
             if not name or name not in names:
                 raise AdapterError(
                     f"The adapter in {self.folder} trains {name!r}, which this {type(model).__name__} does not have. "
-                    f"It was trained on {self.base}."
+                    f"{self.origin}"
                 )
         try:
             found = module_parts(model, [module.name for module in modules])
@@ -168,7 +183,7 @@ class SavedAdapter(Config):
             return
         # A config that claims more rows than its file has would make the base take any amount of memory.
         assert self.files is not None
-        self.files.check(self)
+        self.files.check(self.as_written or self)
         missing = range(embedding.num_embeddings, size)
         if missing:
             held = {part.name: set(part.indices) for part in self.parts if isinstance(part, TokenPart)}
@@ -209,7 +224,7 @@ class SavedAdapter(Config):
             return {}
         if self.factors_sha256 is not None:
             assert self.files is not None
-            tensors = self.files.read_factors(self)
+            tensors = self._renamed(self.files.read_factors(self.as_written or self))
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
         found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
         return {site.name: factors for site, factors in zip(sites, found, strict=True)}

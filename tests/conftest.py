@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items):
             # This goes through a table of two parameters diagonally, so that each value of both has its turn.
             if (index + index // every) % every:
                 item.add_marker("slow")
+                item.add_marker("long")
 
 
 def pytest_collection_finish():

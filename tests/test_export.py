@@ -21,6 +21,7 @@ from conftest import (
     sara_arguments,
     train,
 )
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -114,6 +115,8 @@ def test_peft_computes_what_the_adapter_does(family, way, tmp_path):
         model = make_model(family)
         base = logits(model)
         adapter = attach_trained(model, **changes)
+        if adapter.parts and way == "load_adapter" and Version(transformers.__version__) < Version("5.20"):
+            pytest.skip("Before 5.20, load_adapter of transformers does not load modules that are trained in full.")
         live = logits(model)
         report = export_lora(adapter, folder)
         lora, found = with_lora(folder, way, family)

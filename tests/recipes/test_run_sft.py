@@ -237,6 +237,7 @@ def test_the_demo_takes_a_small_model_and_few_steps(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
     try:
         base_models.smollm2_file()
