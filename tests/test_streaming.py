@@ -277,6 +277,7 @@ def test_a_checkpoint_without_its_place_in_the_data_is_resumed_in_its_first_epoc
 # ---- several processes ----
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", [{}, {"dispatch_batches": False}, {"split_batches": True}], ids=str)
 def test_two_processes_resume_in_a_later_epoch_as_if_they_had_not_stopped(accelerator, tmp_path):

@@ -569,6 +569,7 @@ def test_fsdp_ends_with_the_same_adapter_as_one_process(tmp_path):
     check_is_what_one_process_trains(found, "sara", tmp_path / "single")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),

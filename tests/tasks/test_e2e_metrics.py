@@ -59,6 +59,7 @@ def test_an_input_without_references_is_an_error(references):
         E2EMetrics().compute(predictions=["a", "b"], references=references)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("example", "tgen", "ukp_seed1")]
 )
