@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .export import ExportReport, export_lora
     from .merge_files import merge_shards
     from .plain_model import merge
+    from .plan_file import load_plan, save_plan
     from .planning import Plan, plan
     from .sharing import from_hub, push_to_hub
     from .trainer import SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
@@ -35,6 +36,7 @@ __all__ = [
     "SaraTrainerMixin",
     "export_lora",
     "from_hub",
+    "load_plan",
     "merge",
     "merge_shards",
     "plan",
@@ -45,6 +47,7 @@ __all__ = [
     "rank_correlation",
     "rank_curves",
     "routing",
+    "save_plan",
 ]
 
 # Every name is loaded at its first use, because torch and transformers take seconds to import, and the `--help` of a
@@ -64,6 +67,7 @@ _HOMES = {
     "export": ("ExportReport", "export_lora"),
     "merge_files": ("merge_shards",),
     "plain_model": ("merge",),
+    "plan_file": ("load_plan", "save_plan"),
     "planning": ("Plan", "plan"),
     "sharing": ("from_hub", "push_to_hub"),
     "trainer": ("SaraSeq2SeqTrainer", "SaraTrainer", "SaraTrainerMixin"),

@@ -18,6 +18,7 @@ from .carrier import adapters_on, check_name, unwrap
 from .contents import warn_of_random
 from .factors import Factors
 from .manifest import Manifest, current_versions
+from .plan_file import load_plan
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
 from .sites import PlannedSite
@@ -57,7 +58,13 @@ class SaraAdapter(AttachedUpdates):
     # ---- making an adapter ----
 
     @classmethod
-    def attach(cls, model: nn.Module, args: SaraArguments | None = None, name: str = "default") -> "SaraAdapter":
+    def attach(
+        cls,
+        model: nn.Module,
+        args: SaraArguments | None = None,
+        name: str = "default",
+        plan: Plan | str | PathLike | None = None,
+    ) -> "SaraAdapter":
         """
         Attach a new adapter and freeze the base.
 
@@ -65,18 +72,22 @@ class SaraAdapter(AttachedUpdates):
             model ([`~transformers.PreTrainedModel`]): The base model, with its weights loaded.
             args ([`SaraArguments`], *optional*): The adapter's arguments; defaults to SARA at threshold 0.01.
             name (`str`, *optional*, defaults to `"default"`): The adapter's name on this model.
+            plan ([`Plan`], `str` or `os.PathLike`, *optional*): What [`plan`] found for this model, or the file that
+                [`save_plan`] wrote. Its ranks are taken and not computed. `args` are those of the plan if they are
+                left out, and must not ask for other ranks.
 
         Returns:
             [`SaraAdapter`]: The handle; the model itself is changed in place and keeps its class.
 
         Raises:
-            `ValueError`: If the name is taken, a module does not exist, or a weight has no rank. The model is then
-                left as it was.
+            `ValueError`: If the name is taken, a module does not exist, a weight has no rank, or the plan is one of
+                other arguments, or of another model. The model is then left as it was.
         """
-        args = SaraArguments() if args is None else args
+        planned = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
+        args = (planned.args if planned else SaraArguments()) if args is None else args
         model = unwrap(model)
         check_name(model, name)
-        plan, measured = measure(model, args)
+        plan, measured = measure(model, args, planned)
         factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
         seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
         warn_of_random(model, plan.parts)

@@ -136,12 +136,14 @@ def plan(
         Names, typer.Option(help="Ids of tokens whose rows of the embedding train, with commas.")
     ] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Image file for a figure of the ranks.")] = None,  # noqa: UP045
+    save: Annotated[Optional[Path], typer.Option(help="JSON file for the plan, from which trainings take it.")] = None,  # noqa: UP045
     summary: Summary = False,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the ranks and parameters, for a threshold or a budget. This reads one matrix at a time."""
     from .arguments import SaraArguments
+    from .plan_file import save_plan
     from .planning import plan as plan_adapter
 
     args = SaraArguments(
@@ -158,6 +160,8 @@ def plan(
     found = plan_adapter(model, args, revision=revision)
     if plot is not None:
         found.plot(plot)
+    if save is not None:
+        save_plan(found, save)
     if not as_json:
         for line in [str(found)] if summary else found.table().splitlines():
             _say(line)

@@ -5,7 +5,7 @@ A config has exactly the known fields. Its shapes are used only after they were 
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, get_type_hints
@@ -14,7 +14,6 @@ from .arguments import SaraArguments
 from .base_model import BaseRecord
 from .files import check_digest
 from .layouts import OutputSlice
-from .methods import Method
 from .parts import ModulePart, Part, TokenPart
 from .planning import AdapterSpec
 from .records import check_fields, check_shape
@@ -121,22 +120,35 @@ def config_text(manifest: Manifest, format_version: int, dtype: str, digests: Ma
         "base": manifest.base.to_json(),
         "versions": manifest.versions,
     }
-    for key, kind in (("modules", ModulePart), ("tokens", TokenPart)):
-        parts = [part.to_json() for part in manifest.parts if isinstance(part, kind)]
-        if parts:
-            config[key] = parts
     records = []
     for site in manifest.sites:
-        record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
-        if site.slice is not None:
-            record["slice"] = asdict(site.slice)
+        record = site_record(site)
         if site.name in manifest.untrained:
             record["trained"] = False
         if site.name in manifest.seeds:
             record.update(manifest.seeds[site.name].to_json())
-        records.append("    " + json.dumps(record, separators=(",", ":")))
+        records.append(record)
+    return with_sites({**config, **part_records(manifest.parts)}, records)
+
+
+def site_record(site: PlannedSite) -> dict[str, Any]:
+    """The record of a site in a config, or in the file of a plan."""
+    record: dict[str, Any] = {"name": site.name, "shape": list(site.shape), "k": site.k}
+    return record if site.slice is None else {**record, "slice": asdict(site.slice)}
+
+
+def part_records(parts: Sequence[Part]) -> dict[str, Any]:
+    """The records of what trains beside the updates."""
+    kinds = (("modules", ModulePart), ("tokens", TokenPart))
+    found = {key: [part.to_json() for part in parts if isinstance(part, kind)] for key, kind in kinds}
+    return {key: records for key, records in found.items() if records}
+
+
+def with_sites(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    """A config as JSON with one line for each site."""
+    lines = ["    " + json.dumps(record, separators=(",", ":")) for record in records]
     head = json.dumps(config, indent=2).removesuffix("\n}")
-    return head + ',\n  "sites": [\n' + ",\n".join(records) + "\n  ]\n}\n"
+    return head + ',\n  "sites": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
 
 
 def parse_config(config: Any, format_version: int) -> Config:
@@ -149,9 +161,7 @@ def parse_config(config: Any, format_version: int) -> Config:
     check_fields("the config", config, CONFIG_FIELDS, optional={"factors_sha256", "modules", "tokens"})
     if config["format_version"] != format_version:
         raise ValueError(f"its format version is {config['format_version']}, and {format_version} belongs there")
-    hints = get_type_hints(SaraArguments)
-    check_fields("its arguments", config["arguments"], hints, optional=hints)
-    args = SaraArguments(**config["arguments"])
+    args = read_arguments(config["arguments"])
     method = args.resolved_method()
     if config["method"] != args.method:
         raise ValueError(f"its method {config['method']!r} is not that of its arguments")
@@ -165,9 +175,7 @@ def parse_config(config: Any, format_version: int) -> Config:
         check_digest("its factors_sha256", config["factors_sha256"])
     base = BaseRecord.from_json(config["base"])
     records = config["sites"]
-    sites = [_read_site(f"the record of site {number}", record, method) for number, record in enumerate(records)]
-    if not sites or len({site.name for site in sites}) != len(sites):
-        raise ValueError("it names no sites, or one twice")
+    sites = read_sites(records, {**SITE_FIELDS, **SEED_FIELDS} if method.has_factors else SITE_FIELDS)
     seeds = {}
     if method.has_factors:
         seeds = {site.name: Seed.from_json(record, site) for site, record in zip(sites, records, strict=True)}
@@ -175,7 +183,7 @@ def parse_config(config: Any, format_version: int) -> Config:
         args=args,
         threshold=config["threshold"],
         sites=sites,
-        parts=_read_parts(config),
+        parts=read_parts(config),
         seeds=seeds,
         untrained=frozenset(site.name for site, r in zip(sites, records, strict=True) if not r.get("trained", True)),
         base=base,
@@ -191,8 +199,22 @@ def parse_config(config: Any, format_version: int) -> Config:
     return found
 
 
-def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
-    hints = {**SITE_FIELDS, **SEED_FIELDS} if method.has_factors else SITE_FIELDS
+def read_arguments(record: Any) -> SaraArguments:
+    """The arguments in a config, or in the file of a plan."""
+    hints = get_type_hints(SaraArguments)
+    check_fields("its arguments", record, hints, optional=hints)
+    return SaraArguments(**record)
+
+
+def read_sites(records: Sequence[Any], hints: Mapping[str, Any]) -> list[PlannedSite]:
+    """The sites of a config, or of the file of a plan, whose records have these fields."""
+    sites = [_read_site(f"the record of site {number}", record, hints) for number, record in enumerate(records)]
+    if not sites or len({site.name for site in sites}) != len(sites):
+        raise ValueError("it names no sites, or one twice")
+    return sites
+
+
+def _read_site(what: str, record: Any, hints: Mapping[str, Any]) -> PlannedSite:
     check_fields(what, record, hints, optional={"slice", "trained", "clusters"})
     name, shape, k, part = record["name"], tuple(record["shape"]), record["k"], None
     if "slice" in record:
@@ -204,7 +226,8 @@ def _read_site(what: str, record: Any, method: Method) -> PlannedSite:
     return PlannedSite(name, name.rsplit(".", 1)[0] if part else name, shape, part, k=k)
 
 
-def _read_parts(config: Mapping[str, Any]) -> list[Part]:
+def read_parts(config: Mapping[str, Any]) -> list[Part]:
+    """The parts of a config, or of the file of a plan."""
     parts: list[Part] = []
     for number, record in enumerate(config.get("modules", [])):
         check_fields(f"the record of module {number}", record, MODULE_FIELDS, optional={"buffers", "dtypes", "ties"})

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from .parts import Part, find_parts
 from .parts import count as count_part
 from .patterns import is_of_update
 from .sites import PlannedSite, Site, sites_by_kind
-from .spectrum import Spectrum, find_rank, find_spectrum
+from .spectrum import Spectrum, check_weight, find_rank, find_spectrum, weight_digest
 from .targets import find_sites
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ STEPS = 10**9
 # A table for people is not wider than this, so that terminals do not break its lines.
 WIDEST_TABLE = 119
 LONGEST_NAME = 60
+# With threshold or budget, these arguments decide which ranks there are.
+DECIDE_RANKS = ("target_modules", "exclude_modules", "layers", "modules_to_save", "trainable_token_indices")
 # The number of modules beside the sites that a summary names.
 MOST_NAMED = 5
 
@@ -215,9 +217,12 @@ class Plan(AdapterSpec):
         sites (`list[PlannedSite]`): The sites, each with its rank k.
         parts (`list[ModulePart or TokenPart]`): What is trained beside the updates of the sites.
         base_parameters (`int`): Parameters of the base model.
+        digests (`dict[str, str]`, *optional*): By site, the digest of its weight, which tells whether another base has
+            the same one. [`plan`] finds them.
     """
 
     base_parameters: int
+    digests: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def share(self) -> float:
@@ -256,22 +261,82 @@ def plan(
     sites, size = find_sites(base, args), count_base(base)
     parts = find_parts(base, args, sites)
     threshold = resolve_threshold(sites, parts, args, size, weight_of)
-    ranks = for_each(lambda site: find_rank(weight_of(site), threshold, site.name), sites, "Singular values")
-    return Plan(args, threshold, list(map(PlannedSite.of, sites, ranks)), parts, size)
+
+    def look(site: Site) -> tuple[int, str]:
+        weight = weight_of(site)
+        check_weight(weight, site.name)
+        digest = weight_digest(weight)
+        return find_rank(weight, threshold, site.name, digest), digest
+
+    found = for_each(look, sites, "Singular values")
+    planned = [PlannedSite.of(site, k) for site, (k, _) in zip(sites, found, strict=True)]
+    digests = {site.name: digest for site, (_, digest) in zip(sites, found, strict=True)}
+    return Plan(args, threshold, planned, parts, size, digests)
 
 
-def measure(model: nn.Module, args: SaraArguments) -> tuple[Plan, dict[str, Measured]]:
+def measure(model: nn.Module, args: SaraArguments, planned: Plan | None = None) -> tuple[Plan, dict[str, Measured]]:
     """
     Make the plan of [`plan`], and find for each site all that the method takes from its weight, frozen factors
-    included. Attaching needs both, and one decomposition gives the rank and the factors of a site.
+    included. Attaching needs both, and one decomposition gives the rank and the factors of a site. If the plan was
+    made before, no rank is computed, and it is checked that the model is the plan's.
     """
+    if planned is not None:
+        return _follow(model, args, planned)
     sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
     parts = find_parts(model, args, sites)
     threshold = resolve_threshold(sites, parts, args, base, lambda site: site.weight(model))
     title = "Singular vectors" if method.has_factors else "Singular values"
     found = for_each(lambda site: method.measure(site.weight(model), threshold, site.name), sites, title)
-    planned = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
-    return Plan(args, threshold, planned, parts, base), {s.name: m for s, m in zip(sites, found, strict=True)}
+    ranked = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
+    return Plan(args, threshold, ranked, parts, base), {s.name: m for s, m in zip(sites, found, strict=True)}
+
+
+def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, dict[str, Measured]]:
+    """
+    A plan of a model for arguments that ask for the same ranks, with what their method takes from each weight. The
+    model has to be the one of the plan.
+    """
+    _refuse_other_ranks(args, plan)
+    sites, method = find_sites(model, args), args.resolved_method()
+    parts = find_parts(model, args, sites)
+    there, wanted = ([(site.name, site.shape, site.slice) for site in found] for found in (sites, plan.sites))
+    if there != wanted or parts != plan.parts:
+        # Their order is that of the modules, which is not part of what a plan says.
+        other = sorted({str(entry) for entry in (*there, *parts)} ^ {str(entry) for entry in (*wanted, *plan.parts)})
+        names = f", first of all in {other[0]}" if other else " in their order"
+        raise ValueError(
+            f"The plan is not one of this {type(model).__name__}. Of its {len(plan.sites)} sites and what trains "
+            f"beside them, {len(other)} differ{names}. Make the plan of this model."
+        )
+
+    def measured(site: PlannedSite) -> Measured:
+        weight = site.weight(model)
+        check_weight(weight, site.name)
+        if weight_digest(weight) != plan.digests.get(site.name):
+            raise ValueError(
+                f"{site.name}: this model's weight is not the one that the plan was made of (its SHA-256 differs). "
+                "Load the model of the plan, in a dtype that changes no value, or make a plan of this one."
+            )
+        return method.measure(weight, plan.threshold, site.name, site.k)
+
+    title = "Singular vectors" if method.has_factors else "Weights"
+    found = for_each(measured, plan.sites, title)
+    followed = Plan(args, plan.threshold, plan.sites, parts, plan.base_parameters, plan.digests)
+    return followed, {site.name: m for site, m in zip(plan.sites, found, strict=True)}
+
+
+def _refuse_other_ranks(args: SaraArguments, plan: Plan) -> None:
+    """Raise an error if arguments ask for other sites, parts or ranks than those of a plan."""
+    given, planned = args.to_dict(), plan.args.to_dict()
+    other = [name for name in DECIDE_RANKS if given[name] != planned[name]]
+    if args.parameter_budget is None and args.resolved_threshold() != plan.threshold:
+        given["threshold"], planned["threshold"] = args.resolved_threshold(), plan.threshold
+        other.append("threshold")
+    elif args.parameter_budget not in (None, plan.args.parameter_budget):
+        other.append("parameter_budget")
+    if other:
+        said = ", ".join(f"{name}={given[name]!r} (the plan has {planned[name]!r})" for name in other)
+        raise ValueError(f"The arguments ask for other ranks than the plan: {said}. Make a plan with them.")
 
 
 def resolve_threshold(

@@ -49,6 +49,7 @@ FLOORS = (
         "base_model",
         "planning",
         "manifest",
+        "plan_file",
         "renaming",
         "format1",
         "storage",

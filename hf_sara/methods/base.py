@@ -130,7 +130,7 @@ class Method:
                 f"An update of {self.title} is no matrix of low rank, so it cannot be merged or exported."
             )
 
-    def measure(self, weight: torch.Tensor, threshold: float, site: str) -> Measured:
+    def measure(self, weight: torch.Tensor, threshold: float, site: str, k: int | None = None) -> Measured:
         """
         Find the rank of a base weight, and its frozen factors with their seed if the method has some.
 
@@ -138,11 +138,12 @@ class Method:
             weight (`torch.Tensor` of shape `(d_in, d_out)`): The weight of a site.
             threshold (`float`): With 0 < threshold <= 1.
             site (`str`): Name for error messages.
+            k (`int`, *optional*): The rank, if a plan has it already.
         """
         if not self.has_factors:
-            return Measured(find_rank(weight, threshold, site))
+            return Measured(find_rank(weight, threshold, site) if k is None else k)
         seed = Seed.of_weight(weight)
-        factors = find_factors(weight, threshold=threshold, site=site, digest=seed.sha256)
+        factors = find_factors(weight, threshold=threshold, k=k, site=site, digest=seed.sha256)
         return Measured(factors.k, factors, seed.with_factors(factors))
 
     def make_delta(self, site: PlannedSite, model: nn.Module, factors: Factors | None = None) -> "Delta":

@@ -28,6 +28,7 @@ from ..copies import own_names, watch_rows
 from ..files import write_file
 from ..linears import is_offloaded
 from ..parts import Part, TokenPart
+from ..planning import Plan
 from .reference import reference_for
 from .resuming import output_dir_of
 from .searching import SearchMixin
@@ -51,10 +52,12 @@ class AdapterTrainerMixin(SearchMixin):
         *positional,
         sara_args: SaraArguments | None = None,
         adapter_name: str | None = None,
+        plan: Plan | str | os.PathLike | None = None,
         published_arguments: Sequence[str] = (),
         **kwargs,
     ):
         self.sara_args = sara_args
+        self._sara_plan = plan
         self._sara_published = published_arguments
         # The folder to which the adapter was saved last, and the step.
         self._sara_saved: tuple[str, int] | None = None
@@ -93,32 +96,15 @@ class AdapterTrainerMixin(SearchMixin):
         """Attach the adapter, or find it on the model, and let nothing else train."""
         model = unwrap(model)
         _refuse_to_move(model)
-        names, name = list(adapters_on(model)), self._sara_adapter_name
-        if name is None and len(names) > 1:
-            raise ValueError(
-                f"The model carries the adapters {', '.join(map(repr, names))}, and a trainer trains one of them. Say "
-                f"which: adapter_name={names[0]!r}."
-            )
         wanted = self.sara_args
-        if wanted is not None and self._sara_trial_overrides:
-            wanted = replace(wanted, **self._sara_trial_overrides)
-        elif self._sara_trial_overrides:
-            wanted = SaraArguments(**self._sara_trial_overrides)
-        adapter = SaraAdapter.of(model, name)
-        if adapter is None and names and wanted is None:
-            raise ValueError(
-                f"The model carries no adapter {name!r}, but {', '.join(map(repr, names))}. Choose one of these, or "
-                "give sara_args to attach a new one of that name."
-            )
-        if adapter is None:
-            adapter = SaraAdapter.attach(model, wanted, name or "default")
-        elif wanted is not None and wanted != adapter.args:
-            raise ValueError(
-                f"The model already carries the adapter {adapter!r}, made with {adapter.args}, which is not what "
-                f"sara_args asks for: {wanted}. Leave sara_args out to go on training it, or detach it first."
-            )
-        elif adapter.merged:
-            raise ValueError(f"The adapter {adapter.name!r} is merged into the weights. Unmerge it before training.")
+        if self._sara_trial_overrides:
+            if self._sara_plan is not None:
+                raise ValueError(
+                    f"A search over {', '.join(self._sara_trial_overrides)} needs other ranks than those of the plan. "
+                    "Leave the plan out."
+                )
+            wanted = replace(wanted or SaraArguments(), **self._sara_trial_overrides)
+        adapter = _find_or_attach(model, wanted, self._sara_adapter_name, self._sara_plan)
         # Another adapter may be attached later, and this trainer goes on to train its own one.
         self._sara_adapter_name = adapter.name
         adapter.train_alone()
@@ -342,6 +328,39 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
+
+
+def _find_or_attach(
+    model: Any, wanted: SaraArguments | None, name: str | None, plan: Plan | str | os.PathLike | None
+) -> SaraAdapter:
+    """The adapter of a model that is to be trained, or a new one."""
+    names = list(adapters_on(model))
+    if name is None and len(names) > 1:
+        raise ValueError(
+            f"The model carries the adapters {', '.join(map(repr, names))}, and a trainer trains one of them. Say "
+            f"which: adapter_name={names[0]!r}."
+        )
+    adapter = SaraAdapter.of(model, name)
+    if adapter is None:
+        if names and wanted is None and plan is None:
+            raise ValueError(
+                f"The model carries no adapter {name!r}, but {', '.join(map(repr, names))}. Choose one of these, or "
+                "give sara_args to attach a new one of that name."
+            )
+        return SaraAdapter.attach(model, wanted, name or "default", plan)
+    if plan is not None:
+        raise ValueError(
+            f"The model already carries the adapter {adapter!r}, which has its ranks. Leave the plan out to go on "
+            "training it, or detach it first."
+        )
+    if wanted is not None and wanted != adapter.args:
+        raise ValueError(
+            f"The model already carries the adapter {adapter!r}, made with {adapter.args}, which is not what "
+            f"sara_args asks for: {wanted}. Leave sara_args out to go on training it, or detach it first."
+        )
+    if adapter.merged:
+        raise ValueError(f"The adapter {adapter.name!r} is merged into the weights. Unmerge it before training.")
+    return adapter
 
 
 def _refuse_to_move(model: nn.Module) -> None:

@@ -79,6 +79,9 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         adapter_name (`str`, *optional*):
             The adapter to train, for a model that carries several, or the name of a new one. The tensors of the others
             do not train.
+        plan ([`Plan`], `str` or `os.PathLike`, *optional*):
+            What [`plan`] found for the model, or the file that [`save_plan`] wrote. A new adapter takes its ranks, and
+            none is computed. `sara_args` are the plan's if they are left out, and must not ask for other ranks.
         published_arguments (`Sequence[str]`, *optional*):
             Fields of a subclass of [`~transformers.TrainingArguments`] that the card and training_args.json may show.
             Those of TrainingArguments itself are shown as far as they hold neither a path nor a secret.
