@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model=model,
         args=training,
         sara_args=sara,
+        plan=options.plan,
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         processing_class=processor,

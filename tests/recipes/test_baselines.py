@@ -122,6 +122,8 @@ def test_without_peft_the_error_says_how_to_install_it(monkeypatch, tmp_path):
 def test_baselines_refuse_what_they_do_not_do(tmp_path):
     with pytest.raises(ValueError, match="push_to_hub is not made for method='lora'"):
         trainer_of("lora", tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match=r"plan='plan\.json' has ranks of SARA, which method='lora' does not use"):
+        make_trainer(arguments("lora"), plan="plan.json", model=make_model(), args=training_arguments(tmp_path))
 
 
 # ---- sizes ----

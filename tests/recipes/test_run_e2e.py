@@ -22,7 +22,7 @@ from harness.base_models import load_base
 from harness.bottleneck import load_bottleneck
 from harness.demo_data import make_demo_data
 from harness.options import RecipeError, parse_arguments
-from hf_sara import SaraAdapter
+from hf_sara import SaraAdapter, SaraArguments, plan, save_plan
 from hf_sara.card_text import fenced
 from hf_sara.tasks import e2e
 
@@ -129,6 +129,18 @@ def test_e2e_runs_the_baselines_just_so(method, base, data, tmp_path, monkeypatc
     )
     assert again == [row["prediction"] for row in predictions]
     assert load("run_e2e").main(argv) == metrics
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_e2e_takes_the_ranks_of_a_plan(base, data, tmp_path):
+    save_plan(plan(base, SaraArguments(threshold=0.3)), tmp_path / "plan.json")
+    argv = arguments(base, data, tmp_path / "run", "--threshold", "0.3", "--max_test_mrs", "0")
+    planned = load("run_e2e").main([*argv, "--plan", str(tmp_path / "plan.json")])
+    # It is the same run, with the plan or without.
+    assert load("run_e2e").main(argv) == planned
+    other = arguments(base, data, tmp_path / "other", "--threshold", "0.4", "--plan", str(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match=r"threshold=0\.4 \(the plan has 0\.3\)"):
+        load("run_e2e").main(other)
 
 
 @pytest.mark.parametrize("base", ["gpt2"], indirect=True)
