@@ -128,6 +128,7 @@ class SaraAdapter(AttachedUpdates):
         sites, parts = saved.sites_on(model), saved.parts_on(model)
         tensors = saved.tensors
         factors = saved.factors_on(model, sites)
+        saved.warn_of_another_base(model)
         adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
         try:
             adapter.load_state_dict(tensors, saved.untrained)

@@ -114,6 +114,13 @@ class BaseRecord:
             generation_eos_token_id=getattr(getattr(model, "generation_config", None), "eos_token_id", None),
         )
 
+    def is_other_than(self, other: "BaseRecord") -> bool:
+        """Whether both are known to be models of the Hub, and not the same one, or not at the same commit."""
+        if self.model_id is None or other.model_id is None:
+            return False
+        known = self.revision is not None and other.revision is not None
+        return self.model_id != other.model_id or (known and self.revision != other.revision)
+
     def to_json(self) -> dict[str, Any]:
         """The record as it stands in an adapter's config."""
         values = vars(self)

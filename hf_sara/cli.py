@@ -94,7 +94,10 @@ Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.", 
 Names = Optional[list[str]]  # noqa: UP045
 Summary = Annotated[bool, typer.Option("--summary", help="Print only the line that sums it up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Base = Annotated[Optional[str], typer.Option(help="Folder or Hub id of the base; default: the recorded one.")]  # noqa: UP045
+Base = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Folder or Hub id of the base. Default: the recorded one, which is none if it was a folder."),
+]
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit.")]  # noqa: UP045
 
 
@@ -162,6 +165,9 @@ def plan(
         found.plot(plot)
     if save is not None:
         save_plan(found, save)
+    for written in filter(None, (plot, save)):
+        # Scripts read the other stream.
+        typer.echo(f"Wrote {written}", err=True)
     if not as_json:
         for line in [str(found)] if summary else found.table().splitlines():
             _say(line)

@@ -4,11 +4,14 @@ A config has exactly the known fields. Its shapes are used only after they were 
 """
 
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, get_type_hints
+
+from torch import nn
 
 from .arguments import SaraArguments
 from .base_model import BaseRecord
@@ -21,6 +24,8 @@ from .seeds import SEED_FIELDS, Seed
 from .sites import PlannedSite
 from .spectrum import check_threshold
 from .tensor_files import BUFFER_DTYPES
+
+logger = logging.getLogger(__name__)
 
 # A config has about 200 bytes per site, so this is enough for forty thousand sites. There is a limit, because a parsed
 # config may take 20 times as much memory.
@@ -80,6 +85,14 @@ class Manifest(AdapterSpec):
         made, here = self.versions.get("transformers"), version("transformers")
         with_other = f" It was made with transformers {made}, and this is {here}." if made and made != here else ""
         return f"It was trained on {self.base}.{with_other}"
+
+    def warn_of_another_base(self, model: nn.Module) -> None:
+        """Warn if the model is known to be another base, where a method cannot tell that from the weights."""
+        there = BaseRecord.of(model)
+        if not self.method.has_factors and self.base.is_other_than(there):
+            logger.warning(
+                "The adapter was trained on %s, and is loaded onto %s. Their weights may differ.", self.base, there
+            )
 
     def untrained_sites(self) -> list[PlannedSite]:
         """The sites whose updates add nothing, although their tensors do not say so."""

@@ -248,7 +248,11 @@ def make_card(
         hardware=inline(hardware()),
         versions=inline(", ".join(f"{key} {value}" for key, value in framework_versions().items())),
         base_limit="It works on the base model that it was trained on"
-        + (", and is checked against it when it is loaded." if method.has_factors else "."),
+        + (
+            ", and is checked against it when it is loaded."
+            if method.has_factors
+            else ". When it is loaded, the shapes are compared, and not the values of the weights."
+        ),
         method_limit=method.limit,
     )
     return join_card(metadata, body, existing)
@@ -380,7 +384,7 @@ def _shown_arguments(args: SaraArguments) -> dict[str, Any]:
     # The card has rows of its own for these two.
     own_rows = ("method", "threshold")
     differing = {key: value for key, value in values.items() if key not in own_rows and default[key] != value}
-    return {**{name: values[name] for name in always}, **differing}
+    return {**{name: values[name] for name in (*always, "dropout")}, **differing}
 
 
 def _render(**values: Any) -> str:

@@ -1,5 +1,6 @@
 """Ranks and parameter counts for a threshold, and the threshold for a budget of parameters."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from .targets import find_sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 WeightOf = Callable[[Site], torch.Tensor]
 
@@ -231,6 +234,8 @@ class Plan(AdapterSpec):
 
     def __str__(self) -> str:
         limit = "" if self.limit is None else "; it can be neither merged nor exported"
+        if self.args.parameter_budget is not None and self.threshold >= 1.0:
+            limit += f"; the budget of {self.args.parameter_budget} limits nothing, all ranks are full"
         return f"{super().__str__()} ({100 * self.share:.4g} % of the model){limit}"
 
 
@@ -353,7 +358,14 @@ def resolve_threshold(
             f"{', '.join(part.name for part in parts)} alone has {beside:,}. Raise it, or change modules_to_save and "
             "trainable_token_indices."
         )
-    return solve_threshold(sites, args, allowed - beside, weight_of)
+    found = solve_threshold(sites, args, allowed - beside, weight_of)
+    if found >= 1.0:
+        logger.warning(
+            "parameter_budget=%s limits nothing: even threshold 1, with all ranks full, needs fewer parameters. Full "
+            "ranks cost time, so give a smaller budget, or a threshold.",
+            args.parameter_budget,
+        )
+    return found
 
 
 def count_base(model: nn.Module) -> int:

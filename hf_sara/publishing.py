@@ -158,8 +158,9 @@ def main_settings(folder: Path) -> dict[str, Any]:
         record = read_json(folder / TRAINING_ARGS_FILE, MOST_BYTES_OF_ARGUMENTS)
     except (OSError, ValueError):
         return {}
-    # max_steps is -1 where it does not count.
-    found = {name: record[name] for name in MAIN_ARGUMENTS.split() if record.get(name, -1) != -1}
+    # max_steps is -1 where it does not count, and the number of epochs does not where it is given.
+    idle = "num_train_epochs" if record.get("max_steps", -1) != -1 else None
+    found = {name: record[name] for name in MAIN_ARGUMENTS.split() if record.get(name, -1) != -1 and name != idle}
     return {name: value for name, value in found.items() if type(value) in (int, float, str)}
 
 

@@ -90,6 +90,7 @@ def from_hub(
         model = base_model
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
+        _refuse_missing(name)
         kind = base_class(base.class_name, trust_remote_code)
         if "config" not in kwargs:
             # A head is made with as many outputs as there are labels.
@@ -143,10 +144,9 @@ def _refuse_random(name: str, saved: storage.SavedAdapter, loaded: Mapping[str, 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
     """The folder of a base in safetensors files: the given one, or the recorded one, which may be downloaded."""
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
+    _refuse_missing(name)
     if os.path.isdir(name):
         return Path(name)
-    if hub_id(name) is None:
-        raise FileNotFoundError(f"There is no base folder {name!r}, and it cannot be a Hub id.")
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
@@ -156,13 +156,18 @@ def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
         ) from error
 
 
+def _refuse_missing(name: str) -> None:
+    if not os.path.isdir(name) and hub_id(name) is None:
+        raise FileNotFoundError(f"There is no base folder {name!r}, and it cannot be a Hub id.")
+
+
 def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:
     """Hub id and commit of the base that an adapter names."""
     name = base.model_id
     if name is None:
         raise AdapterError(
             f"The adapter in {folder} was trained on a {base.class_name} that is not on the Hub. "
-            "Give it as base_model: a folder, a Hub id or a loaded model."
+            "Give its folder or Hub id as base_model."
         )
     if os.path.exists(name):
         # `from_pretrained` would load this file or folder, and not the model on the Hub.

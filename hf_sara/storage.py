@@ -242,7 +242,7 @@ class SavedAdapter(Config):
                 )
             raise AdapterError(
                 f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
-                f"differs). Load {self.base}, without merging or changing its weights, {remedy}."
+                f"differs). Load the base of the training ({self.base}), with its weights unchanged, {remedy}."
             )
 
         def find(use_cache: bool) -> Factors:

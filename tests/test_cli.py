@@ -122,8 +122,8 @@ def test_the_version():
         (("plan", "BASE", "--budget", 3), "or choose fewer --target-modules or layers."),
         (("plan", "target_modules/base_model"), "The model 'target_modules/base_model' cannot be read"),
         (("plan", "BASE", "--layers", "threshold=3"), "cannot read 'threshold=3'"),
-        (("merge", "ADAPTER", "out"), "Give it as --base: a folder"),
-        (("export", "ADAPTER", "out"), "Give it as --base: a folder"),
+        (("merge", "ADAPTER", "out"), "Give its folder or Hub id as --base."),
+        (("export", "ADAPTER", "out"), "Give its folder or Hub id as --base."),
         (("export", "ADAPTER", "out", "--base", "BASE", "--max-rank", 0), "--max-rank=0 has to be at least 1"),
     ],
 )

@@ -1,7 +1,11 @@
 """The structure of the package: imports point down, rooms stay small, and what is heavy loads late."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -247,3 +251,13 @@ def test_no_text_file_has_the_encoding_of_the_system():
 )
 def test_what_the_rule_of_encodings_refuses(code, wrong):
     assert bool(without_encoding(ast.parse(code))) == wrong
+
+
+def test_a_script_beside_a_clone_finds_the_package(tmp_path):
+    """A folder hf_sara in the script's folder is a namespace package, which an install by a finder would not outdo."""
+    installed = distribution("hf_sara").read_text("direct_url.json")
+    if installed is None or not json.loads(installed).get("dir_info", {}).get("editable"):
+        pytest.skip("hf_sara is not an editable install")
+    (tmp_path / "hf_sara").mkdir()
+    (tmp_path / "script.py").write_text("from hf_sara import __version__\n", encoding="utf-8")
+    subprocess.run([sys.executable, str(tmp_path / "script.py")], check=True, cwd=tmp_path)

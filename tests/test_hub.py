@@ -131,6 +131,13 @@ def test_a_merged_model_is_plain(server):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["../my-bse", "./nowhere", "/no/such/folder"])
+def test_a_base_folder_that_does_not_exist_is_said_to_be_missing(name, tmp_path):
+    attach_trained(make_model()).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"There is no base folder '{name}'"):
+        from_hub(tmp_path, base_model=name)
+
+
 def test_an_adapter_of_a_base_without_hub_id_asks_for_it(server, tmp_path):
     attach_trained(make_model()).save_pretrained(tmp_path / "local")
     with pytest.raises(AdapterError, match="base_model"):

@@ -237,7 +237,8 @@ def test_the_trainer_writes_the_card_of_its_run(method, tmp_path):
 
 def test_epochs_that_steps_stand_for_are_not_shown(tmp_path):
     given = {"output_dir": str(tmp_path), "num_train_epochs": 5, "use_cpu": True}
-    always = {"learning_rate": 5e-5, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8}
+    always = {"learning_rate": 5e-5, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8, "seed": 42}
+    always["optim"] = str(TrainingArguments(**given).optim.value)
     assert non_default(TrainingArguments(**given)).values == {**always, "num_train_epochs": 5}
     assert non_default(TrainingArguments(**given, max_steps=7)).values == {**always, "max_steps": 7}
 

@@ -115,6 +115,15 @@ def test_another_base_is_refused(model, said, tmp_path):
     assert not hasattr(model, "sara_adapter")
 
 
+def test_a_budget_that_limits_nothing_is_said(caplog):
+    found = plan(make_model(), SaraArguments(method="mo_sara", parameter_budget="50%"))
+    assert found.threshold == 1.0
+    assert "parameter_budget=50% limits nothing" in caplog.text
+    assert str(found).endswith("the budget of 50% limits nothing, all ranks are full")
+    caplog.clear()
+    assert "limits nothing" not in str(plan(make_model(), SaraArguments(parameter_budget=2000))) + caplog.text
+
+
 def test_an_exact_upcast_is_the_same_base_and_a_rounded_copy_is_not(tmp_path):
     save_plan(plan(make_model(dtype=torch.bfloat16), SaraArguments(threshold=0.3)), tmp_path / "plan.json")
     SaraAdapter.attach(make_model(dtype=torch.bfloat16).float(), plan=tmp_path / "plan.json")
@@ -134,7 +143,7 @@ def test_an_exact_upcast_is_the_same_base_and_a_rounded_copy_is_not(tmp_path):
         (lambda c: c["sites"].clear(), "no sites"),
         (lambda c: c["arguments"].update(threshold=7.0), "threshold"),
     ],
-    ids=str,
+    ids=["version", "no threshold", "unknown", "k", "digest", "no sites", "arguments"],
 )
 def test_a_damaged_file_is_refused_by_name(damage, said, tmp_path):
     saved_plan(tmp_path, threshold=0.3)
@@ -174,6 +183,8 @@ def test_a_trainer_takes_a_plan(tmp_path):
 def test_the_command_line_writes_one_from_the_files_of_a_model(tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     arguments = ["plan", str(tmp_path / "base"), "--threshold", "0.3", "--save", str(tmp_path / "plan.json")]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert f"Wrote {tmp_path / 'plan.json'}" in result.stderr
     assert load_plan(tmp_path / "plan.json") == plan(make_model(), SaraArguments(threshold=0.3))
     assert SaraAdapter.attach(make_model(), plan=tmp_path / "plan.json").args.threshold == 0.3

@@ -214,3 +214,10 @@ def test_the_count_on_a_card_is_that_of_settings_that_were_changed(tmp_path):
     assert changed.left_out == plain.left_out + 1
     assert changed.values["learning_rate"] == 1e-3
     assert publishing.LEFT_OUT not in changed.values
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(-1, {"num_train_epochs": 3}), (25, {"max_steps": 25})])
+def test_the_number_of_epochs_is_no_main_setting_where_steps_are_given(steps, shown, tmp_path):
+    record = {"num_train_epochs": 3, "max_steps": steps}
+    (tmp_path / publishing.TRAINING_ARGS_FILE).write_text(json.dumps(record), encoding="utf-8")
+    assert publishing.main_settings(tmp_path) == shown

@@ -238,6 +238,30 @@ def test_a_weight_that_is_not_adapted_may_change(tmp_path):
     SaraAdapter.load(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "commit", "said"),
+    [
+        ("sara", "someone/base", "1" * 40, False),
+        ("sara", "someone/base", None, False),
+        ("sara", "someone/other", "1" * 40, True),
+        ("sara", "someone/base", "2" * 40, True),
+        ("sara", "/a/folder", None, False),
+        # Its weights are compared, and they are the same ones here.
+        ("mo_sara", "someone/other", "1" * 40, False),
+    ],
+)
+def test_a_base_of_another_name_or_commit_is_warned_of_where_weights_are_not_compared(
+    method, name, commit, said, tmp_path, caplog
+):
+    model = make_model()
+    model.config._name_or_path, model.config._commit_hash = "someone/base", "1" * 40
+    attach_trained(model, method).save_pretrained(tmp_path)
+    other = make_model()
+    other.config._name_or_path, other.config._commit_hash = name, commit
+    SaraAdapter.load(other, tmp_path)
+    assert ("Their weights may differ" in caplog.text) == said
+
+
 def test_a_base_in_another_dtype_is_refused_with_the_dtype_to_load(tmp_path):
     saved(tmp_path, "mo_sara")
     refused(

@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 # Resuming needs these files besides the adapter.
 CHECKPOINT_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, RUNNING_LOSS_FILE, "rng_state*", "scaler.pt")
 # A card always shows these, and the number of epochs or of steps.
-ALWAYS_SHOWN = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size")
+ALWAYS_SHOWN = (
+    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("optim", "seed"),
+)
+# A run of so few steps needs the rates of a short one.
+SHORT_RUN = 1000
 # These arguments say how a training was run, and not what it computed.
 UNINTERESTING = re.compile(
     "logging_|disable_tqdm|hub_|save_|dataloader_|skip_memory|use_cpu|eval_|load_best|accelerator_config|ddp_"
@@ -112,7 +117,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if not self._sara_has_said and self.is_world_process_zero():
             self._sara_has_said = True
             say_if_untested()
-            _advise(self.sara_adapter, self.optimizer, self.args.learning_rate)
+            _advise(self.sara_adapter, self.optimizer, self.args.learning_rate, self.state.max_steps)
         with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -314,21 +319,25 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         ]
 
 
-def _advise(adapter: SaraAdapter, optimizer: Any, default_rate: float) -> None:
+def _advise(adapter: SaraAdapter, optimizer: Any, default_rate: float, steps: int) -> None:
     """Say before a training what would otherwise cost a person a whole run to find out."""
     method = adapter.args.resolved_method()
     groups = getattr(optimizer, "param_groups", ())
     rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=default_rate)
     short, long = method.learning_rates
+    # A head that trains with the adapter bears no rate as large as that of a short run.
+    is_short = steps <= SHORT_RUN and not adapter.parts
     # An optimizer that finds its own rate has 0 here.
-    if 0.0 < rate < long / 2:
+    if 0.0 < rate < (short / 8 if is_short else long / 2):
         logger.warning(
-            "%s learns next to nothing at learning_rate=%g. The defaults of trainers are for whole models. Try %g for "
-            "a few hundred steps, and %g for thousands.",
-            *(method.title, rate, short, long),
+            "%s learns next to nothing in %d steps at learning_rate=%g. The defaults of trainers are for whole "
+            "models. Try %g for up to a few hundred steps, and %g for thousands.",
+            *(method.title, steps, rate, short, long),
         )
     if adapter.spec.limit is not None:
-        logger.warning("This adapter will not be merged or exported later: %s", adapter.spec.limit)
+        logger.warning(
+            "This adapter can be neither merged nor exported, also after its training. %s", adapter.spec.limit
+        )
 
 
 def _warn_of_failure(job: Future) -> None:
