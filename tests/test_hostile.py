@@ -801,7 +801,12 @@ CASES = [
     Case("base: vocab_size zero", base(vocab_size=0), "vocab_size|0 tokens"),
     Case("base: vocab_size 10^12", base(vocab_size=10**12), "was trained with 1000000000000 tokens"),
     Case("base: vocab_size 10^9, as of two modules", big_vocabulary, r"1000000000|Missing: model\.embed_tokens"),
-    Case("base: not on the Hub", base(model_id=None), "not on the Hub. Give its folder or Hub id as base_model", **WITH_BASE),
+    Case(
+        "base: not on the Hub",
+        base(model_id=None),
+        "not on the Hub. Give its folder or Hub id",
+        **WITH_BASE,
+    ),
     Case("base: not to be had", base(model_id="someone/else"), "base 'someone/else' .*cannot be had", **WITH_BASE),
     Case("base: commit not to be had", base(revision="f" * 40), "base 'someone/base' .* cannot be had", **WITH_BASE),
     Case("base: a folder here", taken_name, "folder of that name here. Give base_model", **WITH_BASE),
