@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .base_files import base_config, loading, parse_object
 from .parts import input_embedding
 from .records import check_fields
-from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name
+from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name, refuse_missing
 from .sites import Site
 from .tensor_files import MAX_HEADER_BYTES, Entry, read_header
 
@@ -292,8 +292,7 @@ class BaseWeights:
 
     def __init__(self, name_or_folder: str, revision: str | None = None, token: str | None = None):
         self.folder = Path(name_or_folder) if os.path.isdir(name_or_folder) else None
-        if self.folder is None and hub_id(name_or_folder) is None:
-            raise FileNotFoundError(f"There is no model folder {name_or_folder!r}, and it cannot be a Hub id.")
+        refuse_missing(name_or_folder, "model")
         self._remote = f"{name_or_folder}@{revision or 'main'}"
         self._files = HfFileSystem(token=token)
         try:

@@ -317,12 +317,13 @@ def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, di
     def measured(site: PlannedSite) -> Measured:
         weight = site.weight(model)
         check_weight(weight, site.name)
-        if weight_digest(weight) != plan.digests.get(site.name):
+        digest = weight_digest(weight)
+        if digest != plan.digests.get(site.name):
             raise ValueError(
                 f"{site.name}: this model's weight is not the one that the plan was made of (its SHA-256 differs). "
                 "Load the model of the plan, in a dtype that changes no value, or make a plan of this one."
             )
-        return method.measure(weight, plan.threshold, site.name, site.k)
+        return method.measure(weight, plan.threshold, site.name, site.k, digest)
 
     title = "Singular vectors" if method.has_factors else "Weights"
     found = for_each(measured, plan.sites, title)

@@ -43,3 +43,9 @@ def cached_commit(repo_id: str) -> str | None:
     snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
     commits = [path.name for path in snapshots.iterdir()] if snapshots.is_dir() else []
     return commits[0] if len(commits) == 1 else None
+
+
+def refuse_missing(name: str, kind: str) -> None:
+    """Raise an error if a name is neither a folder here nor can be a Hub id. `kind` says what it would be of."""
+    if not os.path.isdir(name) and hub_id(name) is None:
+        raise FileNotFoundError(f"There is no {kind} folder {name!r}, and it cannot be a Hub id.")

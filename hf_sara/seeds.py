@@ -40,9 +40,9 @@ class Seed:
     clusters: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of_weight(cls, weight: torch.Tensor) -> "Seed":
-        """The part of a seed that follows from the weight of a site alone."""
-        return cls(str(weight.dtype).removeprefix("torch."), weight_digest(weight))
+    def of_weight(cls, weight: torch.Tensor, digest: str | None = None) -> "Seed":
+        """The part of a seed that follows from a weight alone. The caller may have its digest already."""
+        return cls(str(weight.dtype).removeprefix("torch."), digest or weight_digest(weight))
 
     def with_factors(self, factors: Factors) -> "Seed":
         """The whole seed, once the factors are computed."""

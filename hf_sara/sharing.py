@@ -17,7 +17,7 @@ from .base_model import BaseRecord, model_class
 from .errors import AdapterError
 from .own_tokenizer import TOKENIZER_FILES
 from .plain_model import merge as merge_into_base
-from .repos import NETWORK_ERRORS, hub_id
+from .repos import NETWORK_ERRORS, refuse_missing
 
 
 def push_to_hub(model_or_adapter: PreTrainedModel | SaraAdapter, repo_id: str, **kwargs: Any) -> CommitInfo:
@@ -90,7 +90,7 @@ def from_hub(
         model = base_model
     else:
         name, commit = (str(base_model), None) if base_model is not None else recorded_base(base, folder)
-        _refuse_missing(name)
+        refuse_missing(name, "base")
         kind = base_class(base.class_name, trust_remote_code)
         if "config" not in kwargs:
             # A head is made with as many outputs as there are labels.
@@ -144,7 +144,7 @@ def _refuse_random(name: str, saved: storage.SavedAdapter, loaded: Mapping[str, 
 def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
     """The folder of a base in safetensors files: the given one, or the recorded one, which may be downloaded."""
     name, commit = (given, None) if given is not None else recorded_base(saved.base, saved.folder)
-    _refuse_missing(name)
+    refuse_missing(name, "base")
     if os.path.isdir(name):
         return Path(name)
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *TOKENIZER_FILES]
@@ -154,11 +154,6 @@ def fetch_base(saved: storage.SavedAdapter, given: str | None = None) -> Path:
         raise FileNotFoundError(
             f"The base {name!r} of the adapter in {saved.folder} cannot be had: {error}"
         ) from error
-
-
-def _refuse_missing(name: str) -> None:
-    if not os.path.isdir(name) and hub_id(name) is None:
-        raise FileNotFoundError(f"There is no base folder {name!r}, and it cannot be a Hub id.")
 
 
 def recorded_base(base: BaseRecord, folder: Path) -> tuple[str, str | None]:

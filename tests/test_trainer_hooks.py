@@ -43,7 +43,7 @@ def test_a_changed_hook_is_named(monkeypatch):
 
 
 def test_versions_that_were_not_tested_are_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(hooks, "_has_said", False)
+    hooks.say_if_untested.cache_clear()
     monkeypatch.setitem(versions.TESTED, "transformers", "5.3")
     hooks.say_if_untested()
     hooks.say_if_untested()
@@ -51,14 +51,14 @@ def test_versions_that_were_not_tested_are_said_once(monkeypatch, caplog):
     assert f"Newer ones are installed: transformers {transformers.__version__}" in record.getMessage()
     assert "Nothing that it overrides has other parameters there." in record.getMessage()
     caplog.clear()
-    monkeypatch.setattr(hooks, "_has_said", False)
+    hooks.say_if_untested.cache_clear()
     monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model: None)
     hooks.say_if_untested()
     assert "Trainer._save_checkpoint has the parameters (self, model)." in caplog.text
 
 
 def test_nothing_is_said_of_tested_versions_and_of_their_patches(monkeypatch, caplog):
-    monkeypatch.setattr(hooks, "_has_said", False)
+    hooks.say_if_untested.cache_clear()
     monkeypatch.setattr(versions, "version", lambda name: f"{versions.TESTED[name]}.9")
     hooks.say_if_untested()
     assert not caplog.records

@@ -130,7 +130,9 @@ class Method:
                 f"An update of {self.title} is no matrix of low rank, so it cannot be merged or exported."
             )
 
-    def measure(self, weight: torch.Tensor, threshold: float, site: str, k: int | None = None) -> Measured:
+    def measure(
+        self, weight: torch.Tensor, threshold: float, site: str, k: int | None = None, digest: str | None = None
+    ) -> Measured:
         """
         Find the rank of a base weight, and its frozen factors with their seed if the method has some.
 
@@ -139,10 +141,11 @@ class Method:
             threshold (`float`): With 0 < threshold <= 1.
             site (`str`): Name for error messages.
             k (`int`, *optional*): The rank, if a plan has it already.
+            digest (`str`, *optional*): The weight's digest, if the caller has it already.
         """
         if not self.has_factors:
-            return Measured(find_rank(weight, threshold, site) if k is None else k)
-        seed = Seed.of_weight(weight)
+            return Measured(find_rank(weight, threshold, site, digest) if k is None else k)
+        seed = Seed.of_weight(weight, digest)
         factors = find_factors(weight, threshold=threshold, k=k, site=site, digest=seed.sha256)
         return Measured(factors.k, factors, seed.with_factors(factors))
 

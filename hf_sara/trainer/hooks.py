@@ -3,6 +3,7 @@ What the mixins of this package build on inside of [`~transformers.Trainer`], mu
 transformers may change it: the methods that they override, and the state that they save and restore.
 """
 
+import functools
 import inspect
 import logging
 
@@ -71,11 +72,10 @@ def _plain(signature: inspect.Signature) -> str:
     return str(inspect.Signature(parameters))
 
 
+@functools.cache
 def say_if_untested() -> None:
     """Warn, once in a process, if hf_sara runs with versions that it was not tested with."""
-    global _has_said
-    newer = [] if _has_said else untested()
-    _has_said = True
+    newer = untested()
     if newer:
         tested = ", ".join(f"{name} {last}" for name, last in TESTED.items())
         changed = changed_hooks()
@@ -87,6 +87,3 @@ def say_if_untested() -> None:
             if changed
             else "Nothing that it overrides has other parameters there.",
         )
-
-
-_has_said = False
