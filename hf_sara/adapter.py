@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from .plan_file import load_plan
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
 from .sites import PlannedSite
+from .spread import with_values_of_others
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ class SaraAdapter(AttachedUpdates):
         self,
         model: nn.Module,
         spec: AdapterSpec,
-        factors: Mapping[str, Factors] | None = None,
+        factors: dict[str, Factors] | None = None,
         seeds: dict[str, Seed] | None = None,
         name: str = "default",
     ):
         plan = Plan(spec.args, spec.threshold, spec.sites, spec.parts, count_base(model))
-        super().__init__(model, spec, factors or {}, name)
+        super().__init__(model, spec, {} if factors is None else factors, name)
         self.seeds = seeds or {}
         logger.info("Attached %s", plan)
 
@@ -87,11 +88,13 @@ class SaraAdapter(AttachedUpdates):
         args = (planned.args if planned else SaraArguments()) if args is None else args
         model = unwrap(model)
         check_name(model, name)
-        plan, measured = measure(model, args, planned)
-        factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
-        seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
-        warn_of_random(model, plan.parts)
-        return cls(model, plan, factors, seeds, name)
+        with with_values_of_others(model):
+            plan, measured = measure(model, args, planned)
+            factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
+            seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
+            del measured
+            warn_of_random(model, plan.parts)
+            return cls(model, plan, factors, seeds, name)
 
     @classmethod
     def load(
@@ -125,11 +128,12 @@ class SaraAdapter(AttachedUpdates):
         model = unwrap(model)
         check_name(model, name)
         saved = saved.named_for(model)
-        sites, parts = saved.sites_on(model), saved.parts_on(model)
-        tensors = saved.tensors
-        factors = saved.factors_on(model, sites)
-        saved.warn_of_another_base(model)
-        adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
+        with with_values_of_others(model):
+            sites, parts = saved.sites_on(model), saved.parts_on(model)
+            tensors = saved.tensors
+            factors = saved.factors_on(model, sites)
+            saved.warn_of_another_base(model)
+            adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)
         try:
             adapter.load_state_dict(tensors, saved.untrained)
             adapter.rest(saved.untrained_sites())

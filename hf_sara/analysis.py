@@ -18,7 +18,6 @@ from .arguments import SaraArguments, parse_layers
 from .base_model import open_model
 from .carrier import unwrap
 from .figures import finish, new_panels
-from .parallel import for_each
 from .planning import Plan, plan
 from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum
@@ -135,16 +134,17 @@ def rank_curves(
             f"thresholds={thresholds} and parameter_budget={args.parameter_budget!r} exclude each other: the budget "
             "solves the threshold. Give one of them."
         )
-    base, weight_of = open_model(model, revision, token)
+    base, weights = open_model(model, revision, token)
     sites = find_sites(base, args)
     kinds = _rows(sites)
 
-    def ranks(site: Site) -> list[int]:
+    def ranks(site: Site, weight: torch.Tensor) -> list[int]:
         # This spectrum is accurate enough to decide the ranks at these thresholds beyond doubt.
-        spectrum = find_spectrum(weight_of(site), site.name, thresholds=thresholds)
+        spectrum = find_spectrum(weight, site.name, thresholds=thresholds)
         return [spectrum.count(threshold) for threshold in thresholds]
 
-    return _curves(thresholds, kinds, dict(zip(sites, for_each(ranks, sites, "Singular values"), strict=True)))
+    found = weights.for_each(ranks, sites, "Singular values")
+    return _curves(thresholds, kinds, dict(zip(sites, found, strict=True)))
 
 
 def _curves(

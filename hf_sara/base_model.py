@@ -33,6 +33,7 @@ from .records import check_fields
 from .repos import NETWORK_ERRORS, cached_commit, hub_id, is_commit, is_hub_name, refuse_missing
 from .sites import Site
 from .tensor_files import MAX_HEADER_BYTES, Entry, read_header
+from .weights import Weights
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The fields of a base in an adapter's config, and the types of their values.
@@ -354,12 +355,12 @@ class BaseWeights:
 
 def open_model(
     model: nn.Module | str | os.PathLike, revision: str | None = None, token: str | None = None
-) -> tuple[nn.Module, Callable[[Site], torch.Tensor]]:
+) -> tuple[nn.Module, Weights]:
     """
-    A model, and a function that returns the weight of a site, of shape (d_in, d_out). A folder or a Hub id gives the
-    modules without values, and each weight is read when it is asked for, see [`BaseWeights`].
+    A model, and the weights of its sites. A folder or a Hub id gives the modules without values, and each weight is
+    read when it is asked for, see [`BaseWeights`].
     """
     if isinstance(model, nn.Module):
-        return model, lambda site: site.weight(model)
-    weights = BaseWeights(os.fspath(model), revision=revision, token=token)
-    return weights.model, weights.weight
+        return model, Weights.of(model)
+    files = BaseWeights(os.fspath(model), revision=revision, token=token)
+    return files.model, Weights(files.weight)

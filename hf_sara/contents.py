@@ -24,10 +24,12 @@ from .linears import refuse_outer_hooks, take_back
 from .methods import Delta
 from .methods.base import Usage
 from .methods.products import is_plain
+from .methods.shards import Shards
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
 from .patterns import is_of_update
 from .planning import AdapterSpec
 from .sites import PlannedSite
+from .spread import is_partitioned, is_spread, whole
 from .tensor_files import check_tensors
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,11 @@ def add_deltas(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     own = is_plain(module) and len(module._forward_hooks) == 1 and type(output) is torch.Tensor
     linear = module if own else None
     x = args[0] if args else kwargs[module.sara.argument]
+    shards = None if own else Shards.of(module, x, output)
     for delta in module.sara.values():
         if delta.enabled and not delta.usage.rests(delta.training):
             delta.usage.note(delta.training)
-            output = delta(x, output, linear)
+            output = delta(x, output, linear, shards)
             linear = None
     return output
 
@@ -75,7 +78,8 @@ class AdapterContents:
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. Its parameters are frozen.
         spec ([`AdapterSpec`]): The arguments and the sites of the adapter.
-        factors (`Mapping[str, Factors]`): The frozen factors by site, for a method that has some.
+        factors (`dict[str, Factors]`): The frozen factors by site, for a method that has some. They move into the
+            updates, so that the dictionary is empty in the end.
         name (`str`): The adapter's name on this model, which can carry several adapters.
 
     Raises:
@@ -83,7 +87,7 @@ class AdapterContents:
             allowed. The model is then left as it was.
     """
 
-    def __init__(self, model: nn.Module, spec: AdapterSpec, factors: Mapping[str, Factors], name: str = "default"):
+    def __init__(self, model: nn.Module, spec: AdapterSpec, factors: dict[str, Factors], name: str = "default"):
         check_name(model, name)
         self.model = model
         self.spec = spec
@@ -108,13 +112,18 @@ class AdapterContents:
             thaw(model, self._unfrozen)
             raise
 
-    def _insert(self, factors: Mapping[str, Factors]) -> None:
+    def _insert(self, factors: dict[str, Factors]) -> None:
         for site in self.sites:
             module = site.linear(self.model)
-            delta = self.spec.method.make_delta(site, self.model, factors.get(site.name))
+            own = factors.pop(site.name, None)
+            delta = self.spec.method.make_delta(site, self.model, own)
             delta.usage = Usage(self._usage)
-            if site.name in factors:
+            weight = getattr(module, "weight", None)
+            if own is not None and not is_spread(weight):
                 delta.follow_weight(module)
+            if is_partitioned(weight):
+                # DeepSpeed takes contiguous parameters only.
+                make_contiguous(delta)
             insert_delta(module, self._key(site), delta)
         attach_parts(self.model, self.parts, self.name)
 
@@ -412,6 +421,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def make_contiguous(module: nn.Module) -> None:
+    """Let a module's parameters be contiguous, as FSDP and DeepSpeed need them, while U is stored by columns."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def _whole_copy(tensor: torch.Tensor) -> torch.Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu().clone().contiguous()
+    values = whole(tensor) if isinstance(tensor, DTensor) or is_partitioned(tensor) else tensor.detach()
+    return values.cpu().clone().contiguous()

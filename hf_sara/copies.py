@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .carrier import drop_hooks
 from .linears import take_back
 from .parts import ModulePart, Part, TokenPart, row_owners, widened
+from .spread import shares_values, whole
 from .token_rows import TokenRows, refuse_offloaded, use_rows
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
@@ -52,7 +53,12 @@ def attach_parts(model: Any, parts: Sequence[Part], name: str) -> None:
 def refuse_copy(host: nn.Module, part: Part) -> None:
     """Raise a `ValueError` if a module cannot have a trained copy."""
     parameters = list(host.parameters())
-    if any(parameter.is_meta for parameter in parameters):
+    if isinstance(part, ModulePart) and any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise ValueError(
+            f"{part.name} is spread over processes while the model is loaded, so no process could train it in full. "
+            "Leave it out of modules_to_save, or let TrainingArguments spread the model: fsdp, or deepspeed."
+        )
+    if any(parameter.is_meta for parameter in parameters) and not shares_values():
         raise ValueError(
             f"{part.name} is offloaded to the CPU or the disk, so it cannot be trained, or take trained values. Give "
             "a device_map that keeps it on a device."
@@ -289,11 +295,11 @@ class ModuleCopy(nn.Module):
         for name in (*part.parameters, *part.ties):
             base = host.get_parameter(name)
             if id(base) not in made:
-                made[id(base)] = nn.Parameter(base.detach().to(widened(base.dtype), copy=True))
+                made[id(base)] = nn.Parameter(whole(base).to(widened(base.dtype), copy=True))
             self.register_parameter(name.replace(".", DOT), made[id(base)])
         for name in part.buffers:
             buffer = host.get_buffer(name)
-            self.register_buffer(name.replace(".", DOT), buffer.to(widened(buffer.dtype), copy=True))
+            self.register_buffer(name.replace(".", DOT), whole(buffer).to(widened(buffer.dtype), copy=True))
 
     def trained(self, host: nn.Module) -> dict[str, nn.Parameter]:
         """The trained parameters, by their full names."""

@@ -56,6 +56,10 @@ class Factors:
     def k(self) -> int:
         return self.Vh.shape[0]
 
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same vectors in another dtype."""
+        return Factors(self.U.to(dtype), self.Vh.to(dtype), self.clusters)
+
 
 def find_factors(
     weight: torch.Tensor,

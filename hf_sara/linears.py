@@ -15,10 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .dequantizing import FULL_DTYPES, dequantizer, holds_numbers
 from .spectrum import doubled
+from .spread import is_partitioned, is_spread, shares_values, whole
 
 # Attributes of a weight that say nothing of its values.
 FACTS_OF_A_WEIGHT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_meta", "grad"}
@@ -154,7 +156,7 @@ def _raise(why: str, gradient: torch.Tensor) -> None:
 def read_weight(module: Any, name: str) -> torch.Tensor:
     """
     The stored weight of a linear as a plain tensor of floating-point numbers. A quantized one is dequantized, and one
-    that is offloaded is fetched.
+    that is offloaded is fetched. One that is spread over processes is gathered, so all of them have to call this.
 
     Raises:
         `ValueError`: If its values cannot be read. The message has the name, and the class of the module.
@@ -173,18 +175,14 @@ def read_weight(module: Any, name: str) -> torch.Tensor:
 
 def _values(module: Any, name: str) -> torch.Tensor:
     weight: Any = getattr(module, "weight", None)
-    if hasattr(weight, "ds_id") and not weight.numel():
-        raise ValueError(
-            f"{name}: DeepSpeed has spread this weight over the processes while the model was loaded. Load the model, "
-            "and attach the adapter, before TrainingArguments with ZeRO stage 3 are made."
-        )
-    if getattr(weight, "is_meta", False):
+    if getattr(weight, "is_meta", False) and not shares_values():
         raise ValueError(
             f"{name}: the weight is on the meta device, so it has no values now. Load the model first, and without "
-            "preload_module_classes if accelerate offloads it."
+            "preload_module_classes if accelerate offloads it. If another process has its values, attach the adapter "
+            "there at the same time."
         )
-    if holds_numbers(weight) and weight.numel():
-        return weight.detach()
+    if holds_numbers(weight) and (weight.numel() or is_partitioned(weight)):
+        return whole(weight)
     dequantize = dequantizer(module)
     stored = f"stored as {weight.dtype}" if isinstance(weight, torch.Tensor) else "packed"
     unreadable = f"{name}: the weight of this {type(module).__name__} is {stored}, and its values cannot be read"
@@ -233,7 +231,9 @@ def _has_own_forward(module: nn.Module) -> bool:
     if is_quantized(module):
         return False
     known = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    return _forward(module) is not None or type(module).forward is not known.forward
+    # Tensor parallelism puts a forward of its own on a module, which computes the same with the other processes.
+    own = None if isinstance(getattr(module, "weight", None), DTensor) else _forward(module)
+    return own is not None or type(module).forward is not known.forward
 
 
 def _forward(module: nn.Module) -> Any:
@@ -245,9 +245,9 @@ def _forward(module: nn.Module) -> Any:
 
 @torch.no_grad()
 def computes_product(module: Any) -> bool:
-    """Whether a linear returns x W + b, for small and for large x. A module without values is believed."""
+    """Whether a linear returns x W + b, for small and for large x. A module without whole values is believed."""
     weight, bias = module.weight.detach(), module.bias
-    if weight.is_meta:
+    if weight.is_meta or is_spread(module.weight):
         return True
     stored = weight if isinstance(module, Conv1D) else weight.t()
     generator = torch.Generator().manual_seed(0)

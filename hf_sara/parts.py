@@ -20,6 +20,7 @@ from .heads import default_heads, input_embedding, own_parameters, random_parame
 from .linears import is_packed
 from .patterns import is_of_update, is_within, matches
 from .sites import Site
+from .spread import is_spread, whole_shape
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -199,7 +200,7 @@ def module_parts(model: nn.Module, names: Sequence[str]) -> list[ModulePart]:
                 ties[key] = first[id(parameter)]
             else:
                 first[id(parameter)] = full
-                parameters[key] = tuple(parameter.shape)
+                parameters[key] = whole_shape(parameter)
         buffers = dict(_own_buffers(module))
         shapes = {key: tuple(buffer.shape) for key, buffer in buffers.items()}
         dtypes = {key: str(widened(buffer.dtype)).removeprefix("torch.") for key, buffer in buffers.items()}
@@ -282,7 +283,7 @@ def row_owners(model: nn.Module, embedding: nn.Module) -> list[nn.Module]:
 def _looks_up_rows(embedding: nn.Embedding) -> bool:
     """Whether an output of the embedding is a row of its weight, maybe times its scale."""
     weight = embedding.weight.detach()
-    if weight.is_meta or embedding.max_norm is not None:
+    if weight.is_meta or is_spread(embedding.weight) or embedding.max_norm is not None:
         return embedding.max_norm is None
     token = torch.zeros(1, dtype=torch.long, device=weight.device)
     with torch.no_grad():

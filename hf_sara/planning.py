@@ -13,22 +13,22 @@ from .arguments import SaraArguments, allowed_parameters
 from .base_model import open_model
 from .errors import one_line
 from .figures import finish, new_figure
+from .linears import compute_dtype
 from .methods import Measured, Method
 from .methods.base import Shapes
-from .parallel import for_each
 from .parts import Part, find_parts
 from .parts import count as count_part
 from .patterns import is_of_update
 from .sites import PlannedSite, Site, sites_by_kind
 from .spectrum import Spectrum, check_weight, find_rank, find_spectrum, weight_digest
+from .spread import with_values_of_others
 from .targets import find_sites
+from .weights import Weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
-WeightOf = Callable[[Site], torch.Tensor]
 
 # A threshold that is found for a budget is a multiple of 1 / STEPS, so that the search is one over whole numbers.
 STEPS = 10**9
@@ -262,18 +262,23 @@ def plan(
         `FileNotFoundError`: If there is no such folder or repository, or it has no safetensors files.
         `ValueError`: For sites that do not exist, weights without a rank, and budgets too small even for k = 1.
     """
-    base, weight_of = open_model(model, revision, token)
+    if isinstance(model, nn.Module):
+        with with_values_of_others(model):
+            return _plan(model, Weights.of(model), args)
+    return _plan(*open_model(model, revision, token), args)
+
+
+def _plan(base: nn.Module, weights: Weights, args: SaraArguments) -> Plan:
     sites, size = find_sites(base, args), count_base(base)
     parts = find_parts(base, args, sites)
-    threshold = resolve_threshold(sites, parts, args, size, weight_of)
+    threshold = resolve_threshold(sites, parts, args, size, weights)
 
-    def look(site: Site) -> tuple[int, str]:
-        weight = weight_of(site)
+    def look(site: Site, weight: torch.Tensor) -> tuple[int, str]:
         check_weight(weight, site.name)
         digest = weight_digest(weight)
         return find_rank(weight, threshold, site.name, digest), digest
 
-    found = for_each(look, sites, "Singular values")
+    found = weights.for_each(look, sites, "Singular values")
     planned = [PlannedSite.of(site, k) for site, (k, _) in zip(sites, found, strict=True)]
     digests = {site.name: digest for site, (_, digest) in zip(sites, found, strict=True)}
     return Plan(args, threshold, planned, parts, size, digests)
@@ -288,10 +293,14 @@ def measure(model: nn.Module, args: SaraArguments, planned: Plan | None = None) 
     if planned is not None:
         return _follow(model, args, planned)
     sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
-    parts = find_parts(model, args, sites)
-    threshold = resolve_threshold(sites, parts, args, base, lambda site: site.weight(model))
+    parts, weights = find_parts(model, args, sites), Weights.of(model)
+    threshold = resolve_threshold(sites, parts, args, base, weights)
+
+    def look(site: Site, weight: torch.Tensor) -> Measured:
+        return method.measure(weight, threshold, site.name).to(compute_dtype(site.linear(model), model))
+
     title = "Singular vectors" if method.has_factors else "Singular values"
-    found = for_each(lambda site: method.measure(site.weight(model), threshold, site.name), sites, title)
+    found = weights.for_each(look, sites, title)
     ranked = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
     return Plan(args, threshold, ranked, parts, base), {s.name: m for s, m in zip(sites, found, strict=True)}
 
@@ -314,8 +323,7 @@ def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, di
             f"beside them, {len(other)} differ{names}. Make the plan of this model."
         )
 
-    def measured(site: PlannedSite) -> Measured:
-        weight = site.weight(model)
+    def look(site: PlannedSite, weight: torch.Tensor) -> Measured:
         check_weight(weight, site.name)
         digest = weight_digest(weight)
         if digest != plan.digests.get(site.name):
@@ -323,10 +331,11 @@ def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, di
                 f"{site.name}: this model's weight is not the one that the plan was made of (its SHA-256 differs). "
                 "Load the model of the plan, in a dtype that changes no value, or make a plan of this one."
             )
-        return method.measure(weight, plan.threshold, site.name, site.k, digest)
+        measured = method.measure(weight, plan.threshold, site.name, site.k, digest)
+        return measured.to(compute_dtype(site.linear(model), model))
 
     title = "Singular vectors" if method.has_factors else "Weights"
-    found = for_each(measured, plan.sites, title)
+    found = Weights.of(model).for_each(look, plan.sites, title)
     followed = Plan(args, plan.threshold, plan.sites, parts, plan.base_parameters, plan.digests)
     return followed, {site.name: m for site, m in zip(plan.sites, found, strict=True)}
 
@@ -346,7 +355,7 @@ def _refuse_other_ranks(args: SaraArguments, plan: Plan) -> None:
 
 
 def resolve_threshold(
-    sites: Sequence[Site], parts: Sequence[Part], args: SaraArguments, base: int, weight_of: WeightOf
+    sites: Sequence[Site], parts: Sequence[Part], args: SaraArguments, base: int, weights: Weights
 ) -> float:
     """The threshold in force: the given one, the method's default, or the one that a budget of parameters gives."""
     if args.parameter_budget is None:
@@ -359,7 +368,7 @@ def resolve_threshold(
             f"{', '.join(part.name for part in parts)} alone has {beside:,}. Raise it, or change modules_to_save and "
             "trainable_token_indices."
         )
-    found = solve_threshold(sites, args, allowed - beside, weight_of)
+    found = solve_threshold(sites, args, allowed - beside, weights)
     if found >= 1.0:
         logger.warning(
             "parameter_budget=%s limits nothing: even threshold 1, with all ranks full, needs fewer parameters. Full "
@@ -379,7 +388,7 @@ def count_base(model: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)
 
 
-def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, weight_of: WeightOf) -> float:
+def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, weights: Weights) -> float:
     """The largest threshold (to 9 digits) whose updates have no more parameters than the budget."""
     method = args.resolved_method()
     least = sum(method.count(site.shape, 1) for site in sites)
@@ -388,7 +397,8 @@ def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, wei
             f"parameter_budget={args.parameter_budget!r} allows {budget:,} parameters of updates, but k = 1 at each "
             f"of the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
         )
-    spectra = for_each(lambda site: find_spectrum(weight_of(site), site.name), sites, "Singular values")
+    title = "Singular values"
+    spectra = weights.for_each(lambda site, weight: find_spectrum(weight, site.name), sites, title)
 
     def cost(threshold: float) -> int:
         counts = (spectrum.count(threshold) for spectrum in spectra)
@@ -406,8 +416,10 @@ def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, wei
         if not doubtful:
             return low / STEPS
 
-        def better(index: int, around: Sequence[float] = around) -> Spectrum:
-            return find_spectrum(weight_of(sites[index]), sites[index].name, thresholds=around)
+        def better(site: Site, weight: torch.Tensor, around: Sequence[float] = around) -> Spectrum:
+            return find_spectrum(weight, site.name, thresholds=around)
 
-        for index, spectrum in zip(doubtful, for_each(better, doubtful, "Singular values"), strict=True):
+        for index, spectrum in zip(
+            doubtful, weights.for_each(better, [sites[index] for index in doubtful], title), strict=True
+        ):
             spectra[index] = spectrum

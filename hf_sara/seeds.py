@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .factors import Factors, sketch
+from .errors import AdapterError
+from .factors import Factors, find_factors, sketch, sketches_agree
 from .files import check_digest
-from .sites import Site
+from .sites import PlannedSite, Site
 from .spectrum import weight_digest
 from .tensor_files import SAFETENSORS_DTYPES
 
@@ -76,3 +77,48 @@ class Seed:
             clusters.append((cluster[0], cluster[1]))
             end = cluster[1]
         return cls(record["dtype"], record["sha256"], torch.from_numpy(numbers.copy()), tuple(clusters))
+
+
+def recompute(seed: Seed, site: PlannedSite, weight: torch.Tensor, base: str) -> Factors:
+    """
+    The frozen factors of a site that a seed identifies.
+
+    Args:
+        seed ([`Seed`]): The seed.
+        site ([`PlannedSite`]): The site.
+        weight (`torch.Tensor` of shape `(d_in, d_out)`): Its weight.
+        base (`str`): The name of the base of the training, for error messages.
+
+    Raises:
+        [`AdapterError`]: If the weight is another one, or its singular vectors cannot be told apart.
+    """
+    here = Seed.of_weight(weight)
+    remedy = "or save the adapter again, where it was trained, with factors='save'"
+    if here.sha256 != seed.sha256:
+        if here.dtype != seed.dtype:
+            raise AdapterError(
+                f"{site.name}: the adapter was trained on a {seed.dtype} base, this one is {here.dtype}, and its "
+                f"rounded weights have other singular vectors. Load the base with "
+                f"dtype=torch.{seed.dtype}, {remedy}."
+            )
+        raise AdapterError(
+            f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
+            f"differs). Load the base of the training ({base}), with its weights unchanged, {remedy}."
+        )
+
+    def find(use_cache: bool) -> Factors:
+        return find_factors(
+            weight, k=site.k, clusters=seed.clusters, site=site.name, digest=here.sha256, use_cache=use_cache
+        )
+
+    factors = find(use_cache=True)
+    if seed.sketch is not None and not sketches_agree(sketch(factors), seed.sketch, site.k):
+        # The cache may be to blame.
+        factors = find(use_cache=False)
+    if seed.sketch is None or not sketches_agree(sketch(factors), seed.sketch, site.k):
+        raise AdapterError(
+            f"{site.name}: the singular vectors computed here are not those of the training, although the weight "
+            f"is the same: they are too close to one another to be told apart. Save the adapter again, where it "
+            "was trained, with factors='save'."
+        )
+    return factors

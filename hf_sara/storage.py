@@ -23,12 +23,11 @@ from torch import nn
 
 from . import format1
 from .errors import AdapterError
-from .factors import Factors, find_factors, sketch, sketches_agree
+from .factors import Factors
 from .files import make_folder, write_files
 from .format1 import CONFIG_FILE, FACTORS_FILE, PENDING_CONFIG_FILE, PENDING_FACTORS_FILE, TENSORS_FILE
-from .linears import is_linear, is_packed, why_not_on
+from .linears import compute_dtype, is_linear, is_packed, why_not_on
 from .manifest import MAX_CONFIG_BYTES, Config, Manifest, config_text, parse_config
-from .parallel import for_each
 from .parts import (
     ModulePart,
     Part,
@@ -41,9 +40,11 @@ from .parts import (
 from .patterns import is_within
 from .records import parse_json
 from .renaming import rename, renamed_fields, renamed_modules
-from .seeds import Seed
+from .seeds import recompute
 from .sites import PlannedSite, Site, all_sites, whole_site
+from .spread import whole_shape, why_not_spread
 from .tensor_files import SAFETENSORS_DTYPES, TensorFile, check_tensors, tensors_digest, to_bytes
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ class SavedAdapter(Config):
                     f"{site.name}: the adapter in {self.folder} is for a weight of shape {_shape_text(site)}, this "
                     f"model's has {_shape_text(there)}. It was trained on {self.base}."
                 )
-            reason = why_not_on(model, site.module)
+            part = site.slice.groups if site.slice else None
+            reason = why_not_spread(model, site.module, part) or why_not_on(model, site.module)
             if reason is not None:
                 raise AdapterError(f"{site.name} cannot hold the update of {self.folder}: {reason}.")
         updates, weights = sum(map(self.count, self.sites)), sum(math.prod(site.shape) for site in self.sites)
@@ -211,7 +213,7 @@ class SavedAdapter(Config):
     def _check_rows(self, model: nn.Module, part: TokenPart) -> None:
         there = dict(model.named_modules()).get(part.name)
         embedding: Any = input_embedding(model) if part.trained else cast(Any, model).get_output_embeddings()
-        shape = tuple(embedding.weight.shape) if there is not None and there is embedding else (0, 0)
+        shape = whole_shape(embedding.weight) if there is not None and there is embedding else (0, 0)
         if part.indices[-1] >= shape[0] or part.width != shape[1]:
             raise AdapterError(
                 f"The adapter in {self.folder} has rows of {part.width} numbers up to the token {part.indices[-1]} "
@@ -226,41 +228,13 @@ class SavedAdapter(Config):
             assert self.files is not None
             tensors = self._renamed(self.files.read_factors(self.as_written or self))
             return {s.name: Factors(tensors[f"{s.name}.U"], tensors[f"{s.name}.Vh"], []) for s in sites}
-        found = for_each(lambda site: self._recompute(model, site), sites, "Singular vectors")
+
+        def find(site: PlannedSite, weight: torch.Tensor) -> Factors:
+            factors = recompute(self.seeds[site.name], site, weight, str(self.base))
+            return factors.to(compute_dtype(site.linear(model), model))
+
+        found = Weights.of(model).for_each(find, sites, "Singular vectors")
         return {site.name: factors for site, factors in zip(sites, found, strict=True)}
-
-    def _recompute(self, model: nn.Module, site: PlannedSite) -> Factors:
-        weight = site.weight(model)
-        seed, here = self.seeds[site.name], Seed.of_weight(weight)
-        remedy = "or save the adapter again, where it was trained, with factors='save'"
-        if here.sha256 != seed.sha256:
-            if here.dtype != seed.dtype:
-                raise AdapterError(
-                    f"{site.name}: the adapter was trained on a {seed.dtype} base, this one is {here.dtype}, and its "
-                    f"rounded weights have other singular vectors. Load the base with "
-                    f"dtype=torch.{seed.dtype}, {remedy}."
-                )
-            raise AdapterError(
-                f"{site.name}: this base's weight is not the one that the adapter was trained on (its SHA-256 "
-                f"differs). Load the base of the training ({self.base}), with its weights unchanged, {remedy}."
-            )
-
-        def find(use_cache: bool) -> Factors:
-            return find_factors(
-                weight, k=site.k, clusters=seed.clusters, site=site.name, digest=here.sha256, use_cache=use_cache
-            )
-
-        factors = find(use_cache=True)
-        if seed.sketch is not None and not sketches_agree(sketch(factors), seed.sketch, site.k):
-            # The cache may be to blame.
-            factors = find(use_cache=False)
-        if seed.sketch is None or not sketches_agree(sketch(factors), seed.sketch, site.k):
-            raise AdapterError(
-                f"{site.name}: the singular vectors computed here are not those of the training, although the weight "
-                f"is the same: they are too close to one another to be told apart. Save the adapter again, where it "
-                "was trained, with factors='save'."
-            )
-        return factors
 
 
 def _shape_text(site: Site) -> str:

@@ -12,6 +12,7 @@ from .heads import task_heads
 from .linears import is_packed, is_strange, why_not_on
 from .patterns import PLAIN_NAME, is_of_update, is_within, matches
 from .sites import Site, all_sites
+from .spread import why_not_spread
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def _general_choice(
 def _useful(model: nn.Module, chosen: Sequence[Site], lenient: bool) -> list[Site]:
     """The sites that can hold updates. If the choice is lenient, the others are left out, and otherwise an error."""
     reasons = {}
-    for name in dict.fromkeys(site.module for site in chosen):
-        reason = why_not_on(model, name)
+    for name, part in dict.fromkeys((site.module, site.slice) for site in chosen):
+        reason = why_not_spread(model, name, part.groups if part else None) or why_not_on(model, name)
         if reason is not None:
             reasons[name] = reason
     useful = [site for site in chosen if site.module not in reasons]

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from .linears import is_offloaded
 from .parts import Part, TokenPart, row_scale, widened
+from .spread import whole
 
 
 class TokenRows(nn.Module):
@@ -27,9 +28,9 @@ class TokenRows(nn.Module):
         self.part = part
         self.key = key
         self._enabled = False
-        device = host.weight.device
-        self.register_buffer("indices", torch.tensor(part.indices, device=device), persistent=False)
-        base = host.weight.detach()[self.get_buffer("indices")].clone()
+        weight = whole(host.weight)
+        self.register_buffer("indices", torch.tensor(part.indices, device=weight.device), persistent=False)
+        base = weight[self.get_buffer("indices")].clone()
         self.register_buffer("base", base, persistent=False)
         self.rows = nn.Parameter(base.to(widened(base.dtype), copy=True), requires_grad=part.trained)
 

@@ -18,6 +18,7 @@ FLOORS = (
     *(
         "_lapack",
         "errors",
+        "spread",
         "versions",
         "files",
         "figures",
@@ -37,7 +38,9 @@ FLOORS = (
         "dequantizing",
         "linears",
         "sites",
+        "weights",
         "seeds",
+        "methods.shards",
         "methods.base",
         "methods.products",
         "methods.sara",

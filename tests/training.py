@@ -4,6 +4,7 @@ python training.py OUTPUT_DIR METHOD [--kill_at STEP] [TrainingArguments as a JS
 """
 
 import functools
+import inspect
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate.state import DistributedType, PartialState
 from conftest import VOCABULARY, WIDE, make_model, sara_arguments
 from datasets import Dataset
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_sara import SaraTrainer
 
@@ -101,11 +104,13 @@ def training_arguments(folder, **changes) -> TrainingArguments:
 def make_trainer(
     folder, method: str = "sara", trainer_class=SaraTrainer, model=None, sara_args=None, dropout=0.1, **changes
 ):
-    model = make_model() if model is None else model
+    args = training_arguments(folder, **changes)
+    # Some models can be loaded only after the arguments say how they are spread over processes.
+    model = make_model() if model is None else model() if inspect.isfunction(model) else model
     classes = 3 if "Classification" in type(model).__name__ else 0
     return trainer_class(
         model=model,
-        args=training_arguments(folder, **changes),
+        args=args,
         sara_args=sara_arguments(method, dropout=dropout) if sara_args is None else sara_args,
         train_dataset=dataset(classes=classes),
         eval_dataset=dataset(8, seed=1, classes=classes),
@@ -113,7 +118,10 @@ def make_trainer(
 
 
 def shard_on_cpu() -> None:
-    """Let FSDP run on the CPU. accelerate offers it on accelerators only, but torch can do it on the CPU with gloo."""
+    """
+    Let FSDP and tensor parallelism run on the CPU. accelerate offers them on accelerators only, but torch can do both
+    on the CPU with gloo.
+    """
     start = PartialState.__init__
 
     def pose(self, *args, **kwargs):
@@ -122,6 +130,30 @@ def shard_on_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = pose
+
+
+def load(how: dict):
+    """A function that loads a base from its folder, where `how` may have sizes of [`DistributedConfig`]."""
+
+    def loaded():
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            # On GPUs, TrainingArguments have done this.
+            deepspeed.init_distributed("gloo")
+        config = json.loads(Path(how["folder"], "config.json").read_text())
+        kind = getattr(transformers, config["architectures"][0])
+        if "sizes" in how:
+            from transformers.distributed import DistributedConfig
+
+            # The plan is only one of tensor parallelism.
+            plan = {"tp_plan": "auto"} if "tp_size" in how["sizes"] else {}
+            return kind.from_pretrained(
+                how["folder"], distributed_config=DistributedConfig(**how["sizes"], **plan), dtype=how.get("dtype")
+            )
+        return kind.from_pretrained(how["folder"], dtype=how.get("dtype"))
+
+    return loaded
 
 
 class At(TrainerCallback):
@@ -144,11 +176,12 @@ def log_of(trainer) -> list[dict[str, float]]:
 if __name__ == "__main__":
     folder, method, kill_at, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     resume = arguments.pop("resume_from_checkpoint", False)
-    if "fsdp" in arguments:
+    if "fsdp" in arguments or "sizes" in arguments.get("load", {}):
         shard_on_cpu()
     sara_args = sara_arguments(method, **arguments.pop("sara_args", {"dropout": 0.1}))
     streamed, predicts = arguments.pop("streamed", False), arguments.pop("predicts", False)
-    model = MODELS[arguments.pop("model", "llama")]()
+    name = arguments.pop("model", "llama")
+    model = load(arguments.pop("load")) if "load" in arguments else MODELS[name]()
     trainer = make_trainer(folder, sara_args=sara_args, model=model, **arguments)
     if streamed:
         trainer.train_dataset = dataset(16).to_iterable_dataset(num_shards=4).shuffle(seed=3, buffer_size=5)

@@ -7,7 +7,7 @@ of the package asks the method for its facts, and never compares its name.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from ..linears import compute_device, compute_dtype, is_offloaded, is_quantized,
 from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
+from ..spread import shares_values, tensor_parallel
+from .shards import Shards
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,6 +50,10 @@ class Measured:
     k: int
     factors: Factors | None = None
     seed: Seed | None = None
+
+    def to(self, dtype: torch.dtype) -> "Measured":
+        """The same facts with the factors in this dtype, in which an update keeps them."""
+        return self if self.factors is None else replace(self, factors=self.factors.to(dtype))
 
 
 class Method:
@@ -159,10 +165,17 @@ class Method:
             factors ([`Factors`], *optional*): The frozen factors, for a method that has some.
         """
         module = site.linear(model)
-        if compute_device(module).type == "meta":
+        device = compute_device(module)
+        if device.type == "meta":
             refuse_outer_hooks(model, site.name)
-        delta = self.delta_class(self, site, compute_dtype(module, model), compute_device(module))
+            if shares_values():
+                device = torch.device("cpu")
+        delta = self.delta_class(self, site, compute_dtype(module, model), device)
         delta.on_quantized = is_quantized(module)
+        if tensor_parallel(getattr(module, "weight", None)) and self.delta_class.add_part is Delta.add_part:
+            raise ValueError(
+                f"{site.name}: {self.title} does not support tensor parallelism. Load the base without it."
+            )
         if factors is not None:
             delta.set_factors(factors.U, factors.Vh)
         return delta
@@ -210,7 +223,8 @@ class Delta(nn.Module):
     The base class of the updates of all methods. It knows where they stand, their dtypes, and whether they are
     enabled. An update is a child module of the linear that it adapts.
 
-    Subclasses define `reset_parameters`, `add_update`, and `low_rank` if the update is one matrix.
+    Subclasses define `reset_parameters`, `add_update`, `add_part` for tensor parallelism, and `low_rank` if the update
+    is one matrix.
 
     Args:
         method ([`Method`]): The method, with the adapter's options.
@@ -274,7 +288,13 @@ class Delta(nn.Module):
                 parameter.data = value.to(parameter.device)
         return self
 
-    def forward(self, x: torch.Tensor, output: torch.Tensor, linear: nn.Linear | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        linear: nn.Linear | None = None,
+        shards: Shards | None = None,
+    ) -> torch.Tensor:
         """
         Add the update.
 
@@ -283,6 +303,8 @@ class Delta(nn.Module):
             output (`torch.Tensor` of shape `(..., outputs of the module)`): The linear's output.
             linear (`torch.nn.Linear`, *optional*): The linear, if it is plain and frozen, and `output` is what it
                 computed from `x`, which nothing else has used yet. The update may take a short cut then.
+            shards ([`Shards`], *optional*): The part of the linear that this process has, if tensor parallelism
+                spreads it. `x` or `output` is then that of this part.
 
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
@@ -297,10 +319,15 @@ class Delta(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             if linear is not None and (x.dtype != output.dtype or self.slice is not None):
                 linear = None
-            return self.add_update(x, output, x.dtype, linear)
+            return self._add(x, output, x.dtype, linear, shards)
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            return self.add_update(x.to(dtype), output, dtype, None)
+            return self._add(x.to(dtype), output, dtype, None, shards)
+
+    def _add(self, x: Any, output: Any, dtype: Any, linear: nn.Linear | None, shards: Shards | None) -> torch.Tensor:
+        if shards is not None:
+            return self.add_part(x, output, dtype, shards)
+        return self.add_update(x, output, dtype, linear)
 
     def _refuse_lost_gradients(self, x: torch.Tensor, output: torch.Tensor) -> None:
         """Let a backward pass fail that would lose gradients. A forward pass alone is right all the same."""
@@ -323,6 +350,13 @@ class Delta(nn.Module):
         self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, linear: nn.Linear | None
     ) -> torch.Tensor:
         """`output` plus the update of `x`, computed in `dtype`. See [`Delta.forward`] for `linear`."""
+        raise NotImplementedError
+
+    def add_part(self, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype, shards: Shards) -> torch.Tensor:
+        """
+        The same where tensor parallelism spreads the linear, for the part of `x` or of `output` that this process has.
+        A method that does not define it cannot be used there.
+        """
         raise NotImplementedError
 
     def follow_weight(self, module: nn.Module) -> None:

@@ -76,7 +76,7 @@ class MoSaraDelta(Delta):
         self.inverse_sigma = (1 / sigma).to(self.U.device, self.U.dtype) if holds else None
 
     def add_update(self, x, output, dtype, linear):
-        Vh, S = self.Vh.to(dtype), self.S.to(dtype)
+        Vh = self.Vh.to(dtype)
         # FSDP may have cast the weight and the factors for this call independently, so the dtypes are compared.
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
             z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
@@ -86,7 +86,7 @@ class MoSaraDelta(Delta):
         is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
         if is_papers and is_full and self.slice is None and not Vh.requires_grad and has_own_gradients():
             return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
-        scaled = (z * (S.t() if self.num_heads == 1 else S.t() @ self.router(z).to(dtype))).t()
+        scaled = self._scaled(z)
         if self.v_position != "back":
             return add_product(output, scaled, Vh, self.slice)
         v = self.v.to(dtype)
@@ -94,6 +94,21 @@ class MoSaraDelta(Delta):
             # v multiplies the update and not Vh, because its gradient is then a sum, and not one more matrix product.
             return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
         return add_product(output, scaled, Vh * v, self.slice)
+
+    def add_part(self, x, output, dtype, shards):
+        x, U = x.reshape(-1, x.shape[-1]), self.U.to(dtype)
+        if self.v_position == "front":
+            x = x * shards.rows(self.v.to(dtype), 0)
+        z = shards.summed(shards.rows(U, 0).t() @ x.t())
+        Vh = shards.columns(self.Vh.to(dtype), 1)
+        if self.v_position == "back":
+            Vh = Vh * shards.columns(self.v.to(dtype), 0)
+        return add_product(output, shards.shared(self._scaled(z)), Vh, shards.slice(self.slice))
+
+    def _scaled(self, z: torch.Tensor) -> torch.Tensor:
+        """The input of Vh, of shape (n, k), for z of shape (k, n)."""
+        S = self.S.to(z.dtype)
+        return (z * (S.t() if self.num_heads == 1 else S.t() @ self.router(z).to(z.dtype))).t()
 
     def _project(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """z, of shape (k, n), for the linear's input of shape (..., d_in)."""

@@ -39,6 +39,13 @@ class SaraDelta(Delta):
         h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
+    def add_part(self, x, output, dtype, shards):
+        h = shards.summed(F.linear(x.reshape(-1, x.shape[-1]), shards.rows(self.U.t().to(dtype), 1)))
+        scaled = h * self.S.to(dtype) if "S" in self.trained_names else h
+        return add_product(
+            output, shards.shared(scaled), shards.columns(self.Vh.to(dtype), 1), shards.slice(self.slice)
+        )
+
     @torch.no_grad()
     def rest(self):
         # If both were zero, neither would ever have a gradient.

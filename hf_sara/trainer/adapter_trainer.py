@@ -23,7 +23,7 @@ from .. import publishing, storage
 from ..adapter import SaraAdapter
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
-from ..contents import reshard
+from ..contents import make_contiguous, reshard
 from ..copies import own_names, watch_rows
 from ..files import write_file
 from ..linears import is_offloaded
@@ -68,7 +68,7 @@ class AdapterTrainerMixin(SearchMixin):
                 # Trainer sets the seed only later, but the adapter's random start has to follow from the seed too.
                 enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
-        with _pose_as_peft(model), reference_for(self, model, args, kwargs):
+        with _pose_as_peft(model), _let_save_state(model, args), reference_for(self, model, args, kwargs):
             super().__init__(model, args, *positional, **kwargs)
         if isinstance(model, str):
             self._attach(self.model)
@@ -260,9 +260,7 @@ class AdapterTrainerMixin(SearchMixin):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError("FSDP1 is not supported. Leave 'version' out of fsdp_config, or set it to 2.")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # FSDP and DeepSpeed take contiguous parameters only, and U is stored by columns.
-            for parameter in cast(nn.Module, self.model).parameters():
-                parameter.data = parameter.data.contiguous()
+            make_contiguous(cast(nn.Module, self.model))
         # DeepSpeed checkpoints are written without the frozen base, so they cannot be loaded strictly. Trainer is lax
         # with PEFT's class only, so its function is replaced here.
         load = transformers_trainer.deepspeed_load_checkpoint
@@ -328,6 +326,23 @@ def _pose_as_peft(model: Any):
         yield
     finally:
         inner._hf_peft_config_loaded = False
+
+
+@contextmanager
+def _let_save_state(model: Any, args: Any):
+    """
+    Trainer refuses to save the state of the optimizer for a model that was spread over processes while it was loaded,
+    because the optimizer could have parts of tensors only. What an adapter trains is whole in every process.
+    """
+    spread = getattr(model, "is_distributed_loading_by_transformers", False)
+    if not spread or args is None or args.save_only_model:
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
 
 
 def _find_or_attach(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import SaraAdapter
 from ..carrier import unwrap
-from ..contents import held_ids
+from ..contents import held_ids, make_contiguous
 from ..copies import TokenRows
 
 # TRL's functions that make a reference in trainers whose constructors do not take one: the first loads it by the name
@@ -51,9 +51,7 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
     if adapter.is_untrained():
         reference.sara_adapters[adapter.name].detach()
     if not share:
-        # FSDP and DeepSpeed take contiguous parameters only, and U is stored by columns.
-        for parameter in reference.parameters():
-            parameter.data = parameter.data.contiguous()
+        make_contiguous(reference)
     return reference.requires_grad_(False).eval()
 
 

@@ -1,0 +1,178 @@
+"""
+Tensors that no single process holds whole.
+
+DeepSpeed's ZeRO stage 3 partitions them while a model is loaded, and tensor parallelism and FSDP shard them. Under
+FSDP, one process can also load the values for the others, whose tensors are on the meta device. All processes have to
+read such a tensor together.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+# The number of a layer in a module's name, for which a plan of tensor parallelism has a star.
+LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+# The ways in which a linear whose columns are spread over processes gives each of them its whole output.
+GATHERED = ("colwise_gather_output", "colwise_rep")
+# For so many seconds a process waits for the others: one whose model has no values, one under FSDP, and any other.
+PATIENCE = {"empty": 600.0, "fsdp": 60.0, "whole": 3.0}
+
+# The process whose values all processes use now.
+_source: ContextVar[int | None] = ContextVar("source", default=None)
+# The meetings of processes so far.
+_meetings = SimpleNamespace(count=0)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether ZeRO stage 3 has left this process only a part of a tensor, which is then empty."""
+    return hasattr(tensor, "ds_id") and not tensor.numel()
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether all processes have to read a tensor together."""
+    return isinstance(tensor, DTensor) or is_partitioned(tensor) or shares_values()
+
+
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, also if this process holds a part of it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor, without gradient. If it is spread over processes, every process has to call this."""
+    if isinstance(tensor, DTensor):
+        return cast(DTensor, tensor.detach()).full_tensor()
+    if is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None):
+            return tensor.detach().clone()
+    source = _source.get()
+    if source is None:
+        return tensor.detach()
+    own = dist.get_rank() == source
+    # torch sends dense tensors only.
+    box = (
+        tensor.detach().to(_device()).contiguous()
+        if own
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=_device())
+    )
+    dist.broadcast(box, src=source)
+    return tensor.detach() if own else box
+
+
+def _device() -> torch.device:
+    """The device whose tensors the processes can send to each other."""
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config() or accelerator is None else accelerator
+
+
+# ---- values that another process has ----
+
+
+def shares_values() -> bool:
+    """Whether the values of a model come from one process now, see [`with_values_of_others`]."""
+    return _source.get() is not None
+
+
+@contextlib.contextmanager
+def with_values_of_others(model: nn.Module) -> Iterator[None]:
+    """
+    Let [`whole`] return the values of another process within a `with` block, if this process, or one of the others,
+    has a model without values. Every process has to come here with the same model. Where nobody is without values, a
+    process may also come alone, since others are not waited for longer than some seconds.
+    """
+    token = _source.set(_find_source(model))
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def _find_source(model: nn.Module) -> int | None:
+    """The first process that has values, if another one has none."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    parameters = list(model.parameters())
+    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in parameters):
+        # All processes read these together anyway.
+        return None
+    empty = any(parameter.is_meta for parameter in parameters)
+    patience = PATIENCE["empty" if empty else "fsdp" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "whole"]
+    found = _meet("empty" if empty else "whole", patience)
+    return found.index("whole") if {"empty", "whole"} == set(found) else None
+
+
+def _meet(word: str, patience: float) -> list[str]:
+    """
+    The words that all processes say, or none if they did not all come in time. torch's own ways to meet would let a
+    process that comes alone wait for half an hour, and then fail.
+    """
+    store = dist.PrefixStore("hf_sara", dist.distributed_c10d._get_default_store())
+    while store.check([f"{_meetings.count}/outcome"]):
+        # It took place without this process.
+        _meetings.count += 1
+    number = _meetings.count
+    names = [f"{number}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(names[dist.get_rank()], word)
+    end = time.monotonic() + patience
+    while not (complete := store.check(names)) and time.monotonic() < end:
+        time.sleep(0.01)
+    # Whoever is first to write it decides for all.
+    outcome = store.compare_set(f"{number}/outcome", "", "met" if complete else "left")
+    _meetings.count += 1
+    return [store.get(name).decode() for name in names] if outcome == b"met" else []
+
+
+# ---- tensor parallelism ----
+
+
+def tensor_parallel(weight: Any) -> tuple[DeviceMesh, Placement] | None:
+    """The processes over which tensor parallelism has spread a weight, and in what way, or `None`."""
+    names = weight.device_mesh.mesh_dim_names if isinstance(weight, DTensor) else None
+    if names is None or "tp" not in names:
+        return None
+    # FSDP may have spread it too.
+    mesh, placement = weight.device_mesh, weight.placements[names.index("tp")]
+    return None if placement.is_replicate() else (mesh["tp"] if mesh.ndim > 1 else mesh, placement)
+
+
+def why_not_spread(model: Any, name: str, groups: int | None) -> str | None:
+    """
+    The reason why no update can stand beside a weight that is spread in its way, or `None`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        name (`str`): The name of the linear.
+        groups (`int`, *optional*): For a projection of a fused module, its [`OutputSlice.groups`].
+    """
+    module = model.get_submodule(name)
+    weight = getattr(module, "weight", None)
+    # transformers marks the modules whose forward it has replaced.
+    parallel = getattr(module, "_is_hooked", False)
+    if parallel and not isinstance(weight, DTensor):
+        return (
+            "tensor parallelism runs it in a way that hf_sara does not know, or that of an older transformers. Load "
+            "the base without tensor parallelism"
+        )
+    found = tensor_parallel(weight)
+    if found is None:
+        return None
+    mesh, placement = found
+    if type(placement) is not Shard:
+        return f"tensor parallelism spreads its weight as {placement}, which hf_sara does not know"
+    style = (getattr(model, "_tp_plan", None) or {}).get(LAYER_NUMBER.sub(".*", name))
+    if placement.dim == 0 and style not in GATHERED and groups is not None and groups % mesh.size():
+        return f"tensor parallelism over {mesh.size()} processes cuts its projections, which stand in {groups} groups"
+    return None

@@ -1,0 +1,226 @@
+"""
+What several processes check together, as a script:
+
+torchrun --nproc_per_node 2 parallel.py FOLDER CASE ...
+
+A case is the name of a function, and its arguments, with colons between them.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import VOCABULARY, make_model, sara_arguments
+from torch.distributed.tensor import DTensor
+from training import make_classifier
+from transformers.distributed import DistributedConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from hf_sara import SaraAdapter, SaraArguments, from_hub, plan
+
+LIMITS = {"rtol": 1e-9, "atol": 1e-9}
+
+
+# ---- what is compared ----
+
+
+def close(one, other, **limits) -> None:
+    """Both have the same tensors, to the bit if there are no limits."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        text = functools.partial("{0}: {1}".format, name)
+        torch.testing.assert_close(tensor, other[name], msg=text, **(limits or {"rtol": 0, "atol": 0}))
+
+
+def alike(tensors) -> None:
+    """Every process has the same tensors, to the bit."""
+    for name, tensor in tensors.items():
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, tensor), name
+
+
+def same_start(one: SaraAdapter, two: SaraAdapter) -> None:
+    """Two new adapters have the same ranks, initial values, frozen factors and seeds, in every process."""
+    assert one.spec.threshold == two.spec.threshold
+    assert (one.sites, one.parts) == (two.sites, two.parts)
+    close(one.state_dict(), two.state_dict())
+    close(one.frozen_factors(), two.frozen_factors())
+    seeds = [json.dumps({name: seed.to_json() for name, seed in adapter.seeds.items()}) for adapter in (one, two)]
+    assert seeds[0] == seeds[1]
+    alike(two.state_dict())
+
+
+def move(adapter: SaraAdapter) -> None:
+    """Give the trained tensors other values, the same in every process."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in adapter.trained().values():
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def outputs(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(inputs()["input_ids"]).logits
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """The loss, and the gradients of what trains."""
+    loss = model(**inputs()).loss
+    loss.backward()
+    found = {name: tensor.grad.clone() for name, tensor in model.sara_adapter.trained().items()}
+    model.zero_grad()
+    return {"loss": loss.detach(), **found}
+
+
+# ---- bases that are loaded in parts ----
+
+
+def saved(place: Path, model) -> str:
+    """The folder of a base, which the first process writes."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(place)
+    dist.barrier()
+    return str(place)
+
+
+@contextlib.contextmanager
+def loading(how: str):
+    """Let each model be loaded in parts. What it gives are arguments of `from_pretrained`."""
+    if how == "tp":
+        yield {"distributed_config": DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")}
+    elif how == "zero3":
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        sizes = {"train_batch_size": dist.get_world_size(), "train_micro_batch_size_per_gpu": 1}
+        # It holds as long as somebody has it.
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, **sizes})
+        yield {}
+        del config
+    else:
+        yield {}
+
+
+def load(kind, folder: str, how: str, parts):
+    """A base in parts. By `meta`, only the first process has its values."""
+    if how == "meta" and dist.get_rank() > 0:
+        with torch.device("meta"):
+            return kind(transformers.AutoConfig.from_pretrained(folder)).eval()
+    model = kind.from_pretrained(folder, dtype=torch.float32, **parts).eval()
+    check_is_in_parts(model, how)
+    return model
+
+
+def check_is_in_parts(model, how: str) -> None:
+    weight = next(parameter for name, parameter in model.named_parameters() if "q_proj.weight" in name)
+    seen = {
+        "zero3": not weight.numel(),
+        "tp": isinstance(weight, DTensor),
+        "meta": not weight.is_meta,
+    }
+    assert seen[how], weight
+
+
+ARGUMENTS = {
+    "sara": {"method": "sara", "threshold": 0.3},
+    "mo_sara": {"method": "mo_sara", "threshold": 0.5, "num_heads": 3},
+    "budget": {"method": "sara", "parameter_budget": 6000},
+    "all": {"method": "mo_sara", "threshold": 0.3, "target_modules": "all-linear"},
+}
+
+
+def start(folder: Path, how: str, arguments: str) -> None:
+    """An adapter, with a head and rows of tokens, starts on a base in parts as on a whole one, and from a plan too."""
+    kind = transformers.LlamaForSequenceClassification
+    base = saved(folder / "base", make_classifier())
+    args = SaraArguments(**ARGUMENTS[arguments], dropout=0.0, trainable_token_indices=[4, 9, 21])
+    torch.manual_seed(5)
+    whole = SaraAdapter.attach(kind.from_pretrained(base, dtype=torch.float32), args)
+    found = plan(base, args)
+    with loading(how) as parts:
+        for planned in (None, found):
+            model = load(kind, base, how, parts)
+            torch.manual_seed(5)
+            same_start(whole, SaraAdapter.attach(model, args, plan=planned))
+        assert plan(model, args) == found
+        assert plan(model, args).digests == found.digests
+
+
+def loaded(folder: Path, how: str, arguments: str) -> None:
+    """A trained adapter comes back onto a base in parts."""
+    kind = transformers.LlamaForSequenceClassification
+    base = saved(folder / "base", make_classifier())
+    args = SaraArguments(**ARGUMENTS[arguments], dropout=0.0, trainable_token_indices=[4, 9, 21])
+    torch.manual_seed(5)
+    whole = SaraAdapter.attach(kind.from_pretrained(base, dtype=torch.float32), args)
+    move(whole)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder / "adapter")
+    dist.barrier()
+    with loading(how) as parts:
+        if how == "meta":
+            model = from_hub(folder / "adapter", base_model=load(kind, base, how, parts))
+        else:
+            model = from_hub(folder / "adapter", base_model=base, **parts)
+            check_is_in_parts(model, how)
+        close(whole.state_dict(), model.sara_adapter.state_dict())
+        close(whole.frozen_factors(), model.sara_adapter.frozen_factors())
+        if how == "tp":
+            torch.testing.assert_close(outputs(model), outputs(whole.model), rtol=1e-5, atol=1e-5)
+        if how == "zero3":
+            import deepspeed
+
+            engine = deepspeed.initialize(
+                model=model, config={"zero_optimization": {"stage": 3}, "train_batch_size": dist.get_world_size()}
+            )[0]
+            torch.testing.assert_close(outputs(engine), outputs(whole.model), rtol=1e-5, atol=1e-5)
+            close(whole.state_dict(), model.sara_adapter.state_dict())
+
+
+# ---- tensor parallelism ----
+
+
+def tp(folder: Path, family: str, method: str, targets: str = "default") -> None:
+    """An adapter on a base that is spread over processes is that on a whole base: ranks, start, outputs, gradients."""
+    heads = {"num_key_value_heads": 4} if dist.get_world_size() > 2 and family != "gpt_neox" else {}
+    base = saved(folder / "base", make_model(family, **heads))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+    with loading("tp") as parts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, **parts).eval()
+    args = sara_arguments(method, dropout=0.0, **({"target_modules": "all-linear"} if targets == "all" else {}))
+    adapters = []
+    for one in (whole, model):
+        torch.manual_seed(5)
+        adapters.append(SaraAdapter.attach(one, args))
+    same_start(*adapters)
+    for adapter in adapters:
+        move(adapter)
+    found = gradients(model)
+    close(gradients(whole), found, **LIMITS)
+    alike(found)
+    torch.testing.assert_close(outputs(model), outputs(whole), **LIMITS)
+    with adapters[0].disabled(), adapters[1].disabled():
+        torch.testing.assert_close(outputs(model), outputs(whole), **LIMITS)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for case in sys.argv[2:]:
+        name, *arguments = case.split(":")
+        try:
+            globals()[name](Path(sys.argv[1], case.replace(":", "_")), *arguments)
+        except BaseException as error:
+            raise AssertionError(case) from error
+        dist.barrier()
+    dist.destroy_process_group()
