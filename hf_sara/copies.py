@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .carrier import drop_hooks
 from .linears import take_back
 from .parts import ModulePart, Part, TokenPart, row_owners, widened
-from .spread import shares_values, whole
+from .spread import shares_values, tensor_parallel, whole
 from .token_rows import TokenRows, refuse_offloaded, use_rows
 
 # What stands for a dot in the name of a parameter that a module of torch can have.
@@ -118,16 +118,19 @@ def remove_parts(model: Any, parts: Sequence[Part], name: str) -> None:
 
 def refuse_spread(model: nn.Module, parts: Sequence[Part], name: str, enabled: bool) -> None:
     """Raise a `ValueError` if parts would have to be switched whose tensors are spread over processes."""
-    others = [part.name for part in parts if part_on(model, part, name)[1].is_enabled() != enabled]
+    others = [part for part in parts if part_on(model, part, name)[1].is_enabled() != enabled]
     spread = any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
         for other in others
-        for parameter in model.get_submodule(other).parameters()
+        for parameter in model.get_submodule(other.name).parameters()
+        # Trained rows are whole under tensor parallelism, and a hook alone brings them in.
+        if isinstance(other, ModulePart) or tensor_parallel(parameter) is None
     )
     if others and spread:
+        names = ", ".join(part.name for part in others)
         raise ValueError(
-            f"{', '.join(others)}: FSDP or DeepSpeed spreads the trained tensors over the processes, so they can "
-            "neither be switched nor merged nor detached. Do this on a model that is whole."
+            f"{names}: FSDP or DeepSpeed spreads the trained tensors over the processes, so they can neither be "
+            "switched nor merged nor detached. Do this on a model that is whole."
         )
 
 

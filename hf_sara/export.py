@@ -27,6 +27,7 @@ from .linears import linear_shape
 from .parts import ModulePart, TokenPart
 from .patterns import is_of_update
 from .sites import PlannedSite
+from .spread import is_spread
 from .targets import fused_experts
 from .tensor_files import check_tensors, to_bytes
 
@@ -99,6 +100,7 @@ def export_lora(
     adapter.spec.method.refuse_export()
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank={max_rank} has to be at least 1. Leave it out for an exact export.")
+    _refuse_parts(adapter)
     _refuse_two_places(adapter)
     _warn_of_experts(adapter)
     idle = adapter.idle_sites()
@@ -125,6 +127,16 @@ def export_lora(
     report = ExportReport(ranks, errors, len(payload) + len(config))
     logger.info("Exported a LoRA: %s", report)
     return report
+
+
+def _refuse_parts(adapter: SaraAdapter) -> None:
+    """Raise a `ValueError` if this process has only a part of what trains, as after a training with FSDP."""
+    spread = next((name for name, tensor in adapter.trained().items() if is_spread(tensor)), None)
+    if spread is not None:
+        raise ValueError(
+            f"{spread}: FSDP or DeepSpeed spreads it over the processes. Save the adapter with trainer.save_model(), "
+            "and export what is saved: hf-sara export."
+        )
 
 
 def _refuse_two_places(adapter: SaraAdapter) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .copies import ModuleCopy, TokenRows
 from .linears import is_offloaded, is_quantized
 from .methods import Delta, deltas_of
 from .sites import PlannedSite
+from .spread import is_partitioned
 
 _counter = itertools.count(1)
 
@@ -43,12 +45,18 @@ class MergedWeights:
         for site in self._sites:
             refuse_unwritable(site, site.linear(model))
         refuse_tied(model, self._sites)
-        merged = {site.name: merged_weight(site, site.linear(model), delta) for site, delta in deltas}
+        for site, delta in deltas:
+            # This may be an error. The sums are computed again, because all of them would take much memory.
+            merged_weight(site, site.linear(model), delta)
         values = [copy.merged(host) for host, copy in copies]
         self._originals: dict[str, torch.Tensor] = {}
-        for site in self._sites:
-            self._originals[site.name] = site.read(site.linear(model)).clone()
-            self._write(site, merged.pop(site.name))
+        for site, delta in deltas:
+            module = site.linear(model)
+            weight = module.weight
+            self._originals[site.name] = (
+                weight.to_local() if isinstance(weight, DTensor) else site.read(module)
+            ).clone()
+            self._write(site, merged_weight(site, module, delta))
         self._parts = [copy.write(host, value) for (host, copy), value in zip(copies, values, strict=True)]
         self.order = next(_counter)
 
@@ -65,9 +73,13 @@ class MergedWeights:
         # Parts may share a tensor of the base, so the first to be written is the last to be restored.
         for (host, copy), before in reversed(list(zip(copies, self._parts, strict=True))):
             copy.write(host, before)
-        for site in self._sites:
-            device = site.linear(self.model).weight.device
-            self._write(site, self._originals.pop(site.name).to(device))
+        # The projections of a fused module share a part of it under tensor parallelism, so the order is reversed.
+        for site in reversed(self._sites):
+            weight, original = site.linear(self.model).weight, self._originals.pop(site.name)
+            if isinstance(weight, DTensor):
+                weight.to_local().copy_(original)
+            else:
+                self._write(site, original.to(weight.device))
 
     def _write(self, site: PlannedSite, weight: torch.Tensor) -> None:
         module = site.linear(self.model)
@@ -103,7 +115,13 @@ def refuse_unwritable(site: PlannedSite, module: nn.Module) -> None:
             f"{site.name}: the weight of this {type(module).__name__} is quantized, so it cannot be merged into. Load "
             "the base unquantized, and the adapter on it."
         )
-    if is_offloaded(module) or module.get_parameter("weight").is_meta:
+    weight = module.get_parameter("weight")
+    if is_partitioned(weight) or (isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names != ("tp",)):
+        raise ValueError(
+            f"{site.name}: FSDP or DeepSpeed spreads this weight over the processes, so it cannot be merged into. "
+            "Save the adapter, and merge it into the files of the base: hf-sara merge."
+        )
+    if is_offloaded(module) or weight.is_meta:
         raise ValueError(
             f"{site.name}: accelerate has offloaded the weight, and what is merged into it would be lost. Load the "
             "base and the adapter without offloading, or bring the weights back with "

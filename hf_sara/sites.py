@@ -12,12 +12,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layouts import OutputSlice, fused_slices
 from .linears import is_linear, linear_shape, read_weight
 from .patterns import is_of_update
+from .spread import whole
 
 # A part of a module's name that is a number. Nothing has more than a billion layers.
 FIRST_NUMBER = re.compile(r"(^|\.)([0-9]{1,9})(?=\.|$)")
@@ -74,13 +76,20 @@ class Site:
 
     @torch.no_grad()
     def write(self, module: nn.Linear, value: torch.Tensor) -> None:
-        """Write W, of shape (d_in, d_out), into the module's stored weight. Only merging does this."""
-        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.t()
+        """
+        Write W, of shape (d_in, d_out), into the module's stored weight. Only merging does this. A process of tensor
+        parallelism writes its part, and all of them have to call this.
+        """
+        weight = module.weight.data
+        stored = whole(weight)
+        oriented = stored if isinstance(module, Conv1D) else stored.t()
         if self.slice is None:
-            weight.copy_(value)
+            oriented.copy_(value)
         else:
-            target = self.slice.view(weight, dim=1)
+            target = self.slice.view(oriented, dim=1)
             target.copy_(value.reshape(target.shape))
+        if isinstance(weight, DTensor):
+            weight.copy_(distribute_tensor(stored, weight.device_mesh, weight.placements, src_data_rank=None))
 
 
 @dataclass(frozen=True)

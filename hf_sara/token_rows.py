@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from .linears import is_offloaded
 from .parts import Part, TokenPart, row_scale, widened
-from .spread import whole
+from .spread import is_spread, whole
 
 
 class TokenRows(nn.Module):
@@ -72,7 +72,12 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def merged(self, host: Any) -> dict[str, torch.Tensor]:
-        """The trained rows in the dtype of the weight, or a `ValueError` if they cannot be rounded to it."""
+        """The trained rows in the dtype of the weight, or a `ValueError` if they cannot be written into it."""
+        if is_spread(host.weight):
+            raise ValueError(
+                f"{self.part.name}: its weight is spread over processes, so the trained rows cannot be merged into "
+                "it. Merge the adapter on a model that is whole, or into the files of the base: hf-sara merge."
+            )
         rows = self.rows.to(host.weight.dtype)
         if not torch.isfinite(rows).all():
             raise ValueError(

@@ -10,8 +10,10 @@ import contextlib
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -21,7 +23,7 @@ from training import make_classifier
 from transformers.distributed import DistributedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from hf_sara import SaraAdapter, SaraArguments, from_hub, plan
+from hf_sara import SaraAdapter, SaraArguments, export_lora, from_hub, plan
 
 LIMITS = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -212,6 +214,76 @@ def tp(folder: Path, family: str, method: str, targets: str = "default") -> None
     torch.testing.assert_close(outputs(model), outputs(whole), **LIMITS)
     with adapters[0].disabled(), adapters[1].disabled():
         torch.testing.assert_close(outputs(model), outputs(whole), **LIMITS)
+
+
+def merging(folder: Path, family: str, method: str) -> None:
+    """Merging writes the parts of the sums, unmerging restores the bits, and an export is that of one process."""
+    base = saved(folder / "base", make_model(family))
+    args = SaraArguments(**{**ARGUMENTS[method], "num_heads": 1}, dropout=0.0, target_modules="all-linear")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()]
+    with loading("tp") as parts:
+        models.append(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **parts).eval())
+    for index, model in enumerate(models):
+        torch.manual_seed(5)
+        adapter = SaraAdapter.attach(model, args)
+        move(adapter)
+        if dist.get_rank() == 0:
+            export_lora(model, folder / f"lora{index}")
+            adapter.save_pretrained(folder / f"adapter{index}")
+    if dist.get_rank() == 0:
+        for kind in ("lora", "adapter"):
+            for file in (folder / f"{kind}0").iterdir():
+                assert file.read_bytes() == (folder / f"{kind}1" / file.name).read_bytes(), file
+    before = {
+        name: tensor.to_local().clone()
+        for name, tensor in models[1].state_dict().items()
+        if isinstance(tensor, DTensor)
+    }
+    for model in models:
+        model.sara_adapter.merge()
+    whole = models[0].state_dict()
+    weights = {name: tensor for name, tensor in models[1].state_dict().items() if isinstance(tensor, DTensor)}
+    assert len(weights) > 8
+    close({name: tensor.full_tensor() for name, tensor in weights.items()}, {name: whole[name] for name in weights})
+    assert not all(torch.equal(weights[name].to_local(), tensor) for name, tensor in before.items())
+    models[1].sara_adapter.unmerge()
+    close(before, {name: tensor.to_local() for name, tensor in weights.items()})
+
+
+def refusals(folder: Path) -> None:
+    """What cannot be is an error in every process."""
+    base = saved(folder / "base", make_model(tie_word_embeddings=True))
+    broken = make_model()
+    broken.model.layers[1].self_attn.v_proj.weight.data[3, 4] = torch.nan
+    broken = saved(folder / "broken", broken)
+    for how in ("zero3", "tp", "meta"):
+        with loading(how) as parts:
+            model = load(transformers.LlamaForCausalLM, broken, how, parts)
+            with pytest.raises(
+                ValueError, match=r"layers\.1\.self_attn\.v_proj: the weight has 1 values that are NaN"
+            ):
+                SaraAdapter.attach(model)
+            assert not hasattr(model, "sara_adapter")
+    with loading("zero3"):
+        model = transformers.LlamaForCausalLM.from_pretrained(base)
+        with pytest.raises(ValueError, match="spreads this weight"):
+            SaraAdapter.attach(model).merge()
+        some = SaraArguments(layers="0")
+        wrong = replace(plan(base, some), digests=plan(broken, some).digests)
+        with pytest.raises(ValueError, match="this model's weight is not the one that the plan was made of"):
+            SaraAdapter.attach(transformers.LlamaForCausalLM.from_pretrained(base), plan=wrong)
+    with loading("tp") as parts:
+        model = transformers.LlamaForCausalLM.from_pretrained(base, **parts)
+        with pytest.raises(ValueError, match=r"lm_head is spread over processes"):
+            SaraAdapter.attach(model, SaraArguments(modules_to_save=["embed_tokens", "lm_head"]))
+        adapter = SaraAdapter.attach(model, SaraArguments(trainable_token_indices=[3]))
+        before = outputs(model)
+        move(adapter)
+        assert not torch.equal(outputs(model), before)
+        with pytest.raises(ValueError, match="the trained rows cannot be merged"):
+            adapter.merge()
+        adapter.detach()
+        torch.testing.assert_close(outputs(model), outputs(transformers.LlamaForCausalLM.from_pretrained(base)))
 
 
 if __name__ == "__main__":
