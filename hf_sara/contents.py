@@ -29,7 +29,7 @@ from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters
 from .patterns import is_of_update
 from .planning import AdapterSpec
 from .sites import PlannedSite
-from .spread import is_partitioned, is_spread, whole
+from .spread import is_partitioned, is_spread, partition, whole
 from .tensor_files import check_tensors
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,8 @@ class AdapterContents:
             if own is not None and not is_spread(weight):
                 delta.follow_weight(module)
             if is_partitioned(weight):
-                # DeepSpeed takes contiguous parameters only.
                 make_contiguous(delta)
+                partition([tensor for tensor in delta.parameters() if not tensor.requires_grad], like=weight)
             insert_delta(module, self._key(site), delta)
         attach_parts(self.model, self.parts, self.name)
 

@@ -131,10 +131,11 @@ def export_lora(
 
 def _refuse_parts(adapter: SaraAdapter) -> None:
     """Raise a `ValueError` if this process has only a part of what trains, as after a training with FSDP."""
-    spread = next((name for name, tensor in adapter.trained().items() if is_spread(tensor)), None)
+    tensors = {site.name: tensor for site, delta in adapter.deltas() for tensor in delta.parameters()}
+    spread = next((name for name, tensor in {**adapter.trained(), **tensors}.items() if is_spread(tensor)), None)
     if spread is not None:
         raise ValueError(
-            f"{spread}: FSDP or DeepSpeed spreads it over the processes. Save the adapter with trainer.save_model(), "
+            f"{spread}: FSDP or DeepSpeed spreads the adapter over the processes. Save it with trainer.save_model(), "
             "and export what is saved: hf-sara export."
         )
 

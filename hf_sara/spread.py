@@ -7,9 +7,10 @@ read such a tensor together.
 """
 
 import contextlib
+import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,6 +43,12 @@ def is_partitioned(tensor: Any) -> bool:
 def is_spread(tensor: Any) -> bool:
     """Whether all processes have to read a tensor together."""
     return isinstance(tensor, DTensor) or is_partitioned(tensor) or shares_values()
+
+
+def partition(tensors: Sequence[torch.Tensor], like: Any) -> None:
+    """Let ZeRO stage 3 leave this process a part of tensors that are whole, as it has done with the tensor `like`."""
+    if tensors:
+        like.convert_to_zero_parameters(param_list=list(tensors))
 
 
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -93,8 +100,11 @@ def with_values_of_others(model: nn.Module) -> Iterator[None]:
     has a model without values. Every process has to come here with the same model. Where nobody is without values, a
     process may also come alone, since others are not waited for longer than some seconds.
     """
-    token = _source.set(_find_source(model))
+    source = _find_source(model)
+    token = _source.set(source)
     try:
+        if source is not None:
+            _fill_buffers(model, source)
         yield
     finally:
         _source.reset(token)
@@ -110,8 +120,39 @@ def _find_source(model: nn.Module) -> int | None:
         return None
     empty = any(parameter.is_meta for parameter in parameters)
     patience = PATIENCE["empty" if empty else "fsdp" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "whole"]
-    found = _meet("empty" if empty else "whole", patience)
-    return found.index("whole") if {"empty", "whole"} == set(found) else None
+    kinds = repr([(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()])
+    facts = hashlib.sha256(kinds.encode()).hexdigest()
+    found = [word.split() for word in _meet(f"{'empty' if empty else 'whole'} {facts}", patience)]
+    states = [state for state, _ in found]
+    if {"empty", "whole"} != set(states):
+        return None
+    if len({facts for _, facts in found}) > 1:
+        raise ValueError(
+            "Some processes have a model without values, and parameters of other names, shapes or dtypes than the "
+            "process that has them. Make the model there with the same configuration and the same dtype."
+        )
+    return states.index("whole")
+
+
+def _fill_buffers(model: nn.Module, source: int) -> None:
+    """
+    Give the buffers that no state dict has their values, such as the frequencies of rotary embeddings. Those who
+    spread a model send its state dict only.
+    """
+    places = {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)
+    }
+    buffers = {full: module._buffers[name] for full, (module, name) in places.items()}
+    own = dist.get_rank() == source
+    box = [{full: buffer.cpu() for full, buffer in buffers.items() if buffer is not None} if own else {}]
+    dist.broadcast_object_list(box, src=source)
+    for full, value in box[0].items():
+        module, name = places[full]
+        here = module._buffers[name]
+        if here is None or here.is_meta:
+            module._buffers[name] = value
 
 
 def _meet(word: str, patience: float) -> list[str]:

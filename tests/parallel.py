@@ -264,17 +264,26 @@ def refusals(folder: Path) -> None:
             ):
                 SaraAdapter.attach(model)
             assert not hasattr(model, "sara_adapter")
+    dtype = torch.float32 if dist.get_rank() == 0 else torch.bfloat16
+    with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(base)).to(dtype)
+    with pytest.raises(ValueError, match="names, shapes or dtypes"):
+        SaraAdapter.attach(model)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(base))
+    with pytest.raises(ValueError, match="on the meta device, so it has no values now"):
+        SaraAdapter.attach(model)
     with loading("zero3"):
         model = transformers.LlamaForCausalLM.from_pretrained(base)
         with pytest.raises(ValueError, match="spreads this weight"):
             SaraAdapter.attach(model).merge()
         some = SaraArguments(layers="0")
-        wrong = replace(plan(base, some), digests=plan(broken, some).digests)
+        wrong = replace(plan(base, some), digests=dict.fromkeys(plan(base, some).digests, 64 * "0"))
         with pytest.raises(ValueError, match="this model's weight is not the one that the plan was made of"):
             SaraAdapter.attach(transformers.LlamaForCausalLM.from_pretrained(base), plan=wrong)
     with loading("tp") as parts:
         model = transformers.LlamaForCausalLM.from_pretrained(base, **parts)
-        with pytest.raises(ValueError, match=r"lm_head is spread over processes"):
+        with pytest.raises(ValueError, match=r"embed_tokens is spread over processes"):
             SaraAdapter.attach(model, SaraArguments(modules_to_save=["embed_tokens", "lm_head"]))
         adapter = SaraAdapter.attach(model, SaraArguments(trainable_token_indices=[3]))
         before = outputs(model)

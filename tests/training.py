@@ -133,7 +133,10 @@ def shard_on_cpu() -> None:
 
 
 def load(how: dict):
-    """A function that loads a base from its folder, where `how` may have sizes of [`DistributedConfig`]."""
+    """
+    A function that loads a base from its folder, where `how` may have sizes of [`DistributedConfig`], or say that only
+    the first process has values.
+    """
 
     def loaded():
         if is_deepspeed_zero3_enabled():
@@ -151,6 +154,10 @@ def load(how: dict):
             return kind.from_pretrained(
                 how["folder"], distributed_config=DistributedConfig(**how["sizes"], **plan), dtype=how.get("dtype")
             )
+        if how.get("meta") and int(os.environ["RANK"]) > 0:
+            with torch.device("meta"):
+                model = kind(transformers.AutoConfig.from_pretrained(how["folder"]))
+                return model if how.get("dtype") is None else model.to(getattr(torch, how["dtype"]))
         return kind.from_pretrained(how["folder"], dtype=how.get("dtype"))
 
     return loaded
