@@ -424,6 +424,9 @@ def reshard(model: nn.Module) -> None:
 def make_contiguous(module: nn.Module) -> None:
     """Let a module's parameters be contiguous, as FSDP and DeepSpeed need them, while U is stored by columns."""
     for parameter in module.parameters():
+        # A matrix of one column counts as contiguous in both ways, and DeepSpeed looks at its strides.
+        if parameter.dim() == 2 and parameter.stride() != (parameter.shape[1], 1):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         parameter.data = parameter.data.contiguous()
 
 

@@ -8,6 +8,7 @@ A case is the name of a function, and its arguments, with colons between them.
 
 import contextlib
 import functools
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -293,6 +294,39 @@ def refusals(folder: Path) -> None:
             adapter.merge()
         adapter.detach()
         torch.testing.assert_close(outputs(model), outputs(transformers.LlamaForCausalLM.from_pretrained(base)))
+
+
+# ---- memory ----
+
+LARGE = {
+    **{"vocab_size": 8000, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 9},
+    **{"num_attention_heads": 16, "num_key_value_heads": 16},
+}
+
+
+def resident(kind: str) -> int:
+    """The memory of this process in bytes: `VmRSS` is that of now, and `VmHWM` the most since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(kind)))
+
+
+def memory(folder: Path, how: str, method: str) -> None:
+    """Attaching takes much less memory than the rest of the model would, which is about 1 GB in bfloat16."""
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LARGE)).bfloat16()
+        model.save_pretrained(folder / "base", max_shard_size="200MB")
+        del model
+    dist.barrier()
+    with loading(how) as parts:
+        model = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **parts)
+        size = 2 * sum(getattr(tensor, "ds_numel", tensor.numel()) for tensor in model.parameters())
+        gc.collect()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        SaraAdapter.attach(model, SaraArguments(method=method))
+        peak = resident("VmHWM") - before
+        (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps({"size": size, "before": before, "peak": peak}))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run:(.*?)-->\n\Z", re.DOTALL)
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 # Their options are their own business.
-OTHER_PROGRAMS = ("python", "ruff", "mypy", "mkdocs", "pre-commit")
+OTHER_PROGRAMS = ("python", "ruff", "mypy", "mkdocs", "pre-commit", "torchrun", "accelerate")
 TOKEN = "hf_mememememememe"
 BASE = "HuggingFaceTB/SmolLM2-135M"
 

@@ -132,7 +132,7 @@ def test_fsdp_loads_the_best_parts(case, changes, tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_ends_with_the_parts_of_one_process_and_resumes_exactly(case, stage, tmp_path):
-    pytest.importorskip("deepspeed", reason="needs: pip install deepspeed")
+    pytest.importorskip("deepspeed", reason="needs: pip install -e '.[deepspeed]'")
     changes = {**zero(stage), **(BEST if case == "rows and norm" else {})}
     whole = trained(tmp_path / "whole", case, **changes)
     if case == "rows and norm":
