@@ -23,6 +23,7 @@ FSDP = {
     "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": True},
     "per_device_train_batch_size": 1,
 }
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
 # How a base is loaded, on how many processes, and with which arguments of a training.
 WAYS = {
     "zero3": (2, {}, ZERO),
@@ -30,6 +31,7 @@ WAYS = {
     "tp": (2, {"sizes": {"tp_size": 2}}, {}),
     "fsdp": (2, {"sizes": {"fsdp_size": 2}}, {"per_device_train_batch_size": 1}),
     "tp and fsdp": (4, {"sizes": {"tp_size": 2, "fsdp_size": 2}}, {"per_device_train_batch_size": 1}),
+    "best of tp": (2, {"sizes": {"tp_size": 2}}, BEST),
     "zero3 on four": (4, {}, ZERO),
     "meta on four": (4, {"meta": True}, FSDP),
 }
@@ -52,7 +54,8 @@ def test_tensor_parallelism_and_values_of_one_process(tmp_path):
         tmp_path,
         2,
         *("tp:llama:sara:all", "tp:llama:mo_sara:all", "tp:gpt_neox:mo_sara", "tp:phi3:sara"),
-        *("start:tp:budget", "start:meta:mo_sara", "loaded:tp:mo_sara", "loaded:meta:sara", "merging:phi3:mo_sara"),
+        *("start:tp:budget", "start:meta:mo_sara", "loaded:tp:mo_sara", "loaded:meta:sara", "loaded:fsdp:mo_sara"),
+        *("merging:phi3:mo_sara", "alone"),
     )
 
 
@@ -158,6 +161,7 @@ def test_a_training_ends_with_the_adapter_of_one_process_and_goes_on_after_a_kil
         model=kind.from_pretrained(base, dtype=getattr(torch, dtype)),
         sara_args=sara_arguments(method, dropout=0.0),
         per_device_train_batch_size=batch,
+        **(BEST if way.startswith("best") else {}),
     )
     single.train()
     limits = {"rtol": 1e-3, "atol": 2e-4} if dtype == "float32" else {"rtol": 1e-6, "atol": 1e-6}
