@@ -114,6 +114,12 @@ def _find_source(model: nn.Module) -> int | None:
     """The first process that has values, if another one has none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
+    sizes = getattr(getattr(model, "config", None), "distributed_config", None)
+    if (getattr(sizes, "pp_size", None) or 1) > 1:
+        raise ValueError(
+            "Pipeline parallelism gives each process some of the layers only, and hf_sara does not support it. Load the "
+            "base with pp_size=1, and spread it by tp_size or fsdp_size."
+        )
     parameters = list(model.parameters())
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in parameters):
         # All processes read these together anyway.

@@ -22,6 +22,7 @@ from ..adapter import SaraAdapter
 from ..carrier import unwrap
 from ..contents import held_ids, make_contiguous
 from ..copies import TokenRows
+from ..spread import is_partitioned
 
 # TRL's functions that make a reference in trainers whose constructors do not take one: the first loads it by the name
 # of the base, and loads teachers and policies too; the second copies the policy.
@@ -38,8 +39,16 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
 
     Returns:
         [`~transformers.PreTrainedModel`]: The copy. Its modules and its trained tensors are its own.
+
+    Raises:
+        `ValueError`: If this process does not have the values of the model.
     """
     model: Any = adapter.model
+    if any(is_partitioned(tensor) or tensor.is_meta for tensor in model.parameters()):
+        raise ValueError(
+            "This process holds only a part of the model, so no copy of it can be the reference. Load the reference in "
+            "the same way as the model, and give it as ref_model: the base, or from_hub of the adapter as it came."
+        )
     own = held_ids(model)
     # Trained rows of an embedding are written into its weight.
     own |= {id(m.weight) for m in model.modules() for c in getattr(m, "sara", {}).values() if isinstance(c, TokenRows)}
