@@ -117,8 +117,8 @@ def _find_source(model: nn.Module) -> int | None:
     sizes = getattr(getattr(model, "config", None), "distributed_config", None)
     if (getattr(sizes, "pp_size", None) or 1) > 1:
         raise ValueError(
-            "Pipeline parallelism gives each process some of the layers only, and hf_sara does not support it. Load the "
-            "base with pp_size=1, and spread it by tp_size or fsdp_size."
+            "Pipeline parallelism gives each process some of the layers only, and hf_sara does not support it. Load "
+            "the base with pp_size=1, and spread it by tp_size or fsdp_size."
         )
     parameters = list(model.parameters())
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in parameters):

@@ -46,8 +46,8 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
     model: Any = adapter.model
     if any(is_partitioned(tensor) or tensor.is_meta for tensor in model.parameters()):
         raise ValueError(
-            "This process holds only a part of the model, so no copy of it can be the reference. Load the reference in "
-            "the same way as the model, and give it as ref_model: the base, or from_hub of the adapter as it came."
+            "This process holds only a part of the model, so no copy of it can be the reference. Load the reference "
+            "in the same way as the model, and give it as ref_model: the base, or from_hub of the adapter as it came."
         )
     own = held_ids(model)
     # Trained rows of an embedding are written into its weight.
