@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         routing,
     )
     from .arguments import SaraArguments
+    from .bank import AdapterBank, adapter_rows
     from .errors import AdapterError
     from .export import ExportReport, export_lora
     from .merge_files import merge_shards
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "AdapterError",
     "ExportReport",
     "Plan",
@@ -34,6 +36,7 @@ __all__ = [
     "SaraSeq2SeqTrainer",
     "SaraTrainer",
     "SaraTrainerMixin",
+    "adapter_rows",
     "export_lora",
     "from_hub",
     "load_plan",
@@ -63,6 +66,7 @@ _HOMES = {
         "routing",
     ),
     "arguments": ("SaraArguments",),
+    "bank": ("AdapterBank", "adapter_rows"),
     "errors": ("AdapterError",),
     "export": ("ExportReport", "export_lora"),
     "merge_files": ("merge_shards",),

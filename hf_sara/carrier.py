@@ -51,8 +51,9 @@ def _refuse_save(model: Any, *args: Any, **kwargs: Any) -> None:
     """
     Stands in for `save_pretrained` and `push_to_hub` of an adapted model, which would write a base with stray tensors.
     """
+    carried = [*map(repr, adapters_on(model)), *(f"those of {bank!r}" for bank in banks_on(model))]
     raise ValueError(
-        f"This {type(model).__name__} carries the adapters {', '.join(map(repr, adapters_on(model)))}, and its own "
+        f"This {type(model).__name__} carries the adapters {', '.join(carried)}, and its own "
         "save_pretrained and push_to_hub would lose them. Save the adapter with "
         "model.sara_adapter.save_pretrained(folder) or push_to_hub(repo_id), or write a plain model with "
         "hf_sara.merge(model, folder)."
@@ -67,20 +68,42 @@ def adapters_on(model: nn.Module) -> dict[str, Any]:
     return getattr(unwrap(model), "sara_adapters", {})
 
 
+def banks_on(model: nn.Module) -> list[Any]:
+    """The banks of adapters that a model has, in the order in which they were loaded."""
+    return getattr(unwrap(model), "sara_banks", [])
+
+
+def set_banks(model: Any, banks: Sequence[Any]) -> None:
+    """Record on the model which banks it has."""
+    if banks:
+        model.sara_banks = list(banks)
+    else:
+        vars(model).pop("sara_banks", None)
+    _guard_saving(model)
+
+
+def _guard_saving(model: Any) -> None:
+    """Let a model refuse to save itself as long as it carries something."""
+    for name in REFUSED_METHODS:
+        if adapters_on(model) or banks_on(model):
+            # This can be copied and pickled together with its model, which a function inside of another cannot.
+            setattr(model, name, functools.partial(_refuse_save, model))
+        else:
+            vars(model).pop(name, None)
+
+
 def set_adapters(model: Any, adapters: dict[str, Any]) -> None:
     """Record on the model which adapters it carries. `model.sara_adapter` is the one that was attached last."""
     if adapters and not adapters_on(model):
         model.register_forward_pre_hook(refuse_names, with_kwargs=True)
-        for name in REFUSED_METHODS:
-            # This can be copied and pickled together with its model, which a function inside of another cannot.
-            setattr(model, name, functools.partial(_refuse_save, model))
     if adapters:
         model.sara_adapters = adapters
         model.sara_adapter = next(reversed(adapters.values()))
     else:
         drop_hooks(model, (refuse_names,))
-        for name in ("sara_adapters", "sara_adapter", *REFUSED_METHODS):
+        for name in ("sara_adapters", "sara_adapter"):
             vars(model).pop(name, None)
+    _guard_saving(model)
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -63,7 +63,7 @@ def default_sites(model: nn.Module, offered: Sequence[Site]) -> list[Site]:
             break
     found = [site for site in offered if site.name in names]
     text = _text_model(model)
-    return _beside_towers(model, [site for site in found if text and is_within(site.name, [text])] or found)
+    return beside_towers(model, [site for site in found if text and is_within(site.name, [text])] or found)
 
 
 def place(model: nn.Module, name: str) -> tuple[str, str]:
@@ -142,7 +142,7 @@ def _text_model(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if module is decoder), None)
 
 
-def _beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+def beside_towers(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """
     The sites that are in no tower, if the model itself takes texts, and else all sites. A tower is an inner model that
     takes no texts, or a module that has the configuration of one.

@@ -25,7 +25,7 @@ from training import make_classifier
 from transformers.distributed import DistributedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from hf_sara import SaraAdapter, SaraArguments, export_lora, from_hub, plan
+from hf_sara import AdapterBank, SaraAdapter, SaraArguments, export_lora, from_hub, plan
 
 LIMITS = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -313,6 +313,29 @@ def refusals(folder: Path) -> None:
             adapter.merge()
         adapter.detach()
         torch.testing.assert_close(outputs(model), outputs(transformers.LlamaForCausalLM.from_pretrained(base)))
+
+
+def bank(folder: Path, method: str) -> None:
+    """Rows with adapters of their own on a base that is spread over processes are those on a whole base."""
+    base = saved(folder / "base", make_model("llama"))
+    args = SaraArguments(**ARGUMENTS[method], dropout=0.0)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    torch.manual_seed(5)
+    adapter = SaraAdapter.attach(whole, args)
+    for name in ("one", "two"):
+        move(adapter)
+        if dist.get_rank() == 0:
+            adapter.save_pretrained(folder / name)
+    dist.barrier()
+    adapter.detach()
+    with loading("tp") as parts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **parts).eval()
+    found = []
+    for one in (whole, model):
+        AdapterBank.load(one, {name: folder / name for name in ("one", "two")})
+        with torch.no_grad():
+            found.append(one(inputs()["input_ids"], adapter_names=["two", "one"]).logits)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 # ---- memory ----

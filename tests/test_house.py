@@ -78,6 +78,8 @@ FLOORS = (
         "attached",
         "adapter",
         "export",
+        "rows",
+        "bank",
     ),
     *(
         "plain_model",

@@ -20,9 +20,11 @@ from ..seeds import Seed
 from ..sites import PlannedSite
 from ..spectrum import find_rank
 from ..spread import shares_values, tensor_parallel
+from .products import add_update
 from .shards import Shards
 
 Shapes = dict[str, tuple[int, ...]]
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Options(Protocol):
@@ -294,6 +296,7 @@ class Delta(nn.Module):
         output: torch.Tensor,
         linear: nn.Linear | None = None,
         shards: Shards | None = None,
+        own: Tensors | None = None,
     ) -> torch.Tensor:
         """
         Add the update.
@@ -305,6 +308,8 @@ class Delta(nn.Module):
                 computed from `x`, which nothing else has used yet. The update may take a short cut then.
             shards ([`Shards`], *optional*): The part of the linear that this process has, if tensor parallelism
                 spreads it. `x` or `output` is then that of this part.
+            own (`dict[str, torch.Tensor]`, *optional*): For a batch whose rows have different adapters, the trained
+                tensors of the adapter of each row, of shape `(rows, *shape)`. They take the place of the update's own.
 
         Returns:
             `torch.Tensor`: `output` plus the update on this site's columns, in `output`'s dtype.
@@ -316,15 +321,24 @@ class Delta(nn.Module):
             x = x.to(output.device)
         if self.dropout.p and self.training:
             x, linear = self.dropout(x), None
+        if own is not None:
+            linear = None
         if not torch.is_autocast_enabled(x.device.type):
             if linear is not None and (x.dtype != output.dtype or self.slice is not None):
                 linear = None
-            return self._add(x, output, x.dtype, linear, shards)
+            return self._add(x, output, x.dtype, linear, shards, own)
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            return self._add(x.to(dtype), output, dtype, None, shards)
+            return self._add(x.to(dtype), output, dtype, None, shards, own)
 
-    def _add(self, x: Any, output: Any, dtype: Any, linear: nn.Linear | None, shards: Shards | None) -> torch.Tensor:
+    def _add(
+        self, x: Any, output: Any, dtype: Any, linear: nn.Linear | None, shards: Shards | None, own: Tensors | None
+    ) -> torch.Tensor:
+        if own is not None:
+            rows = x.reshape(len(next(iter(own.values()))), -1, x.shape[-1])
+            update = self.update_of_rows(rows, {name: tensor.to(dtype) for name, tensor in own.items()}, shards)
+            part = self.slice if shards is None else shards.slice(self.slice)
+            return add_update(output, update.flatten(0, 1), part)
         if shards is not None:
             return self.add_part(x, output, dtype, shards)
         return self.add_update(x, output, dtype, linear)
@@ -356,6 +370,21 @@ class Delta(nn.Module):
         """
         The same where tensor parallelism spreads the linear, for the part of `x` or of `output` that this process has.
         A method that does not define it cannot be used there.
+        """
+        raise NotImplementedError
+
+    def update_of_rows(self, x: torch.Tensor, own: Tensors, shards: Shards | None) -> torch.Tensor:
+        """
+        The updates for a batch whose rows have different adapters. A method that does not define it cannot be used in
+        an [`AdapterBank`].
+
+        Args:
+            x (`torch.Tensor` of shape `(rows, tokens, d_in)`): The inputs of each row, after dropout.
+            own (`dict[str, torch.Tensor]`): The trained tensors of the adapter of each row, of shape `(rows, *shape)`.
+            shards ([`Shards`], *optional*): See [`Delta.forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(rows, tokens, d_out)`: What is added to the outputs.
         """
         raise NotImplementedError
 

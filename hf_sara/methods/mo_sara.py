@@ -105,6 +105,22 @@ class MoSaraDelta(Delta):
             Vh = Vh * shards.columns(self.v.to(dtype), 0)
         return add_product(output, shards.shared(self._scaled(z)), Vh, shards.slice(self.slice))
 
+    def update_of_rows(self, x, own, shards):
+        # All adapters of a base have the same U and Vh, so these two products are those of one adapter.
+        U, Vh, S, v = self.U.to(x.dtype), self.Vh.to(x.dtype), own["S"], own.get("v")
+        if shards is not None:
+            U, Vh = shards.rows(U, 0), shards.columns(Vh, 1)
+            if v is not None:
+                v = (shards.rows if self.v_position == "front" else shards.columns)(v, 1)
+        z = (x * v[:, None] if v is not None and self.v_position == "front" else x) @ U
+        z = z if shards is None else shards.summed(z)
+        if self.num_heads > 1:
+            logits = (z @ own["gate_down"]) @ own["gate_up"]
+            S = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1).to(z.dtype) @ S
+        scaled = z * S
+        update = (scaled if shards is None else shards.shared(scaled)) @ Vh
+        return update * v[:, None] if v is not None and self.v_position == "back" else update
+
     def _scaled(self, z: torch.Tensor) -> torch.Tensor:
         """The input of Vh, of shape (n, k), for z of shape (k, n)."""
         S = self.S.to(z.dtype)

@@ -31,7 +31,12 @@ def add_product(
     """`output` plus left @ right, of shape (n, d_out), on the site's columns. The other columns keep their bits."""
     if part is None and output.dtype == left.dtype:
         return torch.addmm(output.reshape(-1, output.shape[-1]), left, right).view(output.shape)
-    update = (left @ right).to(output.dtype)
+    return add_update(output, left @ right, part)
+
+
+def add_update(output: torch.Tensor, update: torch.Tensor, part: OutputSlice | None) -> torch.Tensor:
+    """`output` plus an update of shape (n, d_out) on the site's columns. The other columns keep their bits."""
+    update = update.to(output.dtype)
     if part is None:
         return output + update.view(output.shape)
     if not is_transformed():

@@ -46,6 +46,15 @@ class SaraDelta(Delta):
             output, shards.shared(scaled), shards.columns(self.Vh.to(dtype), 1), shards.slice(self.slice)
         )
 
+    def update_of_rows(self, x, own, shards):
+        U, S, Vh = own["U"], own.get("S"), own["Vh"]
+        if shards is not None:
+            U, Vh = shards.rows(U, 1), shards.columns(Vh, 2)
+        h = x @ U
+        h = h if shards is None else shards.summed(h)
+        scaled = h if S is None else h * S[:, None]
+        return (scaled if shards is None else shards.shared(scaled)) @ Vh
+
     @torch.no_grad()
     def rest(self):
         # If both were zero, neither would ever have a gradient.

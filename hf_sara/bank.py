@@ -1,0 +1,461 @@
+"""Many adapters on one model, of which each row of a batch has its own."""
+
+import contextlib
+import functools
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.utils.logging import tqdm
+
+from . import hub, storage
+from .base_model import BaseRecord
+from .carrier import adapters_on, banks_on, drop_hooks, set_banks, unwrap
+from .contents import insert_delta, remove_delta
+from .default_targets import beside_towers
+from .errors import AdapterError
+from .linears import compute_device, compute_dtype
+from .methods import Delta
+from .planning import AdapterSpec
+from .rows import BankDelta, Batch, places
+from .sites import PlannedSite
+from .spread import with_values_of_others
+
+# In `adapter_names`, this name stands for the base alone, as in PEFT.
+BASE = "__base__"
+# The adapters of one bank are alike in these arguments.
+ALIKE = ("method", "num_heads", "singular_values", "v_position")
+# The inputs of a model that have a row for each row of the batch.
+INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "input_values", "attention_mask")
+# So many adapters are read at the same time.
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    What adapters have to have in common to be in one bank.
+
+    Args:
+        choices (`dict[str, Any]`): Their arguments that decide what an update computes.
+        base ([`BaseRecord`]): Their base.
+        sites (`list[PlannedSite]`): Their sites with the ranks.
+        factors (`Any`): What their frozen factors are known by.
+    """
+
+    choices: dict[str, Any]
+    base: BaseRecord
+    sites: list[PlannedSite]
+    factors: Any
+
+    @classmethod
+    def of(cls, saved: storage.SavedAdapter) -> "Kind":
+        """The kind of an adapter that was read."""
+        seeds = {name: (seed.sha256, seed.clusters, seed.to_json()["sketch"]) for name, seed in saved.seeds.items()}
+        choices = {name: getattr(saved.args, name) for name in ALIKE}
+        return cls(choices, saved.base, saved.sites, (saved.factors_sha256, seeds))
+
+    def refuse_other(self, other: "Kind", name: str, first: str) -> None:
+        """Raise an [`AdapterError`] unless the adapter `name`, of another kind, can be in a bank with `first`."""
+        found = [f"{k}={v!r} and not {self.choices[k]!r}" for k, v in other.choices.items() if v != self.choices[k]]
+        if other.base.is_other_than(self.base):
+            found.append(f"the base {other.base} and not {self.base}")
+        if not found and other.sites != self.sites:
+            there, here = ({site.name: site for site in kind.sites} for kind in (other, self))
+            site = next(key for key in (*there, *here) if there.get(key) != here.get(key))
+            ranks = [getattr(sites.get(site), "k", None) for sites in (there, here)]
+            found.append(f"at {site} the rank {ranks[0]} and not {ranks[1]}")
+        if not found and other.factors != self.factors:
+            found.append("the frozen factors of another weight")
+        if found:
+            raise AdapterError(
+                f"The adapter {name!r} cannot be in a bank with {first!r}: it has {'; '.join(found)}. Load it into a "
+                "bank of its own: AdapterBank.load(model, {name: folder})."
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    An adapter that was read, without its files, of which a process can have a limited number open.
+
+    Args:
+        kind ([`Kind`]): Its kind.
+        tensors (`dict[str, torch.Tensor]`): Its trained tensors.
+        untrained (`list[PlannedSite]`): The sites whose tensors are those of their start.
+    """
+
+    kind: Kind
+    tensors: dict[str, torch.Tensor]
+    untrained: list[PlannedSite]
+
+
+class AdapterBank:
+    """
+    Many adapters of one base, loaded side by side. Each row of a batch is computed with its own adapter:
+    `model.generate(**inputs, adapter_names=["legal", "__base__", "medical"])`. Without `adapter_names`, the model is
+    the base.
+
+    A batch costs what a batch of one adapter costs, and an adapter costs its own bytes, because adapters of one base
+    and threshold have the same shapes, and for Mo-SARA the same frozen factors. Adapters that are not alike get a bank
+    of their own on the same model, and a batch may have adapters of several banks.
+
+    Use [`AdapterBank.load`] to make one.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        spec ([`AdapterSpec`]): What all adapters of the bank have in common: method, sites and ranks.
+    """
+
+    def __init__(self, model: nn.Module, first: storage.SavedAdapter, capacity: int):
+        self.model = model
+        self.spec = AdapterSpec(first.args, first.threshold, first.sites_on(model), [])
+        self.batch = Batch()
+        self._kind = Kind.of(first)
+        self._make_locks()
+        # The first row of the table is that of the base.
+        self._slots: dict[str, int] = {BASE: 0}
+        self._key = f"bank{1 + max((int(bank._key[4:]) for bank in banks_on(model)), default=-1)}"
+        _refuse_sites(model, self.spec.sites)
+        factors = first.factors_on(model, self.spec.sites)
+        try:
+            width = self._insert(factors)
+        except BaseException:
+            self._remove()
+            raise
+        self._table = torch.zeros(1 + capacity, width)
+        set_banks(model, [*banks_on(model), self])
+        _let_take_names(model)
+
+    def _make_locks(self) -> None:
+        # One is held while the table changes, and the other one while a batch runs.
+        self._changing, self._running = threading.Lock(), threading.RLock()
+
+    def _insert(self, factors: dict[str, Any]) -> int:
+        """Put the updates on the linears. Returns the length of a row of the table."""
+        self._starts: dict[str, int] = {}
+        start = 0
+        for site in self.spec.sites:
+            module = site.linear(self.model)
+            delta = self.spec.method.make_delta(site, self.model, factors.pop(site.name, None))
+            if type(delta).update_of_rows is Delta.update_of_rows:
+                raise ValueError(f"{self.spec.method.title} does not support an AdapterBank, so load one adapter.")
+            self._starts[site.name] = start
+            insert_delta(module, self._key_of(site), cast(Delta, BankDelta(delta, self.batch, start)))
+            start += self.spec.count(site)
+        return start
+
+    def _key_of(self, site: PlannedSite) -> str:
+        return f"{self._key}:{site.label}" if site.label else self._key
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A lock can be neither copied nor pickled.
+        return {name: value for name, value in vars(self).items() if name not in ("_changing", "_running")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_locks()
+
+    # ---- the adapters ----
+
+    @classmethod
+    def load(
+        cls, model: nn.Module, adapters: Mapping[str, str | PathLike], capacity: int | None = None, **access: Any
+    ) -> "AdapterBank":
+        """
+        Load adapters onto a base that is already in memory. They are read side by side, and each is checked as
+        [`SaraAdapter.load`] checks it. For Mo-SARA, the frozen factors are computed and verified once for all.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The base model of the adapters.
+            adapters (`Mapping[str, str or os.PathLike]`): By name, the folder or the Hub id of each adapter.
+            capacity (`int`, *optional*): For how many adapters to take memory. Defaults to the number of adapters; it
+                grows when more are added.
+            access: `revision`, `token`, `cache_dir` and `local_files_only`, as in [`~hf_sara.hub.fetch_adapter`].
+
+        Returns:
+            [`AdapterBank`]: The bank. The model itself keeps its class.
+
+        Raises:
+            `FileNotFoundError`: If the folder, the repository or one of the files of an adapter is missing.
+            `ValueError`: If a name is taken or not allowed, or there are no adapters.
+            [`AdapterError`]: If an adapter is damaged, or is not alike. The error has its name.
+        """
+        model = unwrap(model)
+        if not adapters:
+            raise ValueError("A bank needs at least one adapter.")
+        for name in adapters:
+            _check_name(model, name)
+        first = next(iter(adapters))
+        head = storage.read(hub.fetch_adapter(adapters[first], **access)).named_for(model)
+        kind = Kind.of(head)
+
+        def read(name: str) -> Entry:
+            entry = _read(model, name, adapters[name], access)
+            kind.refuse_other(entry.kind, name, first)
+            return entry
+
+        with ThreadPoolExecutor(READERS) as pool:
+            results = pool.map(read, adapters)
+            entries = list(tqdm(results, desc="Adapters", total=len(adapters), unit="adapter", delay=1.0))
+        head.warn_of_another_base(model)
+        with with_values_of_others(model):
+            bank = cls(model, head, capacity or len(adapters))
+        for name, entry in zip(adapters, entries, strict=True):
+            bank._put(name, entry)
+        return bank
+
+    def add(self, name: str, folder_or_repo_id: str | PathLike, **access: Any) -> None:
+        """
+        Add an adapter, also while the model runs.
+
+        Args:
+            name (`str`): Its name in the bank.
+            folder_or_repo_id (`str` or `os.PathLike`): Its folder or Hub id.
+            access: See [`AdapterBank.load`].
+
+        Raises:
+            The errors of [`AdapterBank.load`]. The bank is then left as it was.
+        """
+        _check_name(self.model, name)
+        entry = _read(self.model, name, folder_or_repo_id, access)
+        self._kind.refuse_other(entry.kind, name, next(iter(self.names), "the first one"))
+        self._put(name, entry)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter, also while the model runs. A batch that has begun keeps it to its end."""
+        with self._changing:
+            self._slot(name)
+            del self._slots[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters, in the order in which they came."""
+        return [name for name in self._slots if name != BASE]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the adapters take, apart from the frozen factors that they share."""
+        return self._table.nbytes
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """Copies of the trained tensors of an adapter on the CPU, named as in [`SaraAdapter.trained`]."""
+        row = self._table[self._slot(name)]
+        return {
+            f"{site.name}.{key}": row[start : start + math.prod(shape)].view(shape).clone()
+            for site in self.spec.sites
+            for key, (start, shape) in self._places(site).items()
+        }
+
+    def detach(self) -> None:
+        """Remove the bank from the model."""
+        self._remove()
+        left = [bank for bank in banks_on(self.model) if bank is not self]
+        set_banks(self.model, left)
+        if not left:
+            _let_take_no_names(self.model)
+
+    def _remove(self) -> None:
+        for site in self.spec.sites:
+            module: Any = site.linear(self.model)
+            if self._key_of(site) in getattr(module, "sara", {}):
+                remove_delta(module, self._key_of(site))
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({len(self.names):,} adapters, {self.nbytes:,} bytes, {self.spec})"
+
+    def _places(self, site: PlannedSite) -> Any:
+        return places(self.spec.method.trained_shapes(site.shape, site.k), self._starts[site.name])
+
+    def _slot(self, name: str) -> int:
+        if name not in self._slots or name == BASE:
+            known = ", ".join(self.names[:5]) + (" ..." if len(self.names) > 5 else "")
+            raise ValueError(f"The bank has no adapter {name!r}. It has: {known or 'none'}.")
+        return self._slots[name]
+
+    def _put(self, name: str, entry: Entry) -> None:
+        row = torch.zeros(self._table.shape[1])
+        for site in self.spec.sites:
+            for key, (start, shape) in self._places(site).items():
+                row[start : start + math.prod(shape)] = entry.tensors[f"{site.name}.{key}"].flatten()
+        for site in entry.untrained:
+            # They add nothing, see `SaraAdapter.rest`. All tensors of a site may be zero here, since none trains.
+            start = self._starts[site.name]
+            row[start : start + self.spec.count(site)] = 0.0
+        with self._changing:
+            taken = set(self._slots.values())
+            slot = next((index for index in range(len(self._table)) if index not in taken), len(self._table))
+            if slot == len(self._table):
+                more = max(1, len(self._table) // 2)
+                self._table = torch.cat([self._table, self._table.new_zeros(more, self._table.shape[1])])
+            self._table[slot] = row
+            self._slots[name] = slot
+
+    # ---- the batch ----
+
+    @contextlib.contextmanager
+    def _with_rows(self, names: Sequence[str]) -> Iterator[None]:
+        """Let each row of the next batches have its adapter, within a `with` block."""
+        with self._running:
+            with self._changing:
+                slots = [self._slots.get(name, 0) for name in names]
+                # These are copies, so that the batch does not see what changes meanwhile.
+                table = self._table.index_select(0, torch.tensor(slots)) if any(slots) else None
+            if table is None:
+                yield
+                return
+            module = self.spec.sites[0].linear(self.model)
+            self.batch.begin(table.to(compute_device(module), compute_dtype(module, self.model)))
+            try:
+                yield
+            finally:
+                self.batch.end()
+
+
+@contextlib.contextmanager
+def adapter_rows(model: Any, names: Sequence[str] | str, rows: int | None = None) -> Iterator[None]:
+    """
+    Let each row of the batches have its own adapter within a `with` block. `model(..., adapter_names=names)` and
+    `model.generate(..., adapter_names=names)` do the same for one call. A model that is compiled with
+    `fullgraph=True` needs this form.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A model with one or several [`AdapterBank`].
+        names (`Sequence[str]` or `str`): The name of the adapter of each row, where `"__base__"` is none. One name
+            stands for all rows.
+        rows (`int`, *optional*): The number of rows, if it is known.
+
+    Raises:
+        `ValueError`: If there are more or fewer names than rows, or a name is that of no adapter.
+    """
+    banks = banks_on(model)
+    if not banks:
+        raise ValueError(
+            f"This {type(unwrap(model)).__name__} has no AdapterBank, so no row can have an adapter's name."
+        )
+    if isinstance(names, str):
+        if rows is None:
+            raise ValueError(
+                f"adapter_names={names!r} needs the number of rows. Give a list with a name for each row."
+            )
+        names = [names] * rows
+    names = list(names)
+    if rows is not None and len(names) != rows:
+        raise ValueError(
+            f"adapter_names has {len(names)} names, and the batch has {rows} rows. Give one for each row."
+        )
+    known = {name for bank in banks for name in bank._slots}
+    unknown = [repr(name) for name in dict.fromkeys(names) if name not in known]
+    if unknown:
+        there = sorted(known - {BASE})
+        some = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+        raise ValueError(
+            f"adapter_names names {', '.join(unknown)}, and the banks of the model have: {some or 'none'}."
+        )
+    with contextlib.ExitStack() as stack:
+        for bank in banks:
+            stack.enter_context(bank._with_rows(names))
+        yield
+
+
+# ---- what a model with banks does ----
+
+
+def _let_take_names(model: Any) -> None:
+    if any(hook is take_names for hook in model._forward_pre_hooks.values()):
+        return
+    # It comes before that of the adapters, which refuses names.
+    model.register_forward_pre_hook(take_names, with_kwargs=True, prepend=True)
+    model.register_forward_hook(drop_names, always_call=True)
+    if hasattr(model, "generate"):
+        # This can be copied and pickled together with its model, which a function inside of another cannot.
+        model.generate = functools.partial(_generate, model, model.generate)
+
+
+def _let_take_no_names(model: Any) -> None:
+    drop_hooks(model, (take_names, drop_names))
+    made = vars(model).get("generate")
+    if isinstance(made, functools.partial) and made.func is _generate:
+        del model.generate
+        if made.args[1] != model.generate:
+            model.generate = made.args[1]
+
+
+def take_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The forward pre-hook of a model with banks, which takes `adapter_names` out of the arguments."""
+    rows = _rows_of(args, kwargs)
+    if "adapter_names" in kwargs:
+        names = kwargs.pop("adapter_names")
+        if names is not None:
+            stack = contextlib.ExitStack()
+            stack.enter_context(adapter_rows(model, names, rows))
+            model.sara_rows = stack
+    for bank in banks_on(model):
+        bank.batch.size = rows
+    return args, kwargs
+
+
+def drop_names(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook that makes such a model the base again."""
+    if "sara_rows" in vars(model):
+        model.sara_rows.close()
+        del model.sara_rows
+
+
+def _generate(model: Any, generate: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+    """Stands in for `generate` of a model with banks."""
+    if adapter_names is None:
+        return generate(*args, **kwargs)
+    with adapter_rows(model, adapter_names, _rows_of(args, kwargs)):
+        return generate(*args, **kwargs)
+
+
+def _rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The rows of the batch that a model is called with."""
+    found = (*args[:1], *(kwargs.get(name) for name in INPUTS))
+    return next((len(value) for value in found if isinstance(value, torch.Tensor) and value.dim() > 1), None)
+
+
+# ---- what cannot be in a bank ----
+
+
+def _read(model: nn.Module, name: str, folder_or_repo_id: str | PathLike, access: Mapping[str, Any]) -> Entry:
+    """Read an adapter and check its files."""
+    saved = storage.read(hub.fetch_adapter(folder_or_repo_id, **access)).named_for(model)
+    if saved.parts:
+        raise AdapterError(
+            f"The adapter {name!r} trains {', '.join(part.name for part in saved.parts)} in addition, which cannot be "
+            "another one in each row of a batch. Load it with SaraAdapter.load on a model of its own."
+        )
+    return Entry(Kind.of(saved), saved.tensors, saved.untrained_sites())
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    """Raise a `ValueError` unless a new adapter of a bank can have the name."""
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ValueError(f"The adapter name {name!r} is not one that an adapter can have. Give another text.")
+    if any(name in bank._slots for bank in banks_on(model)) or name in adapters_on(model):
+        raise ValueError(f"The model already has an adapter {name!r}. Remove it, or choose another name.")
+
+
+def _refuse_sites(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
+    """Raise a `ValueError` if the input of a linear does not have the rows of the batch in their order."""
+    inside = {site.name for site in beside_towers(model, sites)}
+    for site in sites:
+        if re.search(r"(^|\.)\w*experts?(\.|$)", site.module):
+            why = "an expert gets tokens of any rows"
+        elif site.name not in inside:
+            why = "it is in a tower for images or sounds, of which a row may have several"
+        else:
+            continue
+        raise ValueError(
+            f"{site.name} cannot have another adapter in each row of a batch, because {why}. Load the adapter with "
+            "SaraAdapter.load, or train it without this module (exclude_modules)."
+        )

@@ -1,0 +1,139 @@
+"""
+The updates of linears for batches whose rows have different adapters.
+
+An adapter of a bank is one row of a table, in which all of its trained tensors stand side by side. While a batch runs,
+the rows of its adapters are put together once, and every linear takes its tensors from there as views. So neither the
+number of different adapters in a batch nor that of the adapters in the bank makes a difference.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .methods import Delta
+from .methods.base import Shapes, Tensors
+from .methods.shards import Shards
+
+Places = dict[str, tuple[int, tuple[int, ...]]]
+
+
+class Batch:
+    """
+    The adapters of the batch that runs now.
+
+    Attributes:
+        table (`torch.Tensor` of shape `(rows, numbers)`, *optional*): For each row of the batch, all numbers of its
+            adapter, one site after the other; `None` while the model is the base.
+        size (`int`, *optional*): The rows of what the model computes now. Where a search has several beams for each
+            row, it is a multiple of the rows of the batch.
+    """
+
+    def __init__(self) -> None:
+        self.table: torch.Tensor | None = None
+        self.size: int | None = None
+        self._kept: torch.Tensor | None = None
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def begin(self, table: torch.Tensor) -> None:
+        """Let the model compute with these adapters."""
+        kept = self._kept
+        if kept is not None and (kept.shape, kept.device, kept.dtype) == (table.shape, table.device, table.dtype):
+            # A compiled graph may know the tensor by its place.
+            kept.copy_(table)
+        else:
+            self._kept = table
+        self.table, self.size, self._copies = self._kept, None, {}
+
+    def end(self) -> None:
+        """Let the model be the base."""
+        self.table, self.size, self._copies = None, None, {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The table on a device. A model can be spread over several."""
+        assert self.table is not None
+        if self.table.device == device:
+            return self.table
+        if device not in self._copies:
+            self._copies[device] = self.table.to(device)
+        return self._copies[device]
+
+
+class BankDelta(nn.Module):
+    """
+    The updates of one linear for all adapters of a bank. It stands where an adapter's own update would.
+
+    Args:
+        delta ([`Delta`]): An update of the adapters' kind. Its frozen factors are those of all of them, and its
+            trained tensors are not used.
+        batch ([`Batch`]): The adapters of the batch that runs.
+        start (`int`): The first number of this site in a row of the table.
+    """
+
+    def __init__(self, delta: Delta, batch: Batch, start: int):
+        super().__init__()
+        self.delta = delta.requires_grad_(False)
+        self.usage = delta.usage
+        self.batch = batch
+        self.places = places(shapes_of(delta), start)
+        self._views: tuple[Any, Any] = (None, None)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a batch with adapters runs now."""
+        return self.batch.table is not None
+
+    def follow_weight(self, module: nn.Module) -> None:
+        """See [`Delta.follow_weight`]."""
+        self.delta.follow_weight(module)
+
+    def forward(
+        self, x: torch.Tensor, output: torch.Tensor, linear: nn.Linear | None = None, shards: Shards | None = None
+    ) -> torch.Tensor:
+        """See [`Delta.forward`]. Each row of the batch has the update of its own adapter."""
+        table = self.batch.on(output.device)
+        check_rows(x, len(table), self.batch.size, self.delta.site_name)
+        return self.delta(x, output, linear, shards, self._own(table))
+
+    def _own(self, table: torch.Tensor) -> Tensors:
+        """The tensors of the adapter of each row, as views of the table. They are made once for all steps."""
+        known, own = self._views
+        if known is not table:
+            own = {
+                name: table.narrow(1, start, math.prod(shape)).view(len(table), *shape)
+                for name, (start, shape) in self.places.items()
+            }
+            if not torch.compiler.is_compiling():
+                self._views = table, own
+        return own
+
+
+def shapes_of(delta: Delta) -> Shapes:
+    """Names and shapes of the trained tensors of an update."""
+    return {name: tuple(tensor.shape) for name, tensor in delta.trained().items()}
+
+
+def places(shapes: Shapes, start: int = 0) -> Places:
+    """Where each tensor begins in a row of numbers in which they stand one after the other, and its shape."""
+    found = {}
+    for name, shape in shapes.items():
+        found[name] = (start, shape)
+        start += math.prod(shape)
+    return found
+
+
+def check_rows(x: Any, rows: int, size: int | None, site: str) -> None:
+    """
+    Raise a `RuntimeError` unless the input of a linear has the tokens of each row of the batch side by side, and the
+    rows in their order.
+    """
+    count = rows if size is None else size
+    ahead = x.shape[0] % count == 0 and (size is None or size % rows == 0)
+    # With three dimensions, the second one may be that of the rows.
+    if not ahead or (x.dim() == 3 and x.shape[0] != count and x.shape[1] == count):
+        raise RuntimeError(
+            f"{site}: an input of shape {tuple(x.shape)} does not have the {count} rows of the batch one after the "
+            "other, so it cannot be told which adapter belongs to which part of it. This linear, or this way to call "
+            "the model, does not work with adapter_names."
+        )
