@@ -22,7 +22,7 @@ from .plan_file import load_plan
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
 from .sites import PlannedSite
-from .spread import with_values_of_others
+from .spread import agreed, with_values_of_others
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class SaraAdapter(AttachedUpdates):
         args = (planned.args if planned else SaraArguments()) if args is None else args
         model = unwrap(model)
         check_name(model, name)
-        with with_values_of_others(model):
+        with with_values_of_others(model, f"attach {args}"):
             plan, measured = measure(model, args, planned)
             factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
             seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
@@ -119,8 +119,12 @@ class SaraAdapter(AttachedUpdates):
                 the base is not the one that the adapter was trained on.
         """
         # A name that is taken is refused before anything is downloaded.
-        check_name(unwrap(model), name)
-        return cls.from_saved(model, storage.read(hub.fetch_adapter(folder_or_repo_id, **access)), name)
+        model = unwrap(model)
+        check_name(model, name)
+        with with_values_of_others(model, "load"):
+            with agreed(model):
+                saved = storage.read(hub.fetch_adapter(folder_or_repo_id, **access))
+            return cls.from_saved(model, saved, name)
 
     @classmethod
     def from_saved(cls, model: nn.Module, saved: storage.SavedAdapter, name: str = "default") -> "SaraAdapter":
@@ -128,9 +132,10 @@ class SaraAdapter(AttachedUpdates):
         model = unwrap(model)
         check_name(model, name)
         saved = saved.named_for(model)
-        with with_values_of_others(model):
-            sites, parts = saved.sites_on(model), saved.parts_on(model)
-            tensors = saved.tensors
+        with with_values_of_others(model, f"load {saved.tensors_sha256}"):
+            with agreed(model):
+                sites, parts = saved.sites_on(model), saved.parts_on(model)
+                tensors = saved.tensors
             factors = saved.factors_on(model, sites)
             saved.warn_of_another_base(model)
             adapter = cls(model, AdapterSpec(saved.args, saved.threshold, sites, parts), factors, saved.seeds, name)

@@ -21,7 +21,9 @@ from .figures import finish, new_panels
 from .planning import Plan, plan
 from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum
+from .spread import with_values_of_others
 from .targets import find_sites
+from .weights import Weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +136,13 @@ def rank_curves(
             f"thresholds={thresholds} and parameter_budget={args.parameter_budget!r} exclude each other: the budget "
             "solves the threshold. Give one of them."
         )
-    base, weights = open_model(model, revision, token)
+    if isinstance(model, nn.Module):
+        with with_values_of_others(model, f"ranks {args} {thresholds}"):
+            return _rank_curves(model, Weights.of(model), thresholds, args)
+    return _rank_curves(*open_model(model, revision, token), thresholds, args)
+
+
+def _rank_curves(base: nn.Module, weights: Weights, thresholds: list[float], args: SaraArguments) -> RankCurves:
     sites = find_sites(base, args)
     kinds = _rows(sites)
 
@@ -214,6 +222,11 @@ def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None
         delta: Any = adapter.delta(site)
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs[0].shape[-1] != site.shape[0]:
+                raise ValueError(
+                    f"{site.name} gets a part of its input in each process of tensor parallelism, so its routing "
+                    "cannot be measured here. Measure it on a model that is loaded without tensor parallelism."
+                )
             gates = delta.gates(inputs[0]).flatten(0, -2)
             if mask is not None and kept is not None:
                 if len(kept) != len(gates):

@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import math
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, cast
 
@@ -16,11 +14,9 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from . import hub, storage
-from .base_model import BaseRecord
 from .carrier import adapters_on, banks_on, drop_hooks, set_banks, unwrap
 from .contents import insert_delta, remove_delta
-from .default_targets import beside_towers
-from .errors import AdapterError
+from .kinds import Entry, Kind, read_entry, refuse_sites
 from .linears import compute_device, compute_dtype
 from .methods import Delta
 from .planning import AdapterSpec
@@ -30,71 +26,10 @@ from .spread import with_values_of_others
 
 # In `adapter_names`, this name stands for the base alone, as in PEFT.
 BASE = "__base__"
-# The adapters of one bank are alike in these arguments.
-ALIKE = ("method", "num_heads", "singular_values", "v_position")
 # The inputs of a model that have a row for each row of the batch.
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "input_values", "attention_mask")
 # So many adapters are read at the same time.
 READERS = 8
-
-
-@dataclass(frozen=True)
-class Kind:
-    """
-    What adapters have to have in common to be in one bank.
-
-    Args:
-        choices (`dict[str, Any]`): Their arguments that decide what an update computes.
-        base ([`BaseRecord`]): Their base.
-        sites (`list[PlannedSite]`): Their sites with the ranks.
-        factors (`Any`): What their frozen factors are known by.
-    """
-
-    choices: dict[str, Any]
-    base: BaseRecord
-    sites: list[PlannedSite]
-    factors: Any
-
-    @classmethod
-    def of(cls, saved: storage.SavedAdapter) -> "Kind":
-        """The kind of an adapter that was read."""
-        seeds = {name: (seed.sha256, seed.clusters, seed.to_json()["sketch"]) for name, seed in saved.seeds.items()}
-        choices = {name: getattr(saved.args, name) for name in ALIKE}
-        return cls(choices, saved.base, saved.sites, (saved.factors_sha256, seeds))
-
-    def refuse_other(self, other: "Kind", name: str, first: str) -> None:
-        """Raise an [`AdapterError`] unless the adapter `name`, of another kind, can be in a bank with `first`."""
-        found = [f"{k}={v!r} and not {self.choices[k]!r}" for k, v in other.choices.items() if v != self.choices[k]]
-        if other.base.is_other_than(self.base):
-            found.append(f"the base {other.base} and not {self.base}")
-        if not found and other.sites != self.sites:
-            there, here = ({site.name: site for site in kind.sites} for kind in (other, self))
-            site = next(key for key in (*there, *here) if there.get(key) != here.get(key))
-            ranks = [getattr(sites.get(site), "k", None) for sites in (there, here)]
-            found.append(f"at {site} the rank {ranks[0]} and not {ranks[1]}")
-        if not found and other.factors != self.factors:
-            found.append("the frozen factors of another weight")
-        if found:
-            raise AdapterError(
-                f"The adapter {name!r} cannot be in a bank with {first!r}: it has {'; '.join(found)}. Load it into a "
-                "bank of its own: AdapterBank.load(model, {name: folder})."
-            )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """
-    An adapter that was read, without its files, of which a process can have a limited number open.
-
-    Args:
-        kind ([`Kind`]): Its kind.
-        tensors (`dict[str, torch.Tensor]`): Its trained tensors.
-        untrained (`list[PlannedSite]`): The sites whose tensors are those of their start.
-    """
-
-    kind: Kind
-    tensors: dict[str, torch.Tensor]
-    untrained: list[PlannedSite]
 
 
 class AdapterBank:
@@ -123,7 +58,7 @@ class AdapterBank:
         # The first row of the table is that of the base.
         self._slots: dict[str, int] = {BASE: 0}
         self._key = f"bank{1 + max((int(bank._key[4:]) for bank in banks_on(model)), default=-1)}"
-        _refuse_sites(model, self.spec.sites)
+        refuse_sites(model, self.spec.sites)
         factors = first.factors_on(model, self.spec.sites)
         try:
             width = self._insert(factors)
@@ -198,7 +133,7 @@ class AdapterBank:
         kind = Kind.of(head)
 
         def read(name: str) -> Entry:
-            entry = _read(model, name, adapters[name], access)
+            entry = read_entry(model, name, adapters[name], access)
             kind.refuse_other(entry.kind, name, first)
             return entry
 
@@ -206,7 +141,7 @@ class AdapterBank:
             results = pool.map(read, adapters)
             entries = list(tqdm(results, desc="Adapters", total=len(adapters), unit="adapter", delay=1.0))
         head.warn_of_another_base(model)
-        with with_values_of_others(model):
+        with with_values_of_others(model, f"load a bank with {first}"):
             bank = cls(model, head, capacity or len(adapters))
         for name, entry in zip(adapters, entries, strict=True):
             bank._put(name, entry)
@@ -225,7 +160,7 @@ class AdapterBank:
             The errors of [`AdapterBank.load`]. The bank is then left as it was.
         """
         _check_name(self.model, name)
-        entry = _read(self.model, name, folder_or_repo_id, access)
+        entry = read_entry(self.model, name, folder_or_repo_id, access)
         self._kind.refuse_other(entry.kind, name, next(iter(self.names), "the first one"))
         self._put(name, entry)
 
@@ -426,36 +361,9 @@ def _rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 # ---- what cannot be in a bank ----
 
 
-def _read(model: nn.Module, name: str, folder_or_repo_id: str | PathLike, access: Mapping[str, Any]) -> Entry:
-    """Read an adapter and check its files."""
-    saved = storage.read(hub.fetch_adapter(folder_or_repo_id, **access)).named_for(model)
-    if saved.parts:
-        raise AdapterError(
-            f"The adapter {name!r} trains {', '.join(part.name for part in saved.parts)} in addition, which cannot be "
-            "another one in each row of a batch. Load it with SaraAdapter.load on a model of its own."
-        )
-    return Entry(Kind.of(saved), saved.tensors, saved.untrained_sites())
-
-
 def _check_name(model: nn.Module, name: str) -> None:
     """Raise a `ValueError` unless a new adapter of a bank can have the name."""
     if not isinstance(name, str) or not name or name == BASE:
         raise ValueError(f"The adapter name {name!r} is not one that an adapter can have. Give another text.")
     if any(name in bank._slots for bank in banks_on(model)) or name in adapters_on(model):
         raise ValueError(f"The model already has an adapter {name!r}. Remove it, or choose another name.")
-
-
-def _refuse_sites(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
-    """Raise a `ValueError` if the input of a linear does not have the rows of the batch in their order."""
-    inside = {site.name for site in beside_towers(model, sites)}
-    for site in sites:
-        if re.search(r"(^|\.)\w*experts?(\.|$)", site.module):
-            why = "an expert gets tokens of any rows"
-        elif site.name not in inside:
-            why = "it is in a tower for images or sounds, of which a row may have several"
-        else:
-            continue
-        raise ValueError(
-            f"{site.name} cannot have another adapter in each row of a batch, because {why}. Load the adapter with "
-            "SaraAdapter.load, or train it without this module (exclude_modules)."
-        )

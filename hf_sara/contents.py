@@ -29,7 +29,7 @@ from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters
 from .patterns import is_of_update
 from .planning import AdapterSpec
 from .sites import PlannedSite
-from .spread import is_partitioned, is_spread, partition, whole
+from .spread import is_partitioned, is_spread, partition, send_to_all, whole, works_together
 from .tensor_files import check_tensors
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,8 @@ class AdapterContents:
         try:
             _freeze(model, self._unfrozen)
             self._insert(factors)
+            if works_together(model):
+                send_to_all(self.trained().values())
             self._initial = self._fingerprints()
             set_adapters(model, {**others, name: self})
             hold_base(model)

@@ -58,6 +58,11 @@ def refuse_copy(host: nn.Module, part: Part) -> None:
             f"{part.name} is spread over processes while the model is loaded, so no process could train it in full. "
             "Leave it out of modules_to_save, or let TrainingArguments spread the model: fsdp, or deepspeed."
         )
+    if isinstance(part, ModulePart) and any(getattr(module, "_is_hooked", False) for module in host.modules()):
+        raise ValueError(
+            f"{part.name} computes with a part of its input in each process under tensor parallelism, and its "
+            "gradient is not that of one process. Leave it out of modules_to_save."
+        )
     if any(parameter.is_meta for parameter in parameters) and not shares_values():
         raise ValueError(
             f"{part.name} is offloaded to the CPU or the disk, so it cannot be trained, or take trained values. Give "

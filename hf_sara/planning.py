@@ -21,7 +21,7 @@ from .parts import count as count_part
 from .patterns import is_of_update
 from .sites import PlannedSite, Site, sites_by_kind
 from .spectrum import Spectrum, check_weight, find_rank, find_spectrum, weight_digest
-from .spread import with_values_of_others
+from .spread import agreed, with_values_of_others
 from .targets import find_sites
 from .weights import Weights
 
@@ -263,14 +263,13 @@ def plan(
         `ValueError`: For sites that do not exist, weights without a rank, and budgets too small even for k = 1.
     """
     if isinstance(model, nn.Module):
-        with with_values_of_others(model):
+        with with_values_of_others(model, f"plan {args}"):
             return _plan(model, Weights.of(model), args)
     return _plan(*open_model(model, revision, token), args)
 
 
 def _plan(base: nn.Module, weights: Weights, args: SaraArguments) -> Plan:
-    sites, size = find_sites(base, args), count_base(base)
-    parts = find_parts(base, args, sites)
+    sites, parts, size = _chosen(base, args)
     threshold = resolve_threshold(sites, parts, args, size, weights)
 
     def look(site: Site, weight: torch.Tensor) -> tuple[int, str]:
@@ -284,6 +283,13 @@ def _plan(base: nn.Module, weights: Weights, args: SaraArguments) -> Plan:
     return Plan(args, threshold, planned, parts, size, digests)
 
 
+def _chosen(model: nn.Module, args: SaraArguments) -> tuple[list[Site], list[Part], int]:
+    """The sites and parts that arguments choose, and the size of the base."""
+    with agreed(model):
+        sites = find_sites(model, args)
+        return sites, find_parts(model, args, sites), count_base(model)
+
+
 def measure(model: nn.Module, args: SaraArguments, planned: Plan | None = None) -> tuple[Plan, dict[str, Measured]]:
     """
     Make the plan of [`plan`], and find for each site all that the method takes from its weight, frozen factors
@@ -292,8 +298,8 @@ def measure(model: nn.Module, args: SaraArguments, planned: Plan | None = None) 
     """
     if planned is not None:
         return _follow(model, args, planned)
-    sites, base, method = find_sites(model, args), count_base(model), args.resolved_method()
-    parts, weights = find_parts(model, args, sites), Weights.of(model)
+    sites, parts, base = _chosen(model, args)
+    method, weights = args.resolved_method(), Weights.of(model)
     threshold = resolve_threshold(sites, parts, args, base, weights)
 
     def look(site: Site, weight: torch.Tensor) -> Measured:
@@ -311,8 +317,7 @@ def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, di
     model has to be the one of the plan.
     """
     _refuse_other_ranks(args, plan)
-    sites, method = find_sites(model, args), args.resolved_method()
-    parts = find_parts(model, args, sites)
+    (sites, parts, _), method = _chosen(model, args), args.resolved_method()
     there, wanted = ([(site.name, site.shape, site.slice) for site in found] for found in (sites, plan.sites))
     if there != wanted or parts != plan.parts:
         # Their order is that of the modules, which is not part of what a plan says.

@@ -8,9 +8,10 @@ read such a tensor together.
 
 import contextlib
 import hashlib
+import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +23,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+logger = logging.getLogger(__name__)
+
 # The number of a layer in a module's name, for which a plan of tensor parallelism has a star.
 LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 # The ways in which a linear whose columns are spread over processes gives each of them its whole output.
@@ -31,8 +34,8 @@ PATIENCE = {"empty": 600.0, "fsdp": 60.0, "whole": 3.0}
 
 # The process whose values all processes use now.
 _source: ContextVar[int | None] = ContextVar("source", default=None)
-# The meetings of processes so far.
-_meetings = SimpleNamespace(count=0)
+# The meetings of the processes of a group so far.
+_meetings = SimpleNamespace(group=None, count=0)
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -93,14 +96,27 @@ def shares_values() -> bool:
     return _source.get() is not None
 
 
+def works_together(model: nn.Module) -> bool:
+    """Whether all processes have to do together what reads the weights of a model."""
+    return any(is_spread(parameter) for parameter in model.parameters())
+
+
 @contextlib.contextmanager
-def with_values_of_others(model: nn.Module) -> Iterator[None]:
+def with_values_of_others(model: nn.Module, deed: str) -> Iterator[None]:
     """
     Let [`whole`] return the values of another process within a `with` block, if this process, or one of the others,
     has a model without values. Every process has to come here with the same model. Where nobody is without values, a
     process may also come alone, since others are not waited for longer than some seconds.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        deed (`str`): What is going to be done. All processes that meet have to do the same.
     """
-    source = _find_source(model)
+    if shares_values():
+        # This is a part of what the processes do together already.
+        yield
+        return
+    source = _find_source(model, deed)
     token = _source.set(source)
     try:
         if source is not None:
@@ -110,7 +126,38 @@ def with_values_of_others(model: nn.Module) -> Iterator[None]:
         _source.reset(token)
 
 
-def _find_source(model: nn.Module) -> int | None:
+@contextlib.contextmanager
+def agreed(model: nn.Module) -> Iterator[None]:
+    """
+    Let an error within a `with` block be one in every process, if they work together, so that none waits for one that
+    has failed. Nothing in the block may need the other processes.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    if works_together(model):
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            for rank, text in enumerate(said):
+                if text is not None:
+                    raise RuntimeError(f"Process {rank} has failed, so that this one cannot go on. {text}")
+    if error is not None:
+        raise error
+
+
+@torch.no_grad()
+def send_to_all(tensors: Iterable[torch.Tensor]) -> None:
+    """Let tensors have the values of the first process. Each process may have drawn other random numbers."""
+    for tensor in tensors:
+        values = tensor.detach().to(_device()).contiguous()
+        dist.broadcast(values, src=0)
+        tensor.copy_(values)
+
+
+def _find_source(model: nn.Module, deed: str) -> int | None:
     """The first process that has values, if another one has none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
@@ -127,15 +174,20 @@ def _find_source(model: nn.Module) -> int | None:
     empty = any(parameter.is_meta for parameter in parameters)
     patience = PATIENCE["empty" if empty else "fsdp" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "whole"]
     kinds = repr([(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()])
-    facts = hashlib.sha256(kinds.encode()).hexdigest()
-    found = [word.split() for word in _meet(f"{'empty' if empty else 'whole'} {facts}", patience)]
-    states = [state for state, _ in found]
+    facts = (hashlib.sha256(text.encode()).hexdigest() for text in (kinds, deed))
+    found = [word.split() for word in _meet(" ".join(["empty" if empty else "whole", *facts]), patience)]
+    states = [word[0] for word in found]
     if {"empty", "whole"} != set(states):
         return None
-    if len({facts for _, facts in found}) > 1:
+    if len({word[1] for word in found}) > 1:
         raise ValueError(
             "Some processes have a model without values, and parameters of other names, shapes or dtypes than the "
             "process that has them. Make the model there with the same configuration and the same dtype."
+        )
+    if len({word[2] for word in found}) > 1:
+        raise ValueError(
+            "Some processes have a model without values, and the one that has them does something else with the model "
+            f"than they do. Here it is: {deed}. Let all processes do the same, with the same arguments."
         )
     return states.index("whole")
 
@@ -167,14 +219,20 @@ def _meet(word: str, patience: float) -> list[str]:
     process that comes alone wait for half an hour, and then fail.
     """
     store = dist.PrefixStore("hf_sara", dist.distributed_c10d._get_default_store())
+    if _meetings.group is not dist.group.WORLD:
+        _meetings.group, _meetings.count = dist.group.WORLD, 0
     while store.check([f"{_meetings.count}/outcome"]):
         # It took place without this process.
         _meetings.count += 1
     number = _meetings.count
     names = [f"{number}/{rank}" for rank in range(dist.get_world_size())]
     store.set(names[dist.get_rank()], word)
-    end = time.monotonic() + patience
-    while not (complete := store.check(names)) and time.monotonic() < end:
+    start, told = time.monotonic(), False
+    while not (complete := store.check(names)) and time.monotonic() < start + patience:
+        if not told and time.monotonic() > start + 10.0:
+            missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+            logger.warning("Waiting for the processes %s, which may have values of this model.", missing)
+            told = True
         time.sleep(0.01)
     # Whoever is first to write it decides for all.
     outcome = store.compare_set(f"{number}/outcome", "", "met" if complete else "left")

@@ -25,7 +25,7 @@ from training import make_classifier
 from transformers.distributed import DistributedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from hf_sara import AdapterBank, SaraAdapter, SaraArguments, export_lora, from_hub, plan
+from hf_sara import AdapterBank, AdapterError, SaraAdapter, SaraArguments, export_lora, from_hub, plan, routing
 
 LIMITS = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -198,6 +198,60 @@ def loaded(folder: Path, how: str, arguments: str) -> None:
             close(whole.state_dict(), model.sara_adapter.state_dict())
 
 
+def seeds(folder: Path, how: str) -> None:
+    """Processes that draw different random numbers start with the same values all the same."""
+    base = saved(folder / "base", make_model())
+    with loading(how) as parts:
+        torch.manual_seed(100 + dist.get_rank())
+        adapter = SaraAdapter.attach(load(transformers.LlamaForCausalLM, base, how, parts))
+    alike(adapter.state_dict())
+
+
+def failures(folder: Path) -> None:
+    """An error in one process is one in all of them, and what they do later works."""
+    kind = transformers.LlamaForCausalLM
+    base, own = saved(folder / "base", make_model()), dist.get_rank() == 1
+    torch.manual_seed(5)
+    whole = SaraAdapter.attach(kind.from_pretrained(base))
+    for rank in range(2):
+        if dist.get_rank() == 0:
+            whole.save_pretrained(folder / f"adapter{rank}")
+    dist.barrier()
+    if own:
+        (folder / "adapter1" / "sara_adapter.safetensors").write_bytes(b"nothing")
+    for how in ("tp", "meta"):
+        with loading(how) as parts:
+            model = load(kind, base, how, parts)
+            said = (AdapterError, "damaged|header") if own else (RuntimeError, "Process 1 has failed.*AdapterError")
+            with pytest.raises(said[0], match=said[1]):
+                SaraAdapter.load(model, folder / f"adapter{dist.get_rank()}")
+            targets = ["nothing"] if own else None
+            if how == "tp":
+                said = (ValueError, "matches no linear") if own else (RuntimeError, "Process 1 has failed.*ValueError")
+            else:
+                said = (ValueError, "does something else")
+            with pytest.raises(said[0], match=said[1]):
+                SaraAdapter.attach(model, SaraArguments(target_modules=targets))
+            close(SaraAdapter.load(model, folder / "adapter0").state_dict(), whole.state_dict())
+
+
+def dropout(folder: Path, method: str) -> None:
+    """Dropout under tensor parallelism has the mask of one process, for parts of the inputs too."""
+    base = saved(folder / "base", make_model(intermediate_size=33))
+    models = [transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)]
+    with loading("tp") as parts:
+        models.append(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, **parts))
+    found = []
+    for model in models:
+        torch.manual_seed(5)
+        move(SaraAdapter.attach(model, sara_arguments(method, dropout=0.3, target_modules="all-linear")))
+        model.train()
+        torch.manual_seed(7)
+        found.append(gradients(model))
+    close(*found, **LIMITS)
+    alike(found[1])
+
+
 def alone(folder: Path) -> None:
     """A process may attach an adapter alone to a model that is whole, and what they do together later works."""
     before = time.monotonic()
@@ -206,6 +260,14 @@ def alone(folder: Path) -> None:
     assert time.monotonic() - before < 30
     dist.barrier()
     start(folder, "meta", "sara")
+    # A new group of processes begins anew.
+    if dist.get_rank() == 0:
+        SaraAdapter.attach(make_model())
+    dist.barrier()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    start(folder / "again", "meta", "sara")
 
 
 # ---- tensor parallelism ----
@@ -301,6 +363,14 @@ def refusals(folder: Path) -> None:
         wrong = replace(plan(base, some), digests=dict.fromkeys(plan(base, some).digests, 64 * "0"))
         with pytest.raises(ValueError, match="this model's weight is not the one that the plan was made of"):
             SaraAdapter.attach(transformers.LlamaForCausalLM.from_pretrained(base), plan=wrong)
+    normed = saved(folder / "normed", make_model("qwen3"))
+    with loading("tp") as parts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(normed, **parts)
+        with pytest.raises(ValueError, match=r"q_norm computes with a part of its input"):
+            SaraAdapter.attach(model, SaraArguments(modules_to_save=["q_norm"]))
+        SaraAdapter.attach(model, SaraArguments(method="mo_sara", target_modules="all-linear"))
+        with pytest.raises(ValueError, match=r"gets a part of its input in each process"):
+            routing(model, {"input_ids": inputs()["input_ids"]})
     with loading("tp") as parts:
         model = transformers.LlamaForCausalLM.from_pretrained(base, **parts)
         with pytest.raises(ValueError, match=r"embed_tokens is spread over processes"):

@@ -41,8 +41,8 @@ FLOORS = (
         "weights",
         "seeds",
         "methods.shards",
-        "methods.base",
         "methods.products",
+        "methods.base",
         "methods.sara",
         "methods.mo_sara",
         "methods",
@@ -79,6 +79,7 @@ FLOORS = (
         "adapter",
         "export",
         "rows",
+        "kinds",
         "bank",
     ),
     *(

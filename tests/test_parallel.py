@@ -56,6 +56,7 @@ def test_tensor_parallelism_and_values_of_one_process(tmp_path):
         *("tp:llama:sara:all", "tp:llama:mo_sara:all", "tp:gpt_neox:mo_sara", "tp:phi3:sara"),
         *("start:tp:budget", "start:meta:mo_sara", "loaded:tp:mo_sara", "loaded:meta:sara", "loaded:fsdp:mo_sara"),
         *("merging:phi3:mo_sara", "alone", "bank:all", "bank:sara"),
+        *("seeds:tp", "seeds:meta", "failures", "dropout:sara", "dropout:mo_sara"),
     )
 
 

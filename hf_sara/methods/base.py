@@ -320,7 +320,7 @@ class Delta(nn.Module):
             # accelerate moves the input of a linear behind its hooks.
             x = x.to(output.device)
         if self.dropout.p and self.training:
-            x, linear = self.dropout(x), None
+            x, linear = self.dropout(x) if shards is None else shards.dropped(x, self.dropout, self.shape[0]), None
         if own is not None:
             linear = None
         if not torch.is_autocast_enabled(x.device.type):

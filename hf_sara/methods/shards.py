@@ -6,16 +6,33 @@ belong to its part of the linear. What the forward pass splits, the backward pas
 has the whole gradient, and all of them make the same steps.
 """
 
+import functools
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..layouts import OutputSlice
 from ..linears import linear_shape
 from ..spread import tensor_parallel
+
+
+@functools.cache
+def check_random(mesh: DeviceMesh, device: torch.device) -> None:
+    """Raise a `RuntimeError` unless the processes draw the same random numbers when they first need some."""
+    state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    found: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(found, hashlib.sha256(state.numpy().tobytes()).hexdigest(), group=mesh.get_group())
+    if len(set(found)) > 1:
+        raise RuntimeError(
+            "The processes of tensor parallelism draw different random numbers, so that dropout would not be that of "
+            "one model. Set the same seed in all of them before the training: transformers.set_seed(seed)."
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,13 @@ class Shards:
         if whole is None or not self.by_columns:
             return whole
         return replace(whole, groups=whole.groups // self.mesh.size())
+
+    def dropped(self, x: torch.Tensor, dropout: nn.Module, d_in: int) -> torch.Tensor:
+        """The input after dropout. Its mask is that of one process, also for a part of the input."""
+        check_random(self.mesh, x.device)
+        if self.by_columns:
+            return dropout(x)
+        return x * self.rows(dropout(x.new_ones(*x.shape[:-1], d_in)), -1)
 
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """What all inputs together give, from what those of this process give."""

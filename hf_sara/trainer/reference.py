@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..adapter import SaraAdapter
@@ -44,7 +45,8 @@ def make_reference(adapter: SaraAdapter, share: bool = True) -> nn.Module:
         `ValueError`: If this process does not have the values of the model.
     """
     model: Any = adapter.model
-    if any(is_partitioned(tensor) or tensor.is_meta for tensor in model.parameters()):
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    if sharded or any(is_partitioned(tensor) or tensor.is_meta for tensor in model.parameters()):
         raise ValueError(
             "This process holds only a part of the model, so no copy of it can be the reference. Load the reference "
             "in the same way as the model, and give it as ref_model: the base, or from_hub of the adapter as it came."

@@ -1,0 +1,105 @@
+"""What adapters of one bank have in common, and what cannot be in a bank."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hub, storage
+from .base_model import BaseRecord
+from .default_targets import beside_towers
+from .errors import AdapterError
+from .sites import PlannedSite
+
+# The adapters of one bank are alike in these arguments.
+ALIKE = ("method", "num_heads", "singular_values", "v_position")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    What adapters have to have in common to be in one bank.
+
+    Args:
+        choices (`dict[str, Any]`): Their arguments that decide what an update computes.
+        base ([`BaseRecord`]): Their base.
+        sites (`list[PlannedSite]`): Their sites with the ranks.
+        factors (`Any`): What their frozen factors are known by.
+    """
+
+    choices: dict[str, Any]
+    base: BaseRecord
+    sites: list[PlannedSite]
+    factors: Any
+
+    @classmethod
+    def of(cls, saved: storage.SavedAdapter) -> "Kind":
+        """The kind of an adapter that was read."""
+        seeds = {name: (seed.sha256, seed.clusters, seed.to_json()["sketch"]) for name, seed in saved.seeds.items()}
+        choices = {name: getattr(saved.args, name) for name in ALIKE}
+        return cls(choices, saved.base, saved.sites, (saved.factors_sha256, seeds))
+
+    def refuse_other(self, other: "Kind", name: str, first: str) -> None:
+        """Raise an [`AdapterError`] unless the adapter `name`, of another kind, can be in a bank with `first`."""
+        found = [f"{k}={v!r} and not {self.choices[k]!r}" for k, v in other.choices.items() if v != self.choices[k]]
+        if other.base.is_other_than(self.base):
+            found.append(f"the base {other.base} and not {self.base}")
+        if not found and other.sites != self.sites:
+            there, here = ({site.name: site for site in kind.sites} for kind in (other, self))
+            site = next(key for key in (*there, *here) if there.get(key) != here.get(key))
+            ranks = [getattr(sites.get(site), "k", None) for sites in (there, here)]
+            found.append(f"at {site} the rank {ranks[0]} and not {ranks[1]}")
+        if not found and other.factors != self.factors:
+            found.append("the frozen factors of another weight")
+        if found:
+            raise AdapterError(
+                f"The adapter {name!r} cannot be in a bank with {first!r}: it has {'; '.join(found)}. Load it into a "
+                "bank of its own: AdapterBank.load(model, {name: folder})."
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    An adapter that was read, without its files, of which a process can have a limited number open.
+
+    Args:
+        kind ([`Kind`]): Its kind.
+        tensors (`dict[str, torch.Tensor]`): Its trained tensors.
+        untrained (`list[PlannedSite]`): The sites whose tensors are those of their start.
+    """
+
+    kind: Kind
+    tensors: dict[str, torch.Tensor]
+    untrained: list[PlannedSite]
+
+
+def read_entry(model: nn.Module, name: str, folder_or_repo_id: str | PathLike, access: Mapping[str, Any]) -> Entry:
+    """Read an adapter and check its files."""
+    saved = storage.read(hub.fetch_adapter(folder_or_repo_id, **access)).named_for(model)
+    if saved.parts:
+        raise AdapterError(
+            f"The adapter {name!r} trains {', '.join(part.name for part in saved.parts)} in addition, which cannot be "
+            "another one in each row of a batch. Load it with SaraAdapter.load on a model of its own."
+        )
+    return Entry(Kind.of(saved), saved.tensors, saved.untrained_sites())
+
+
+def refuse_sites(model: nn.Module, sites: Sequence[PlannedSite]) -> None:
+    """Raise a `ValueError` if the input of a linear does not have the rows of the batch in their order."""
+    inside = {site.name for site in beside_towers(model, sites)}
+    for site in sites:
+        if re.search(r"(^|\.)\w*experts?(\.|$)", site.module):
+            why = "an expert gets tokens of any rows"
+        elif site.name not in inside:
+            why = "it is in a tower for images or sounds, of which a row may have several"
+        else:
+            continue
+        raise ValueError(
+            f"{site.name} cannot have another adapter in each row of a batch, because {why}. Load the adapter with "
+            "SaraAdapter.load, or train it without this module (exclude_modules)."
+        )
