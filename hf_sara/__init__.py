@@ -14,13 +14,14 @@ if TYPE_CHECKING:
         routing,
     )
     from .arguments import SaraArguments
-    from .bank import AdapterBank, adapter_rows
+    from .bank import AdapterBank
     from .errors import AdapterError
     from .export import ExportReport, export_lora
     from .merge_files import merge_shards
     from .plain_model import merge
     from .plan_file import load_plan, save_plan
     from .planning import Plan, plan
+    from .row_names import adapter_rows
     from .sharing import from_hub, push_to_hub
     from .trainer import SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
 
@@ -66,13 +67,14 @@ _HOMES = {
         "routing",
     ),
     "arguments": ("SaraArguments",),
-    "bank": ("AdapterBank", "adapter_rows"),
+    "bank": ("AdapterBank",),
     "errors": ("AdapterError",),
     "export": ("ExportReport", "export_lora"),
     "merge_files": ("merge_shards",),
     "plain_model": ("merge",),
     "plan_file": ("load_plan", "save_plan"),
     "planning": ("Plan", "plan"),
+    "row_names": ("adapter_rows",),
     "sharing": ("from_hub", "push_to_hub"),
     "trainer": ("SaraSeq2SeqTrainer", "SaraTrainer", "SaraTrainerMixin"),
 }

@@ -4,6 +4,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from .sites import AnySite, PlannedSite, Site, sites_by_kind
 from .spectrum import check_threshold, find_spectrum
 from .spread import with_values_of_others
 from .targets import find_sites
-from .weights import Weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,23 +136,17 @@ def rank_curves(
             f"thresholds={thresholds} and parameter_budget={args.parameter_budget!r} exclude each other: the budget "
             "solves the threshold. Give one of them."
         )
-    if isinstance(model, nn.Module):
-        with with_values_of_others(model, f"ranks {args} {thresholds}"):
-            return _rank_curves(model, Weights.of(model), thresholds, args)
-    return _rank_curves(*open_model(model, revision, token), thresholds, args)
+    with with_values_of_others(model, f"ranks {args}") if isinstance(model, nn.Module) else nullcontext():
+        base, weights = open_model(model, revision, token)
+        sites = find_sites(base, args)
 
+        def ranks(site: Site, weight: torch.Tensor) -> list[int]:
+            # This spectrum is accurate enough to decide the ranks at these thresholds beyond doubt.
+            spectrum = find_spectrum(weight, site.name, thresholds=thresholds)
+            return [spectrum.count(threshold) for threshold in thresholds]
 
-def _rank_curves(base: nn.Module, weights: Weights, thresholds: list[float], args: SaraArguments) -> RankCurves:
-    sites = find_sites(base, args)
-    kinds = _rows(sites)
-
-    def ranks(site: Site, weight: torch.Tensor) -> list[int]:
-        # This spectrum is accurate enough to decide the ranks at these thresholds beyond doubt.
-        spectrum = find_spectrum(weight, site.name, thresholds=thresholds)
-        return [spectrum.count(threshold) for threshold in thresholds]
-
-    found = weights.for_each(ranks, sites, "Singular values")
-    return _curves(thresholds, kinds, dict(zip(sites, found, strict=True)))
+        found = weights.for_each(ranks, sites, "Singular values")
+    return _curves(thresholds, _rows(sites), dict(zip(sites, found, strict=True)))
 
 
 def _curves(

@@ -1,7 +1,6 @@
 """Many adapters on one model, of which each row of a batch has its own."""
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,20 +13,17 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from . import hub, storage
-from .carrier import adapters_on, banks_on, drop_hooks, set_banks, unwrap
+from .carrier import adapters_on, banks_on, set_banks, unwrap
 from .contents import insert_delta, remove_delta
 from .kinds import Entry, Kind, read_entry, refuse_sites
 from .linears import compute_device, compute_dtype
 from .methods import Delta
 from .planning import AdapterSpec
+from .row_names import BASE, let_take_names, let_take_no_names
 from .rows import BankDelta, Batch, places
 from .sites import PlannedSite
 from .spread import with_values_of_others
 
-# In `adapter_names`, this name stands for the base alone, as in PEFT.
-BASE = "__base__"
-# The inputs of a model that have a row for each row of the batch.
-INPUTS = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "input_values", "attention_mask")
 # So many adapters are read at the same time.
 READERS = 8
 
@@ -67,7 +63,7 @@ class AdapterBank:
             raise
         self._table = torch.zeros(1 + capacity, width)
         set_banks(model, [*banks_on(model), self])
-        _let_take_names(model)
+        let_take_names(model)
 
     def _make_locks(self) -> None:
         # One is held while the table changes, and the other one while a batch runs.
@@ -195,7 +191,7 @@ class AdapterBank:
         left = [bank for bank in banks_on(self.model) if bank is not self]
         set_banks(self.model, left)
         if not left:
-            _let_take_no_names(self.model)
+            let_take_no_names(self.model)
 
     def _remove(self) -> None:
         for site in self.spec.sites:
@@ -252,113 +248,6 @@ class AdapterBank:
                 yield
             finally:
                 self.batch.end()
-
-
-@contextlib.contextmanager
-def adapter_rows(model: Any, names: Sequence[str] | str, rows: int | None = None) -> Iterator[None]:
-    """
-    Let each row of the batches have its own adapter within a `with` block. `model(..., adapter_names=names)` and
-    `model.generate(..., adapter_names=names)` do the same for one call. A model that is compiled with
-    `fullgraph=True` needs this form.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): A model with one or several [`AdapterBank`].
-        names (`Sequence[str]` or `str`): The name of the adapter of each row, where `"__base__"` is none. One name
-            stands for all rows.
-        rows (`int`, *optional*): The number of rows, if it is known.
-
-    Raises:
-        `ValueError`: If there are more or fewer names than rows, or a name is that of no adapter.
-    """
-    banks = banks_on(model)
-    if not banks:
-        raise ValueError(
-            f"This {type(unwrap(model)).__name__} has no AdapterBank, so no row can have an adapter's name."
-        )
-    if isinstance(names, str):
-        if rows is None:
-            raise ValueError(
-                f"adapter_names={names!r} needs the number of rows. Give a list with a name for each row."
-            )
-        names = [names] * rows
-    names = list(names)
-    if rows is not None and len(names) != rows:
-        raise ValueError(
-            f"adapter_names has {len(names)} names, and the batch has {rows} rows. Give one for each row."
-        )
-    known = {name for bank in banks for name in bank._slots}
-    unknown = [repr(name) for name in dict.fromkeys(names) if name not in known]
-    if unknown:
-        there = sorted(known - {BASE})
-        some = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
-        raise ValueError(
-            f"adapter_names names {', '.join(unknown)}, and the banks of the model have: {some or 'none'}."
-        )
-    with contextlib.ExitStack() as stack:
-        for bank in banks:
-            stack.enter_context(bank._with_rows(names))
-        yield
-
-
-# ---- what a model with banks does ----
-
-
-def _let_take_names(model: Any) -> None:
-    if any(hook is take_names for hook in model._forward_pre_hooks.values()):
-        return
-    # It comes before that of the adapters, which refuses names.
-    model.register_forward_pre_hook(take_names, with_kwargs=True, prepend=True)
-    model.register_forward_hook(drop_names, always_call=True)
-    if hasattr(model, "generate"):
-        # This can be copied and pickled together with its model, which a function inside of another cannot.
-        model.generate = functools.partial(_generate, model, model.generate)
-
-
-def _let_take_no_names(model: Any) -> None:
-    drop_hooks(model, (take_names, drop_names))
-    made = vars(model).get("generate")
-    if isinstance(made, functools.partial) and made.func is _generate:
-        del model.generate
-        if made.args[1] != model.generate:
-            model.generate = made.args[1]
-
-
-def take_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The forward pre-hook of a model with banks, which takes `adapter_names` out of the arguments."""
-    rows = _rows_of(args, kwargs)
-    if "adapter_names" in kwargs:
-        names = kwargs.pop("adapter_names")
-        if names is not None:
-            stack = contextlib.ExitStack()
-            stack.enter_context(adapter_rows(model, names, rows))
-            model.sara_rows = stack
-    for bank in banks_on(model):
-        bank.batch.size = rows
-    return args, kwargs
-
-
-def drop_names(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """The forward hook that makes such a model the base again."""
-    if "sara_rows" in vars(model):
-        model.sara_rows.close()
-        del model.sara_rows
-
-
-def _generate(model: Any, generate: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-    """Stands in for `generate` of a model with banks."""
-    if adapter_names is None:
-        return generate(*args, **kwargs)
-    with adapter_rows(model, adapter_names, _rows_of(args, kwargs)):
-        return generate(*args, **kwargs)
-
-
-def _rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """The rows of the batch that a model is called with."""
-    found = (*args[:1], *(kwargs.get(name) for name in INPUTS))
-    return next((len(value) for value in found if isinstance(value, torch.Tensor) and value.dim() > 1), None)
-
-
-# ---- what cannot be in a bank ----
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -11,7 +11,7 @@ from conftest import VOCABULARY, attach_trained, make_inputs, make_model, same_b
 from training import make_idle
 
 from hf_sara import AdapterBank, AdapterError, SaraAdapter, adapter_rows, storage
-from hf_sara.bank import BASE
+from hf_sara.row_names import BASE
 
 NAMES = ("one", "two", "three")
 ROWS = ["two", BASE, "one", "three", "two"]
@@ -45,7 +45,7 @@ def inputs_for(model, rows=5):
     return {name: value for name, value in found.items() if name != "labels" or model.config.is_encoder_decoder}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}], ids=["default", "all"])
 def test_each_row_has_the_outputs_of_its_adapter(family, method, changes, tmp_path):
     folders = save_adapters(tmp_path, family, method, **changes)
@@ -98,7 +98,7 @@ GENERATIONS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("how", GENERATIONS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generation_writes_for_each_row_what_its_adapter_writes(how, family, method, tmp_path):
@@ -329,6 +329,16 @@ def test_wrong_names_are_errors_before_anything_runs(tmp_path):
     with torch.no_grad():
         found = model(**inputs, adapter_names=ROWS).logits
     torch.testing.assert_close(found, alone(folders, ROWS, inputs), **LIMITS)
+
+
+def test_continuous_batching_cannot_follow_names(tmp_path):
+    folders = save_adapters(tmp_path, method="mo_sara")
+    model = make_model()
+    bank = AdapterBank.load(model, folders)
+    with pytest.raises(ValueError, match="generate_batch puts the tokens of all requests into one row"):
+        model.generate_batch([[3, 4, 5], [6, 7]], adapter_names=["one", "two"])
+    bank.detach()
+    assert not {"generate", "generate_batch"} & vars(model).keys()
 
 
 UNLIKE = {

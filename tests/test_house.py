@@ -79,6 +79,7 @@ FLOORS = (
         "adapter",
         "export",
         "rows",
+        "row_names",
         "kinds",
         "bank",
     ),
