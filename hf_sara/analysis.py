@@ -141,7 +141,7 @@ def rank_curves(
         sites = find_sites(base, args)
 
         def ranks(site: Site, weight: torch.Tensor) -> list[int]:
-            # This spectrum is accurate enough to decide the ranks at these thresholds beyond doubt.
+            # It is accurate enough to decide the ranks at these thresholds beyond doubt.
             spectrum = find_spectrum(weight, site.name, thresholds=thresholds)
             return [spectrum.count(threshold) for threshold in thresholds]
 
@@ -217,10 +217,7 @@ def routing(model: nn.Module, batch: Mapping[str, Any], adapter_name: str | None
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs[0].shape[-1] != site.shape[0]:
-                raise ValueError(
-                    f"{site.name} gets a part of its input in each process of tensor parallelism, so its routing "
-                    "cannot be measured here. Measure it on a model that is loaded without tensor parallelism."
-                )
+                raise ValueError(f"{site.name} gets a part of its input. Measure this without tensor parallelism.")
             gates = delta.gates(inputs[0]).flatten(0, -2)
             if mask is not None and kept is not None:
                 if len(kept) != len(gates):
