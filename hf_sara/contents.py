@@ -123,9 +123,7 @@ class AdapterContents:
             weight = getattr(module, "weight", None)
             if own is not None and not is_spread(weight):
                 delta.follow_weight(module)
-            if is_partitioned(weight):
-                make_contiguous(delta)
-                partition([tensor for tensor in delta.parameters() if not tensor.requires_grad], like=weight)
+            _spread_like(weight, delta)
             insert_delta(module, self._key(site), delta)
         attach_parts(self.model, self.parts, self.name)
 
@@ -421,6 +419,13 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _spread_like(weight: Any, delta: Delta) -> None:
+    """Let the frozen factors of an update be partitioned if the weight of its linear is."""
+    if is_partitioned(weight):
+        make_contiguous(delta)
+        partition([tensor for tensor in delta.parameters() if not tensor.requires_grad], like=weight)
 
 
 def make_contiguous(module: nn.Module) -> None:

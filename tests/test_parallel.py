@@ -49,16 +49,20 @@ def check(tmp_path: Path, processes: int, *cases: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tensor_parallelism_and_values_of_one_process(tmp_path):
-    check(tmp_path, 2, "tp:llama:mo_sara:all", "start:meta:sara", "dropout:sara")
-
-
 @pytest.mark.slow
 def test_what_processes_do_together(tmp_path):
     check(
         tmp_path,
         2,
-        *("tp:llama:sara:all", "tp:gpt_neox:mo_sara", "tp:phi3:sara", "merging:phi3:mo_sara"),
+        *(
+            "tp:llama:sara:all",
+            "tp:llama:mo_sara:all",
+            "dropout:sara",
+            "start:meta:sara",
+            "tp:gpt_neox:mo_sara",
+            "tp:phi3:sara",
+            "merging:phi3:mo_sara",
+        ),
         *("start:tp:budget", "start:meta:mo_sara", "loaded:tp:mo_sara", "loaded:meta:sara", "loaded:fsdp:mo_sara"),
         *("seeds:tp", "seeds:meta", "failures", "dropout:mo_sara", "bank:all", "bank:sara", "alone"),
     )
