@@ -153,7 +153,9 @@ class AdapterBank:
             access: See [`AdapterBank.load`].
 
         Raises:
-            The errors of [`AdapterBank.load`]. The bank is then left as it was.
+            `FileNotFoundError`: If the adapter, or one of its files, is missing.
+            `ValueError`: If the name is taken or not allowed.
+            [`AdapterError`]: If the adapter is damaged, or not alike. The bank is then left as it was.
         """
         _check_name(self.model, name)
         entry = read_entry(self.model, name, folder_or_repo_id, access)
