@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from .parallel import for_each
 from .sites import AnySite, Site
-from .spread import is_spread
+from .spread import works_together
 
 Result = TypeVar("Result")
 
@@ -33,7 +33,7 @@ class Weights:
     @classmethod
     def of(cls, model: nn.Module) -> "Weights":
         """The weights of a model in memory."""
-        return cls(lambda site: site.weight(model), any(is_spread(weight) for weight in model.parameters()))
+        return cls(lambda site: site.weight(model), works_together(model))
 
     def for_each(
         self, work: Callable[[AnySite, torch.Tensor], Result], sites: Sequence[AnySite], title: str
