@@ -1,33 +1,27 @@
 """`SaraAdapter`: make an adapter on a model, or load one, save it and share it."""
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Collection, Sequence
 from os import PathLike
 from typing import Any, cast
 
-from huggingface_hub import CommitInfo
 from torch import nn
 
-from . import hub, model_card, storage
+from . import hub, storage
+from .adapter_files import AdapterFiles
 from .arguments import SaraArguments
 from .attached import AttachedUpdates
-from .base_model import BaseRecord
 from .carrier import adapters_on, check_name, unwrap
 from .contents import warn_of_random
 from .factors import Factors
-from .manifest import Manifest, current_versions
 from .plan_file import load_plan
 from .planning import AdapterSpec, Plan, count_base, measure
 from .seeds import Seed
-from .sites import PlannedSite
 from .spread import agreed, with_values_of_others
 
 logger = logging.getLogger(__name__)
 
 
-class SaraAdapter(AttachedUpdates):
+class SaraAdapter(AttachedUpdates, AdapterFiles):
     """
     A SARA or Mo-SARA adapter on a model. The model stays the object that it was: every update is a child module `sara`
     of the linear that it adapts, and one forward hook per linear adds it. The handle is also `model.sara_adapter`.
@@ -165,101 +159,6 @@ class SaraAdapter(AttachedUpdates):
 
     def __repr__(self) -> str:
         return f"SaraAdapter(name={self.name!r}, {self.plan()})"
-
-    # ---- files ----
-
-    def manifest(self, untrained: Collection[PlannedSite] = ()) -> Manifest:
-        """
-        The description of the adapter that its files hold besides its tensors.
-
-        Args:
-            untrained (`Collection[PlannedSite]`, *optional*): The sites whose tensors are those of their start.
-        """
-        base, versions = BaseRecord.of(self.model, self.base_dtype()), current_versions()
-        names = frozenset(site.name for site in untrained)
-        return Manifest(self.args, self.threshold, self.sites, self.parts, self.seeds, base, versions, untrained=names)
-
-    def save_pretrained(self, folder: str | PathLike) -> None:
-        """
-        Write the adapter's files, of which none is a pickle. A crash leaves either the old adapter or the new one, but
-        never a mix. A model card in the folder is written anew, since it is that of an earlier adapter. Updates that
-        were never used in a training are marked, and add nothing when the adapter is loaded.
-
-        Args:
-            folder (`str` or `os.PathLike`): The folder to write to. It is made if it does not exist.
-
-        Raises:
-            [`AdapterError`]: If a trained tensor is empty or not finite. Nothing is written then.
-            `ValueError`: If a parameter trains that no adapter of the model holds.
-        """
-        self.refuse_others()
-        untrained = self.untrained_sites()
-        storage.write(folder, self.manifest(untrained), self.state_dict(), self.saved_factors())
-        if model_card.has_generated_card(folder):
-            # It is that of the adapter that was here before.
-            self.write_card(folder)
-        self.warn_of_idle(untrained)
-
-    def write_card(self, folder: str | PathLike, *, tags: str | Sequence[str] = (), **card: Any) -> None:
-        """
-        Write the model card, with its figures, beside the adapter's files.
-
-        Args:
-            folder (`str` or `os.PathLike`): The folder that [`SaraAdapter.save_pretrained`] wrote.
-            tags (`str` or `Sequence[str]`, *optional*): Tags besides hf_sara's own and the model's `model_tags`.
-            card: Passed on to [`~hf_sara.model_card.make_card`]: `language`, `license`, `datasets`, `results`, ...
-        """
-        tags = [*model_card.listed(tags), *model_card.listed(getattr(self.model, "model_tags", None))]
-        model_card.write_card(folder, self.manifest(), count_base(self.model), tags=tags, **card)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload adapter",
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | None = None,
-        **card: Any,
-    ) -> CommitInfo:
-        """
-        Push the adapter and its model card to the Hub, in one commit. The repository is made if it does not exist.
-
-        Args:
-            repo_id (`str`): The repository to push to: `"user/name"`.
-            commit_message (`str`, *optional*, defaults to `"Upload adapter"`): Message of the commit.
-            private (`bool`, *optional*): Whether a new repository is private.
-            revision (`str`, *optional*): Branch to push to. It is made if it does not exist. Defaults to the main
-                branch.
-            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of pushing to the branch.
-            token (`str`, *optional*): Token with write access; defaults to the one of `hf auth login`.
-            card: Passed on to [`~hf_sara.model_card.make_card`]: `language`, `license`, `tags`, `datasets`, ...
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`]: The commit, with `pr_url` for a pull request.
-
-        Raises:
-            `OSError`: If the push failed. The adapter then lies in a folder that the message names, to be pushed
-                later.
-            `ValueError`: If `repo_id` is not the name of a repository.
-        """
-        hub.check_repo_id(repo_id)
-        folder = tempfile.mkdtemp(prefix="hf_sara-")
-        self.save_pretrained(folder)
-        self.write_card(folder, repo_id=repo_id, **card)
-        info = hub.push_folder(
-            folder,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-        )
-        # The push is done, whether or not the folder can be deleted.
-        shutil.rmtree(folder, ignore_errors=True)
-        return info
 
 
 def adapter_of(model_or_adapter: nn.Module | SaraAdapter) -> SaraAdapter:

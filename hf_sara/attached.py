@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .carrier import adapters_on, set_adapters
-from .contents import AdapterContents, hold_base, refuse_in_use, thaw
+from .contents import AdapterContents, hold_base, refuse_in_use
 from .copies import refuse_spread
+from .freezing import thaw
 from .frozen_buffers import hold_buffers
 from .merging import MergedWeights
 from .parts import ModulePart

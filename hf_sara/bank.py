@@ -1,104 +1,63 @@
 """Many adapters on one model, of which each row of a batch has its own."""
 
-import contextlib
-import math
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
 from . import hub, storage
-from .carrier import adapters_on, banks_on, set_banks, unwrap
-from .contents import insert_delta, remove_delta
-from .kinds import Entry, Kind, read_entry, refuse_sites
-from .linears import compute_device, compute_dtype
-from .methods import Delta
-from .planning import AdapterSpec
-from .row_names import BASE, let_take_names, let_take_no_names
-from .rows import BankDelta, Batch, places
+from .adapter_files import AdapterFiles
+from .arguments import SaraArguments
+from .bank_training import TrainableBank
+from .carrier import adapters_on, banks_on, unwrap
+from .contents import factors_of
+from .freezing import refuse_others
+from .kinds import Entry, Kind, read_entry, refuse_parts
+from .plan_file import load_plan
+from .planning import AdapterSpec, Plan, measure
+from .row_names import BASE
 from .sites import PlannedSite
-from .spread import with_values_of_others
+from .spread import send_to_all, with_values_of_others, works_together
+from .tensor_files import tensors_digest
 
 # So many adapters are read at the same time.
 READERS = 8
 
 
-class AdapterBank:
+class AdapterBank(TrainableBank):
     """
-    Many adapters of one base, loaded side by side. Each row of a batch is computed with its own adapter:
+    Many adapters of one base, side by side. Each row of a batch is computed with its own adapter:
     `model.generate(**inputs, adapter_names=["legal", "__base__", "medical"])`. Without `adapter_names`, the model is
-    the base.
+    the base. [`SaraTrainer`] trains all of them at once: `SaraTrainer(model=model, bank=bank, ...)`.
 
     A batch costs what a batch of one adapter costs, and an adapter costs its own bytes, because adapters of one base
     and threshold have the same shapes, and for Mo-SARA the same frozen factors. Adapters that are not alike get a bank
     of their own on the same model, and a batch may have adapters of several banks.
 
-    Use [`AdapterBank.load`] to make one.
+    Use [`AdapterBank.load`] for saved adapters and [`AdapterBank.attach`] for new ones. `bank["legal"]` is one of
+    them, and can be saved and pushed as any adapter.
 
     Attributes:
         model ([`~transformers.PreTrainedModel`]): The model.
         spec ([`AdapterSpec`]): What all adapters of the bank have in common: method, sites and ranks.
+        seeds (`dict[str, Seed]`): For Mo-SARA, the seeds that identify the frozen factors of each site.
     """
 
-    def __init__(self, model: nn.Module, first: storage.SavedAdapter, capacity: int):
-        self.model = model
-        self.spec = AdapterSpec(first.args, first.threshold, first.sites_on(model), [])
-        self.batch = Batch()
-        self._kind = Kind.of(first)
-        self._make_locks()
-        # The first row of the table is that of the base.
-        self._slots: dict[str, int] = {BASE: 0}
-        self._key = f"bank{1 + max((int(bank._key[4:]) for bank in banks_on(model)), default=-1)}"
-        refuse_sites(model, self.spec.sites)
-        factors = first.factors_on(model, self.spec.sites)
-        try:
-            width = self._insert(factors)
-        except BaseException:
-            self._remove()
-            raise
-        self._table = torch.zeros(1 + capacity, width)
-        set_banks(model, [*banks_on(model), self])
-        let_take_names(model)
-
-    def _make_locks(self) -> None:
-        # One is held while the table changes, and the other one while a batch runs.
-        self._changing, self._running = threading.Lock(), threading.RLock()
-
-    def _insert(self, factors: dict[str, Any]) -> int:
-        """Put the updates on the linears. Returns the length of a row of the table."""
-        self._starts: dict[str, int] = {}
-        start = 0
-        for site in self.spec.sites:
-            module = site.linear(self.model)
-            delta = self.spec.method.make_delta(site, self.model, factors.pop(site.name, None))
-            if type(delta).update_of_rows is Delta.update_of_rows:
-                raise ValueError(f"{self.spec.method.title} does not support an AdapterBank, so load one adapter.")
-            self._starts[site.name] = start
-            insert_delta(module, self._key_of(site), cast(Delta, BankDelta(delta, self.batch, start)))
-            start += self.spec.count(site)
-        return start
-
-    def _key_of(self, site: PlannedSite) -> str:
-        return f"{self._key}:{site.label}" if site.label else self._key
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A lock can be neither copied nor pickled.
-        return {name: value for name, value in vars(self).items() if name not in ("_changing", "_running")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._make_locks()
-
-    # ---- the adapters ----
+    _kind: Kind
 
     @classmethod
     def load(
-        cls, model: nn.Module, adapters: Mapping[str, str | PathLike], capacity: int | None = None, **access: Any
+        cls,
+        model: nn.Module,
+        adapters: Mapping[str, str | PathLike] | str | PathLike,
+        capacity: int | None = None,
+        **access: Any,
     ) -> "AdapterBank":
         """
         Load adapters onto a base that is already in memory. They are read side by side, and each is checked as
@@ -106,7 +65,9 @@ class AdapterBank:
 
         Args:
             model ([`~transformers.PreTrainedModel`]): The base model of the adapters.
-            adapters (`Mapping[str, str or os.PathLike]`): By name, the folder or the Hub id of each adapter.
+            adapters (`Mapping[str, str or os.PathLike]`, `str` or `os.PathLike`): By name, the folder or the Hub id of
+                each adapter. Or a folder that has a folder for each adapter, as [`AdapterBank.save_pretrained`] and a
+                training write it; its name is that of the adapter.
             capacity (`int`, *optional*): For how many adapters to take memory. Defaults to the number of adapters; it
                 grows when more are added.
             access: `revision`, `token`, `cache_dir` and `local_files_only`, as in [`~hf_sara.hub.fetch_adapter`].
@@ -120,13 +81,12 @@ class AdapterBank:
             [`AdapterError`]: If an adapter is damaged, or is not alike. The error has its name.
         """
         model = unwrap(model)
-        if not adapters:
-            raise ValueError("A bank needs at least one adapter.")
-        for name in adapters:
-            _check_name(model, name)
+        if not isinstance(adapters, Mapping):
+            adapters = storage.adapters_in(adapters)
+        _check_names(model, adapters)
         first = next(iter(adapters))
         head = storage.read(hub.fetch_adapter(adapters[first], **access)).named_for(model)
-        kind = Kind.of(head)
+        kind = Kind.of(head, head.factors_sha256)
 
         def read(name: str) -> Entry:
             entry = read_entry(model, name, adapters[name], access)
@@ -138,10 +98,69 @@ class AdapterBank:
             entries = list(tqdm(results, desc="Adapters", total=len(adapters), unit="adapter", delay=1.0))
         head.warn_of_another_base(model)
         with with_values_of_others(model, f"load a bank with {first}"):
-            bank = cls(model, head, capacity or len(adapters))
+            spec = AdapterSpec(head.args, head.threshold, head.sites_on(model), [])
+            factors = head.factors_on(model, spec.sites)
+            bank = cls(model, spec, head.seeds, factors, capacity or len(adapters))
+        bank._kind = kind
         for name, entry in zip(adapters, entries, strict=True):
-            bank._put(name, entry)
+            bank._enter(name, entry)
         return bank
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        args: SaraArguments | None = None,
+        names: Sequence[str] = (),
+        plan: Plan | str | PathLike | None = None,
+    ) -> "AdapterBank":
+        """
+        Make new adapters, to be trained in one run. Each has a random start of its own; that of the first one is what
+        [`SaraAdapter.attach`] would give it.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The base model, with its weights loaded.
+            args ([`SaraArguments`], *optional*): The arguments of all adapters; defaults to SARA at threshold 0.01.
+            names (`Sequence[str]`): Their names.
+            plan ([`Plan`], `str` or `os.PathLike`, *optional*): See [`SaraAdapter.attach`].
+
+        Returns:
+            [`AdapterBank`]: The bank.
+
+        Raises:
+            `ValueError`: If there is no name, or one is taken or not allowed, `args` ask for heads or rows of tokens,
+                which cannot be another one in each row of a batch, or the ranks cannot be found. The model is then
+                left as it was.
+        """
+        planned = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
+        args = (planned.args if planned else SaraArguments()) if args is None else args
+        model = unwrap(model)
+        _check_names(model, names)
+        with with_values_of_others(model, f"attach a bank with {args}"):
+            found, measured = measure(model, args, planned)
+            refuse_parts(found.parts, "A new adapter of the bank")
+            factors = {site: one.factors for site, one in measured.items() if one.factors is not None}
+            seeds = {site: one.seed for site, one in measured.items() if one.seed is not None}
+            spec = AdapterSpec(args, found.threshold, found.sites, [])
+            bank = cls(model, spec, seeds, factors, len(names))
+            starts = [bank._random_row(anew=place > 0) for place in range(len(names))]
+            if works_together(model):
+                send_to_all(starts)
+        for name, row in zip(names, starts, strict=True):
+            bank._put(name, spec, row, frozenset(site.name for site in spec.sites))
+        own = bank[names[0]].saved_factors()
+        bank._kind = Kind.of(bank[names[0]].manifest(), tensors_digest(own) if own else None)
+        return bank
+
+    def _random_row(self, anew: bool) -> torch.Tensor:
+        """The numbers with which a new adapter starts. The updates have some since they were made."""
+        state = {}
+        for site in self.spec.sites:
+            delta = self._update(site).delta
+            if anew:
+                delta.reset_parameters(self.spec.args)
+            state.update({f"{site.name}.{name}": tensor.detach().cpu() for name, tensor in delta.trained().items()})
+        return self._row_of(state, [])
 
     def add(self, name: str, folder_or_repo_id: str | PathLike, **access: Any) -> None:
         """
@@ -154,107 +173,102 @@ class AdapterBank:
 
         Raises:
             `FileNotFoundError`: If the adapter, or one of its files, is missing.
-            `ValueError`: If the name is taken or not allowed.
+            `ValueError`: If the name is taken or not allowed, or a trainer has the bank.
             [`AdapterError`]: If the adapter is damaged, or not alike. The bank is then left as it was.
         """
-        _check_name(self.model, name)
+        _check_names(self.model, [name])
         entry = read_entry(self.model, name, folder_or_repo_id, access)
         self._kind.refuse_other(entry.kind, name, next(iter(self.names), "the first one"))
-        self._put(name, entry)
+        self._enter(name, entry)
 
-    def remove(self, name: str) -> None:
-        """Remove an adapter, also while the model runs. A batch that has begun keeps it to its end."""
-        with self._changing:
+    def _enter(self, name: str, entry: Entry) -> None:
+        own = AdapterSpec(entry.args, entry.threshold, self.spec.sites, [])
+        untrained = frozenset(site.name for site in entry.untrained)
+        self._put(name, own, self._row_of(entry.tensors, entry.untrained), untrained)
+
+    # ---- one of them ----
+
+    def __getitem__(self, name: str) -> "BankedAdapter":
+        self._slot(name)
+        return BankedAdapter(self, name)
+
+    def save_pretrained(self, folder: str | PathLike, names: Sequence[str] | None = None) -> None:
+        """
+        Write adapters, each as a plain adapter into a folder of its name. [`AdapterBank.load`] loads the folder again.
+
+        Args:
+            folder (`str` or `os.PathLike`): The folder to write to.
+            names (`Sequence[str]`, *optional*): Which ones. Defaults to all.
+
+        Raises:
+            `ValueError`: If a name is that of no adapter, or cannot be the name of a folder. Nothing is written then.
+        """
+        names = self.names if names is None else list(names)
+        self.refuse_unfit_names(names)
+        for name in tqdm(names, desc="Adapters", unit="adapter", delay=1.0):
+            self[name].save_pretrained(Path(folder, name))
+
+    def refuse_unfit_names(self, names: Sequence[str]) -> None:
+        """Raise a `ValueError` if a name is that of no adapter, or cannot be the name of a folder."""
+        for name in names:
             self._slot(name)
-            del self._slots[name]
+            if not re.fullmatch(r"(?!\.)[\w.-]{1,200}", name):
+                raise ValueError(
+                    f"The adapter {name!r} cannot be saved in a folder of its name. A name for a folder has letters, "
+                    "digits, '_', '-' and '.', and no '.' at its start. Save it alone: "
+                    "bank[name].save_pretrained(folder)."
+                )
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the adapters, in the order in which they came."""
-        return [name for name in self._slots if name != BASE]
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes that the adapters take, apart from the frozen factors that they share."""
-        return self._table.nbytes
+class BankedAdapter(AdapterFiles):
+    """
+    One adapter of a bank: `bank["legal"]`.
 
-    def state(self, name: str) -> dict[str, torch.Tensor]:
-        """Copies of the trained tensors of an adapter on the CPU, named as in [`SaraAdapter.trained`]."""
-        row = self._table[self._slot(name)]
-        return {
-            f"{site.name}.{key}": row[start : start + math.prod(shape)].view(shape).clone()
-            for site in self.spec.sites
-            for key, (start, shape) in self._places(site).items()
-        }
+    Args:
+        bank ([`AdapterBank`]): The bank.
+        name (`str`): The name of the adapter.
+    """
 
-    def detach(self) -> None:
-        """Remove the bank from the model."""
-        self._remove()
-        left = [bank for bank in banks_on(self.model) if bank is not self]
-        set_banks(self.model, left)
-        if not left:
-            let_take_no_names(self.model)
+    def __init__(self, bank: AdapterBank, name: str):
+        self.bank, self.name = bank, name
+        self.model, self.spec, self.seeds = bank.model, bank.spec_of(name), bank.seeds
 
-    def _remove(self) -> None:
-        for site in self.spec.sites:
-            module: Any = site.linear(self.model)
-            if self._key_of(site) in getattr(module, "sara", {}):
-                remove_delta(module, self._key_of(site))
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of the trained tensors on the CPU, named as in [`SaraAdapter.trained`]."""
+        return self.bank.state(self.name)
+
+    def saved_factors(self) -> dict[str, torch.Tensor]:
+        """The frozen factors that are saved with the adapter. There are none if seeds are saved instead."""
+        if not self.spec.method.saves_factors:
+            return {}
+        return factors_of(self.spec, ((site, self.bank._update(site).delta) for site in self.spec.sites))
+
+    def untrained_sites(self) -> list[PlannedSite]:
+        """The sites whose updates took no part in the training, although others did."""
+        untrained = self.bank._untrained[self.name]
+        return [site for site in self.spec.sites if site.name in untrained and len(untrained) < len(self.spec.sites)]
+
+    def refuse_others(self) -> None:
+        """Raise a `ValueError` if a parameter trains beside the bank, so that it would be lost."""
+        if self.bank.trained():
+            refuse_others(self.model, f"the adapter {self.name!r}")
+
+    def warn_of_idle(self, sites: Sequence[PlannedSite]) -> None:
+        """The trainer says it once for all."""
 
     def __repr__(self) -> str:
-        return f"AdapterBank({len(self.names):,} adapters, {self.nbytes:,} bytes, {self.spec})"
-
-    def _places(self, site: PlannedSite) -> Any:
-        return places(self.spec.method.trained_shapes(site.shape, site.k), self._starts[site.name])
-
-    def _slot(self, name: str) -> int:
-        if name not in self._slots or name == BASE:
-            known = ", ".join(self.names[:5]) + (" ..." if len(self.names) > 5 else "")
-            raise ValueError(f"The bank has no adapter {name!r}. It has: {known or 'none'}.")
-        return self._slots[name]
-
-    def _put(self, name: str, entry: Entry) -> None:
-        row = torch.zeros(self._table.shape[1])
-        for site in self.spec.sites:
-            for key, (start, shape) in self._places(site).items():
-                row[start : start + math.prod(shape)] = entry.tensors[f"{site.name}.{key}"].flatten()
-        for site in entry.untrained:
-            # They add nothing, see `SaraAdapter.rest`. All tensors of a site may be zero here, since none trains.
-            start = self._starts[site.name]
-            row[start : start + self.spec.count(site)] = 0.0
-        with self._changing:
-            taken = set(self._slots.values())
-            slot = next((index for index in range(len(self._table)) if index not in taken), len(self._table))
-            if slot == len(self._table):
-                more = max(1, len(self._table) // 2)
-                self._table = torch.cat([self._table, self._table.new_zeros(more, self._table.shape[1])])
-            self._table[slot] = row
-            self._slots[name] = slot
-
-    # ---- the batch ----
-
-    @contextlib.contextmanager
-    def _with_rows(self, names: Sequence[str]) -> Iterator[None]:
-        """Let each row of the next batches have its adapter, within a `with` block."""
-        with self._running:
-            with self._changing:
-                slots = [self._slots.get(name, 0) for name in names]
-                # These are copies, so that the batch does not see what changes meanwhile.
-                table = self._table.index_select(0, torch.tensor(slots)) if any(slots) else None
-            if table is None:
-                yield
-                return
-            module = self.spec.sites[0].linear(self.model)
-            self.batch.begin(table.to(compute_device(module), compute_dtype(module, self.model)))
-            try:
-                yield
-            finally:
-                self.batch.end()
+        return f"BankedAdapter(name={self.name!r}, {self.spec})"
 
 
-def _check_name(model: nn.Module, name: str) -> None:
-    """Raise a `ValueError` unless a new adapter of a bank can have the name."""
-    if not isinstance(name, str) or not name or name == BASE:
-        raise ValueError(f"The adapter name {name!r} is not one that an adapter can have. Give another text.")
-    if any(name in bank._slots for bank in banks_on(model)) or name in adapters_on(model):
-        raise ValueError(f"The model already has an adapter {name!r}. Remove it, or choose another name.")
+def _check_names(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless new adapters of a bank can have these names."""
+    if isinstance(names, str) or not names:
+        raise ValueError(f"A bank needs the names of at least one adapter, and got {names!r}.")
+    taken = {name for bank in banks_on(model) for name in bank.names} | set(adapters_on(model))
+    for name in names:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"The adapter name {name!r} is not one that an adapter can have. Give another text.")
+        if name in taken:
+            raise ValueError(f"The model already has an adapter {name!r}. Remove it, or choose another name.")
+        if not isinstance(names, Mapping):
+            taken.add(name)

@@ -73,6 +73,11 @@ def banks_on(model: nn.Module) -> list[Any]:
     return getattr(unwrap(model), "sara_banks", [])
 
 
+def has_frozen_base(model: nn.Module) -> bool:
+    """Whether something of the model trains, or may train, beside a base that is frozen for it."""
+    return bool(adapters_on(model)) or any(bank.trained() for bank in banks_on(model))
+
+
 def set_banks(model: Any, banks: Sequence[Any]) -> None:
     """Record on the model which banks it has."""
     if banks:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LIST_FILE = "checkpoint_files.json"
 RUNNING_LOSS_FILE = "running_loss.json"
 # Of each kind of file that resuming reads, the names that it can have. DeepSpeed and FSDP have names of their own.
-WEIGHTS_FILES = (storage.TENSORS_FILE, "*.safetensors", "pytorch_model*", "latest")
+WEIGHTS_FILES = (storage.TENSORS_FILE, f"*/{storage.TENSORS_FILE}", "*.safetensors", "pytorch_model*", "latest")
 OPTIMIZER_FILES = (OPTIMIZER_NAME, "optimizer_*/*", "latest")
 SCHEDULER_FILES = (SCHEDULER_NAME, "latest")
 RANDOM_FILES = ("rng_state*.pth",)

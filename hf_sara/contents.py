@@ -5,7 +5,7 @@ Nothing here knows of files or of the Hub.
 
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
-from .dequantizing import FULL_DTYPES
 from .factors import Factors
+from .freezing import freeze, let_others_rest, let_train, refuse_others, thaw, trainable
 from .frozen_buffers import hold_buffers
 from .input_gradients import hold_input_gradients
 from .linears import refuse_outer_hooks, take_back
@@ -26,7 +26,6 @@ from .methods.base import Usage
 from .methods.products import is_plain
 from .methods.shards import Shards
 from .parts import ModulePart, Part, TokenPart, parts_collide, random_parameters, refuse_overlap, widened
-from .patterns import is_of_update
 from .planning import AdapterSpec
 from .sites import PlannedSite
 from .spread import is_partitioned, is_spread, partition, send_to_all, whole, works_together
@@ -96,9 +95,9 @@ class AdapterContents:
         self._usage = Usage()
         _refuse_mixture(model, spec)
         others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
-        self._unfrozen = _trainable(model)
+        self._unfrozen = trainable(model)
         try:
-            _freeze(model, self._unfrozen)
+            freeze(model, self._unfrozen)
             self._insert(factors)
             if works_together(model):
                 send_to_all(self.trained().values())
@@ -216,22 +215,12 @@ class AdapterContents:
             if isinstance(copy, TokenRows):
                 copy.mirror(host)
 
-    def base_dtype(self) -> torch.dtype:
-        """The dtype of the base. A copy that is trained in its place may have a wider one."""
-        held = held_ids(self.model)
-        base = ((n, p) for n, p in self.model.named_parameters() if p.dtype in FULL_DTYPES and id(p) not in held)
-        return next((parameter.dtype for name, parameter in base if not is_of_update(name)), torch.float32)
-
     def frozen_factors(self) -> dict[str, torch.Tensor]:
         """
         Copies of the frozen factors, named `"<site>.U"` and `"<site>.Vh"`, for a method that has some. For a sharded
         model, see [`SaraAdapter.state_dict`].
         """
-        return {
-            f"{site.name}.{name}": _whole_copy(delta.get_parameter(name))
-            for site, delta in self.deltas()
-            for name in self.spec.method.frozen_shapes(site.shape, site.k)
-        }
+        return factors_of(self.spec, self.deltas())
 
     def saved_factors(self) -> dict[str, torch.Tensor]:
         """The frozen factors that are saved with the adapter. There are none if seeds are saved instead."""
@@ -293,12 +282,9 @@ class AdapterContents:
         Let the tensors of this adapter train, and those of the model's other adapters not. `model.sara_adapter` is
         this adapter then.
         """
-        for other in adapters_on(self.model).values():
-            if other is not self:
-                _let_train(other, False)
-                other._resting = True
+        let_others_rest(self.model, self)
         if self._resting:
-            _let_train(self, True)
+            let_train(self, True)
             self._resting = False
         cast(Any, self.model).sara_adapter = self
 
@@ -309,47 +295,22 @@ class AdapterContents:
         Args:
             whole (`nn.Module`, *optional*): The module that trains, if the model is only a part of it.
         """
-        whole = self.model if whole is None else whole
-        held = held_ids(self.model)
-        lost = {n: p for n, p in whole.named_parameters() if p.requires_grad and id(p) not in held}
-        if lost:
-            names = list(lost)
-            inside = {id(parameter) for parameter in self.model.parameters()}.issuperset(map(id, lost.values()))
-            raise ValueError(
-                f"These parameters train, and the adapter {self.name!r} does not hold them, so they would be lost: "
-                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. "
-                + ("Name their modules in modules_to_save, or freeze them" if inside else "Freeze them")
-                + ": parameter.requires_grad_(False)."
-            )
+        refuse_others(self.model, f"the adapter {self.name!r}", whole)
 
 
-def _trainable(model: nn.Module) -> list[str]:
-    """The names of the parameters of the base that train."""
-    held = held_ids(model)
-    return [n for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held]
-
-
-def _freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Let parameters train no more."""
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
+def factors_of(spec: AdapterSpec, deltas: Iterable[tuple[PlannedSite, Delta]]) -> dict[str, torch.Tensor]:
+    """Copies of the frozen factors of updates, see [`SaraAdapter.frozen_factors`]."""
+    return {
+        f"{site.name}.{name}": _whole_copy(delta.get_parameter(name))
+        for site, delta in deltas
+        for name in spec.method.frozen_shapes(site.shape, site.k)
+    }
 
 
 def hold_base(model: nn.Module) -> None:
     """Let a frozen base keep its buffers, and pass gradients on, after its adapters have changed."""
     hold_buffers(model)
     hold_input_gradients(model)
-
-
-def held_ids(model: nn.Module) -> set[int]:
-    """The ids of the tensors that the adapters of a model train."""
-    return {id(tensor) for adapter in adapters_on(model).values() for tensor in adapter.trained().values()}
-
-
-def thaw(model: nn.Module, names: Sequence[str]) -> None:
-    """Let parameters train again."""
-    for name in names:
-        model.get_parameter(name).requires_grad_(True)
 
 
 def warn_of_random(model: nn.Module, parts: Sequence[Part]) -> None:
@@ -397,11 +358,6 @@ def refuse_in_use(model: nn.Module, parts: Sequence[Part], adapter: AdapterConte
                     f"{part.name} can have one trained copy at a time, and that of the adapter {name!r} is {state}. "
                     f"Call SaraAdapter.of(model, {name!r}).{remedy}() first."
                 )
-
-
-def _let_train(adapter: AdapterContents, trains: bool) -> None:
-    for tensor in adapter.trained().values():
-        tensor.requires_grad_(trains)
 
 
 def _fingerprint(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .carrier import adapters_on, drop_hooks
+from .carrier import adapters_on, drop_hooks, has_frozen_base
 from .parts import ModulePart, saved_buffers
 from .patterns import is_of_update, is_within
 
@@ -29,8 +29,9 @@ def hold_buffers(model: nn.Module) -> None:
         for _, copy in adapter.copies()
         if isinstance(copy.part, ModulePart) and copy.is_enabled()
     ]
+    frozen = has_frozen_base(model)
     for name, module in model.named_modules():
-        held = bool(adapters) and not is_within(name, trained) and not is_of_update(name)
+        held = frozen and not is_within(name, trained) and not is_of_update(name)
         if isinstance(module, _NormBase):
             _hold_norm(module, held and module.running_mean is not None)
         elif any(saved_buffers(module)):

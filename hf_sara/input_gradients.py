@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .carrier import adapters_on, drop_hooks
+from .carrier import drop_hooks, has_frozen_base
 from .parts import input_embedding
 
 
@@ -25,7 +25,7 @@ def hold_input_gradients(model: nn.Module) -> None:
     if embedding is None:
         return
     drop_hooks(embedding, (require_gradient,))
-    if adapters_on(model):
+    if has_frozen_base(model):
         embedding.register_forward_hook(require_gradient)
 
 

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from . import hub, storage
+from .arguments import SaraArguments
 from .base_model import BaseRecord
 from .default_targets import beside_towers
 from .errors import AdapterError
+from .manifest import Manifest
+from .parts import Part
 from .sites import PlannedSite
 
 # The adapters of one bank are alike in these arguments.
@@ -37,11 +40,11 @@ class Kind:
     factors: Any
 
     @classmethod
-    def of(cls, saved: storage.SavedAdapter) -> "Kind":
-        """The kind of an adapter that was read."""
+    def of(cls, saved: Manifest, factors_sha256: str | None) -> "Kind":
+        """The kind of an adapter, with the digest of its frozen factors if they are saved with it."""
         seeds = {name: (seed.sha256, seed.clusters, seed.to_json()["sketch"]) for name, seed in saved.seeds.items()}
         choices = {name: getattr(saved.args, name) for name in ALIKE}
-        return cls(choices, saved.base, saved.sites, (saved.factors_sha256, seeds))
+        return cls(choices, saved.base, saved.sites, (factors_sha256, seeds))
 
     def refuse_other(self, other: "Kind", name: str, first: str) -> None:
         """Raise an [`AdapterError`] unless the adapter `name`, of another kind, can be in a bank with `first`."""
@@ -69,11 +72,15 @@ class Entry:
 
     Args:
         kind ([`Kind`]): Its kind.
+        args ([`SaraArguments`]): Its arguments.
+        threshold (`float`): Its threshold.
         tensors (`dict[str, torch.Tensor]`): Its trained tensors.
         untrained (`list[PlannedSite]`): The sites whose tensors are those of their start.
     """
 
     kind: Kind
+    args: SaraArguments
+    threshold: float
     tensors: dict[str, torch.Tensor]
     untrained: list[PlannedSite]
 
@@ -81,12 +88,19 @@ class Entry:
 def read_entry(model: nn.Module, name: str, folder_or_repo_id: str | PathLike, access: Mapping[str, Any]) -> Entry:
     """Read an adapter and check its files."""
     saved = storage.read(hub.fetch_adapter(folder_or_repo_id, **access)).named_for(model)
-    if saved.parts:
+    refuse_parts(saved.parts, f"The adapter {name!r}")
+    kind = Kind.of(saved, saved.factors_sha256)
+    return Entry(kind, saved.args, saved.threshold, saved.tensors, saved.untrained_sites())
+
+
+def refuse_parts(parts: Sequence[Part], whose: str) -> None:
+    """Raise an [`AdapterError`] if an adapter trains more than its updates."""
+    if parts:
         raise AdapterError(
-            f"The adapter {name!r} trains {', '.join(part.name for part in saved.parts)} in addition, which cannot be "
-            "another one in each row of a batch. Load it with SaraAdapter.load on a model of its own."
+            f"{whose} trains {', '.join(part.name for part in parts)} in addition, which cannot be another one in "
+            "each row of a batch. Use SaraAdapter on a model of its own, or make new adapters with modules_to_save=[] "
+            "and without trainable_token_indices."
         )
-    return Entry(Kind.of(saved), saved.tensors, saved.untrained_sites())
 
 
 def refuse_sites(model: nn.Module, sites: Sequence[PlannedSite]) -> None:

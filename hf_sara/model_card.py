@@ -65,6 +65,7 @@ class Training:
         seconds (`float`): Duration.
         datasets (`list[str]`): Names of the data.
         left_out (`int`): How many settings are not shown, because they may hold a path or a secret.
+        others (`int`): How many other adapters the same run trained.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Training:
     seconds: float = 0.0
     datasets: list[str] = field(default_factory=list)
     left_out: int = 0
+    others: int = 0
 
     def losses(self) -> list[tuple[int, float]]:
         """The step and the training loss of each row that has one."""

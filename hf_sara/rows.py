@@ -28,27 +28,39 @@ class Batch:
             adapter, one site after the other; `None` while the model is the base.
         size (`int`, *optional*): The rows of what the model computes now. Where a search has several beams for each
             row, it is a multiple of the rows of the batch.
+        alone (`bool`): Whether all rows have the one adapter of the bank, and its tensors are those of the updates
+            themselves, as while it trains.
     """
 
     def __init__(self) -> None:
         self.table: torch.Tensor | None = None
         self.size: int | None = None
+        self.alone = False
         self._kept: torch.Tensor | None = None
         self._copies: dict[torch.device, torch.Tensor] = {}
+        # By its first number in a row, each tensor's length.
+        self._lengths: dict[int, int] = {}
+        self._pieces: dict[torch.device, dict[int, torch.Tensor]] = {}
 
     def begin(self, table: torch.Tensor) -> None:
         """Let the model compute with these adapters."""
         kept = self._kept
-        if kept is not None and (kept.shape, kept.device, kept.dtype) == (table.shape, table.device, table.dtype):
+        if table.requires_grad:
+            self.table = table
+        elif kept is not None and (kept.shape, kept.device, kept.dtype) == (table.shape, table.device, table.dtype):
             # A compiled graph may know the tensor by its place.
-            kept.copy_(table)
+            self.table = kept.copy_(table)
         else:
-            self._kept = table
-        self.table, self.size, self._copies = self._kept, None, {}
+            self.table = self._kept = table
+        self.size, self._copies, self._pieces = None, {}, {}
+
+    def begin_alone(self) -> None:
+        """Let the model compute with the one adapter of the bank, whose tensors are those of the updates."""
+        self.table, self.size, self.alone = None, None, True
 
     def end(self) -> None:
         """Let the model be the base."""
-        self.table, self.size, self._copies = None, None, {}
+        self.table, self.size, self.alone, self._copies, self._pieces = None, None, False, {}, {}
 
     def on(self, device: torch.device) -> torch.Tensor:
         """The table on a device. A model can be spread over several."""
@@ -58,6 +70,25 @@ class Batch:
         if device not in self._copies:
             self._copies[device] = self.table.to(device)
         return self._copies[device]
+
+    def views(self, device: torch.device, places: Places) -> dict[str, torch.Tensor]:
+        """Tensors of each row as views of the table on a device, of shape `(rows, *shape)`."""
+        table = self.on(device)
+        if not table.requires_grad:
+            pieces = {start: table.narrow(1, start, math.prod(shape)) for start, shape in places.values()}
+        else:
+            if device not in self._pieces:
+                # All are made at once, because the gradient of each narrow one would be as large as the table.
+                # Activation checkpointing calls the linears without a gradient first.
+                with torch.enable_grad():
+                    split = table.split(list(self._lengths.values()), 1)
+                self._pieces[device] = dict(zip(self._lengths, split, strict=True))
+            pieces = self._pieces[device]
+        return {name: pieces[start].view(len(table), *shape) for name, (start, shape) in places.items()}
+
+    def knows(self, places: Places) -> None:
+        """Note where the tensors of the next site stand in a row."""
+        self._lengths |= {start: math.prod(shape) for start, shape in places.values()}
 
 
 class BankDelta(nn.Module):
@@ -77,12 +108,15 @@ class BankDelta(nn.Module):
         self.usage = delta.usage
         self.batch = batch
         self.places = places(shapes_of(delta), start)
+        batch.knows(self.places)
         self._views: tuple[Any, Any] = (None, None)
+        # While a bank trains, its first update has the parameters of all adapters.
+        self.rows: nn.ParameterList | None = None
 
     @property
     def enabled(self) -> bool:
         """Whether a batch with adapters runs now."""
-        return self.batch.table is not None
+        return self.batch.alone or self.batch.table is not None
 
     def follow_weight(self, module: nn.Module) -> None:
         """See [`Delta.follow_weight`]."""
@@ -92,6 +126,8 @@ class BankDelta(nn.Module):
         self, x: torch.Tensor, output: torch.Tensor, linear: nn.Linear | None = None, shards: Shards | None = None
     ) -> torch.Tensor:
         """See [`Delta.forward`]. Each row of the batch has the update of its own adapter."""
+        if self.batch.alone:
+            return self.delta(x, output, linear, shards)
         table = self.batch.on(output.device)
         check_rows(x, len(table), self.batch.size, self.delta.site_name)
         return self.delta(x, output, linear, shards, self._own(table))
@@ -100,11 +136,8 @@ class BankDelta(nn.Module):
         """The tensors of the adapter of each row, as views of the table. They are made once for all steps."""
         known, own = self._views
         if known is not table:
-            own = {
-                name: table.narrow(1, start, math.prod(shape)).view(len(table), *shape)
-                for name, (start, shape) in self.places.items()
-            }
-            if not torch.compiler.is_compiling():
+            own = self.batch.views(table.device, self.places)
+            if not torch.compiler.is_compiling() and not table.requires_grad:
                 self._views = table, own
         return own
 

@@ -298,6 +298,14 @@ def size_on_disk(folder: str | PathLike) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def adapters_in(folder: str | PathLike) -> dict[str, Path]:
+    """The folders of adapters in a folder, by name. Raises a `FileNotFoundError` if there are none."""
+    found = {path.parent.name: path.parent for path in sorted(Path(folder).glob(f"*/{TENSORS_FILE}"))}
+    if not found:
+        raise FileNotFoundError(f"{str(folder)!r} has no folder of an adapter, in which {TENSORS_FILE} would be.")
+    return found
+
+
 def read(folder: str | PathLike) -> SavedAdapter:
     """
     Read an adapter's config and check it, without a base. Its tensors are read later, and are of the same moment.

@@ -21,6 +21,7 @@ from transformers.trainer_utils import enable_full_determinism
 
 from .. import publishing, storage
 from ..adapter import SaraAdapter
+from ..adapter_files import AdapterFiles
 from ..arguments import SaraArguments
 from ..carrier import adapters_on, unwrap
 from ..contents import make_contiguous, reshard
@@ -28,7 +29,7 @@ from ..copies import own_names, watch_rows
 from ..files import write_file
 from ..linears import is_offloaded
 from ..parts import Part, TokenPart
-from ..planning import Plan
+from ..planning import AdapterSpec, Plan
 from .reference import reference_for
 from .resuming import output_dir_of
 from .searching import SearchMixin
@@ -81,6 +82,11 @@ class AdapterTrainerMixin(SearchMixin):
         """The adapter that is trained, also `model.sara_adapter` during the training."""
         return self.choose_adapter(self.accelerator.unwrap_model(self.model))
 
+    @property
+    def _sara_base(self) -> Any:
+        """The model that carries what is trained."""
+        return unwrap(self.accelerator.unwrap_model(self.model))
+
     def choose_adapter(self, model: Any) -> SaraAdapter:
         """The adapter of a model that this trainer trains."""
         adapter = SaraAdapter.of(unwrap(model), self._sara_adapter_name)
@@ -112,14 +118,20 @@ class AdapterTrainerMixin(SearchMixin):
     def train(self, *args, **kwargs):
         """Train the adapter as Trainer trains a model. The model's other adapters do not train meanwhile."""
         if self.model is not None:
-            self.sara_adapter.train_alone()
+            self._train_alone()
         try:
             result = super().train(*args, **kwargs)
         finally:
             if self.model is not None:
-                self.sara_adapter.mirror_rows()
+                self._after_training()
         self._rest()
         return result
+
+    def _train_alone(self) -> None:
+        self.sara_adapter.train_alone()
+
+    def _after_training(self) -> None:
+        self.sara_adapter.mirror_rows()
 
     def _rest(self) -> None:
         """Let the updates that never took part add nothing. Until the end they can learn from their start."""
@@ -147,6 +159,10 @@ class AdapterTrainerMixin(SearchMixin):
 
     def _on_train_begin(self) -> None:
         super()._on_train_begin()
+        self._check_before_training()
+
+    def _check_before_training(self) -> None:
+        """Raise an error if nothing would train, or more than what is saved."""
         adapter = self.sara_adapter
         if not any(delta.enabled for _, delta in adapter.deltas()):
             raise ValueError(
@@ -157,7 +173,7 @@ class AdapterTrainerMixin(SearchMixin):
     def training_step(self, model, inputs, *args, **kwargs):
         if self._sara_learned:
             return super().training_step(model, inputs, *args, **kwargs)
-        with watch_rows(self.sara_adapter.model):
+        with watch_rows(self._sara_base):
             return super().training_step(model, inputs, *args, **kwargs)
 
     # ---- model_init ----
@@ -200,12 +216,24 @@ class AdapterTrainerMixin(SearchMixin):
         adapter = self.sara_adapter
         untrained = adapter.untrained_sites(contents[0], by_use=self.is_deepspeed_enabled)
         storage.write(output_dir, adapter.manifest(untrained), *contents)
+        self._write_beside(output_dir)
+
+    def _saved_adapters(self, folder: str) -> list[tuple[str, AdapterFiles]]:
+        """What is saved to a folder: each adapter with the folder of its own files."""
+        return [(folder, self.sara_adapter)]
+
+    def _sara_spec(self) -> AdapterSpec:
+        """The definition of what is trained."""
+        return self.sara_adapter.spec
+
+    def _write_beside(self, output_dir: str) -> None:
+        """Write what a folder has besides the adapter."""
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         published = publishing.published_arguments(self.args, self._sara_published)
         write_file(Path(output_dir, publishing.TRAINING_ARGS_FILE), published.to_json().encode())
         self._sara_saved = (os.path.abspath(output_dir), self.state.global_step)
-        logger.info("Saved the adapter to %s", output_dir)
+        logger.info("Saved to %s", output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -238,23 +266,13 @@ class AdapterTrainerMixin(SearchMixin):
     def _load_tensors(self, folder: str, what: str) -> None:
         """Load a checkpoint's tensors into the adapter. Raise an error if its method, sites or ranks differ."""
         adapter = self.sara_adapter
-        try:
-            saved = storage.read(folder)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"The {what} {folder!r} cannot be loaded: {error}") from error
-        differences = _differences(saved, adapter)
-        if differences:
-            raise ValueError(
-                f"The {what} {folder!r} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
-                "Use the SaraArguments of its training, or another output_dir."
-            )
-        tensors = saved.tensors
+        saved = read_like(adapter.spec, folder, f"The {what} {folder!r}")
         config: Any = getattr(adapter.model, "config", None)
         if getattr(config, "problem_type", "none") is None:
             # A classifier finds it out in its first forward, and a finished run that is resumed has none.
             config.problem_type = saved.base.problem_type
         with gathered(self, list(adapter.tensors().values()), rank=0):
-            adapter.load_state_dict(tensors, saved.untrained)
+            adapter.load_state_dict(saved.tensors, saved.untrained)
 
     def _prepare_for_training(self, *args, **kwargs):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -268,7 +286,7 @@ class AdapterTrainerMixin(SearchMixin):
             engine, path, load_module_strict=False
         )
         try:
-            with own_names(self.sara_adapter.model):
+            with own_names(self._sara_base):
                 return super()._prepare_for_training(*args, **kwargs)
         finally:
             transformers_trainer.deepspeed_load_checkpoint = load
@@ -283,25 +301,40 @@ def gathered(trainer: Any, tensors: Sequence[torch.Tensor], rank: int | None = N
     return deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=rank)
 
 
-def _differences(saved: storage.SavedAdapter, adapter: SaraAdapter) -> list[str]:
-    """What tells a saved adapter from the attached one, so that its tensors would not fit."""
-    differences = [
+def read_like(adapter: AdapterSpec, folder: str | os.PathLike, what: str) -> storage.SavedAdapter:
+    """Read an adapter of the same method, sites and ranks, or raise an error that calls it `what`."""
+    try:
+        saved = storage.read(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} cannot be loaded: {error}") from error
+    differences = _differences(saved, adapter)
+    if differences:
+        raise ValueError(
+            f"{what} belongs to another adapter. It differs in {'; '.join(differences[:5])}. "
+            "Use the SaraArguments of its training, or another output_dir."
+        )
+    return saved
+
+
+def _differences(saved: storage.SavedAdapter, adapter: AdapterSpec) -> list[str]:
+    """What tells a saved adapter from the one here, so that its tensors would not fit."""
+    found = [
         f"{name}: {getattr(saved.args, name)!r} there, {getattr(adapter.args, name)!r} here"
         for name in ("method", "num_heads", "singular_values", "v_position")
         if getattr(saved.args, name) != getattr(adapter.args, name)
     ]
     there, here = ({site.name: site.k for site in sites} for sites in (saved.sites, adapter.sites))
-    differences += [
+    found += [
         f"{name}: k={there.get(name)} there, k={here.get(name)} here"
         for name in {**there, **here}
         if there.get(name) != here.get(name)
     ]
     if saved.parts != adapter.parts:
         parts = [[_described(part) for part in parts] for parts in (saved.parts, adapter.parts)]
-        differences.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
-    if not differences and saved.trained_shapes() != adapter.spec.trained_shapes():
-        differences = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
-    return differences
+        found.append(f"the parts that are trained beside the updates: {parts[0]} there, {parts[1]} here")
+    if not found and saved.trained_shapes() != adapter.trained_shapes():
+        found = [f"the shapes of its tensors: {saved.args} there, {adapter.args} here"]
+    return found
 
 
 def _described(part: Part) -> str:

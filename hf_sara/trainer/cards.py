@@ -16,13 +16,13 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from .. import hub, storage
-from ..adapter import SaraAdapter
 from ..card_text import listed
 from ..checkpoints import RUNNING_LOSS_FILE
 from ..model_card import Sample, Training, pipeline_of
+from ..planning import AdapterSpec
 from ..publishing import Published, published_arguments
 from ..tensor_files import tensors_digest
-from .adapter_trainer import AdapterTrainerMixin
+from .bank_trainer import BankTrainerMixin
 from .hooks import say_if_untested
 from .resuming import output_dir_of
 
@@ -71,7 +71,7 @@ def non_default(args: TrainingArguments, chosen: Sequence[str] = ()) -> Publishe
     return Published(shown, len(left_out))
 
 
-class SaraTrainerMixin(AdapterTrainerMixin):
+class SaraTrainerMixin(BankTrainerMixin):
     """
     A mixin that makes any [`~transformers.Trainer`] train, save, resume, load and share SARA adapters: `class
     MyTrainer(SaraTrainerMixin, SFTTrainer): pass`. Everything else, arguments included, is the Trainer's own.
@@ -84,6 +84,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         adapter_name (`str`, *optional*):
             The adapter to train, for a model that carries several, or the name of a new one. The tensors of the others
             do not train.
+        bank ([`AdapterBank`], *optional*):
+            The bank of the model whose adapters are trained, all at once, in the place of one adapter. Each row of the
+            data has the name of its adapter in the column `adapter_name`, trains this one alone, and counts for it as
+            in a training of its own. Each adapter is saved in a folder of its name.
         plan ([`Plan`], `str` or `os.PathLike`, *optional*):
             What [`plan`] found for the model, or the file that [`save_plan`] wrote. A new adapter takes its ranks, and
             none is computed. `sara_args` are the plan's if they are left out, and must not ask for other ranks.
@@ -117,7 +121,7 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         if not self._sara_has_said and self.is_world_process_zero():
             self._sara_has_said = True
             say_if_untested()
-            _advise(self.sara_adapter, self.optimizer, self.args.learning_rate, self.state.max_steps)
+            _advise(self._sara_spec(), self.optimizer, self.args.learning_rate, self.state.max_steps)
         with_state = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if self.args.push_to_hub and with_state and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -149,6 +153,8 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         Save the adapter and its card to `args.output_dir` and push them, and only them, in one commit. The arguments
         are Trainer's; `kwargs` go to [`~SaraTrainerMixin.create_model_card`].
         """
+        if self.bank is not None:
+            raise ValueError("Push each adapter of the bank: trainer.bank[name].push_to_hub(repo_id).")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -267,7 +273,10 @@ class SaraTrainerMixin(AdapterTrainerMixin):
             # One process alone cannot gather the tensors to compare.
             return False
         try:
-            return storage.read(folder).tensors_sha256 == tensors_digest(self.sara_adapter.state_dict())
+            return all(
+                storage.read(path).tensors_sha256 == tensors_digest(adapter.state_dict())
+                for path, adapter in self._saved_adapters(folder)
+            )
         except (OSError, ValueError):
             return False
 
@@ -277,56 +286,57 @@ class SaraTrainerMixin(AdapterTrainerMixin):
         names, ids, tasks = facts.pop("names", []), facts.pop("ids", []), facts.pop("tasks", None)
         settings = non_default(self.args, self._sara_published)
         on_hub = self.args.push_to_hub or self.hub_model_id or self.args.hub_model_id
-        facts.setdefault("results", self._last_evaluation(ids, names, tasks))
+        evaluation = _last_evaluation(self.state.log_history, self._sara_base, ids, names, tasks)
+        facts.setdefault("results", evaluation)
         facts.setdefault("title", self._hub_repo_id().rsplit("/", 1)[-1] if on_hub else Path(folder).absolute().name)
-        self.sara_adapter.write_card(
-            folder,
+        training = Training(
+            hyperparameters=settings.values,
+            left_out=settings.left_out,
+            log=self.state.log_history,
+            seconds=self.training_seconds,
+            datasets=ids or names,
+            others=0 if self.bank is None else len(self.bank.names) - 1,
+        )
+        for path, adapter in self._saved_adapters(folder):
+            own = facts if path == folder else {**facts, "title": Path(path).name}
             # Without a repository, the snippet does not say where the folder lies, which is nobody else's business.
-            repo_id=self._hub_repo_id() if on_hub else None,
-            training=Training(
-                hyperparameters=settings.values,
-                left_out=settings.left_out,
-                log=self.state.log_history,
-                seconds=self.training_seconds,
-                datasets=ids or names,
-            ),
-            **facts,
+            adapter.write_card(path, repo_id=self._hub_repo_id() if on_hub else None, training=training, **own)
+
+
+def _last_evaluation(
+    log: Sequence[dict[str, Any]], model: Any, ids: list[str], names: list[str], tasks: str | list[str] | None
+) -> list[EvalResult]:
+    """The metrics of the last evaluation, if ids or names say on which data they were measured."""
+    entry: dict[str, float] = next((entry for entry in reversed(log) if "eval_loss" in entry), {})
+    values = {
+        key.removeprefix("eval_"): value
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
+    }
+    if not ids and not names:
+        return []
+    dataset = (ids or names)[0]
+    task = next(iter(listed(tasks)), None) or pipeline_of(type(model).__name__) or "other"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=(names or ids)[0],
+            metric_type=metric,
+            metric_value=value,
         )
-
-    def _last_evaluation(self, ids: list[str], names: list[str], tasks: str | list[str] | None) -> list[EvalResult]:
-        """The metrics of the last evaluation, if ids or names say on which data they were measured."""
-        entry: dict[str, float] = next(
-            (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
-        )
-        values = {
-            key.removeprefix("eval_"): value
-            for key, value in entry.items()
-            if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
-        }
-        if not ids and not names:
-            return []
-        dataset = (ids or names)[0]
-        task = next(iter(listed(tasks)), None) or pipeline_of(type(self.sara_adapter.model).__name__) or "other"
-        return [
-            EvalResult(
-                task_type=task,
-                dataset_type=dataset,
-                dataset_name=(names or ids)[0],
-                metric_type=metric,
-                metric_value=value,
-            )
-            for metric, value in values.items()
-        ]
+        for metric, value in values.items()
+    ]
 
 
-def _advise(adapter: SaraAdapter, optimizer: Any, default_rate: float, steps: int) -> None:
+def _advise(spec: AdapterSpec, optimizer: Any, default_rate: float, steps: int) -> None:
     """Say before a training what would otherwise cost a person a whole run to find out."""
-    method = adapter.args.resolved_method()
+    method = spec.method
     groups = getattr(optimizer, "param_groups", ())
     rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=default_rate)
     short, long = method.learning_rates
     # A head that trains with the adapter bears no rate as large as that of a short run.
-    is_short = steps <= SHORT_RUN and not adapter.parts
+    is_short = steps <= SHORT_RUN and not spec.parts
     # An optimizer that finds its own rate has 0 here.
     if 0.0 < rate < (short / 8 if is_short else long / 2):
         logger.warning(
@@ -334,10 +344,8 @@ def _advise(adapter: SaraAdapter, optimizer: Any, default_rate: float, steps: in
             "models. Try %g for up to a few hundred steps, and %g for thousands.",
             *(method.title, steps, rate, short, long),
         )
-    if adapter.spec.limit is not None:
-        logger.warning(
-            "This adapter can be neither merged nor exported, also after its training. %s", adapter.spec.limit
-        )
+    if spec.limit is not None:
+        logger.warning("This adapter can be neither merged nor exported, also after its training. %s", spec.limit)
 
 
 def _warn_of_failure(job: Future) -> None:

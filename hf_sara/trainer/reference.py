@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from ..adapter import SaraAdapter
 from ..carrier import unwrap
-from ..contents import held_ids, make_contiguous
+from ..contents import make_contiguous
 from ..copies import TokenRows
+from ..freezing import held_ids
 from ..spread import is_partitioned
 
 # TRL's functions that make a reference in trainers whose constructors do not take one: the first loads it by the name
@@ -85,13 +86,16 @@ def reference_for(trainer: Any, model: Any, args: Any, kwargs: dict[str, Any]) -
     if given is not None or not isinstance(policy, PreTrainedModel):
         yield
         return
-    adapter = trainer.choose_adapter(policy)
-    was_trained = not adapter.is_untrained()
     makers = (LOADER, COPIER) if hasattr(args, "sync_ref_model") else (COPIER,)
     # The module of a class that `exec` has made may be none.
     modules = {sys.modules.get(kind.__module__) for kind in type(trainer).__mro__}
     replaced = [(module, name) for module in modules for name in makers if hasattr(module, name)]
     takes, reference = _takes_reference(trainer), None
+    if trainer.bank is not None and not takes and not replaced:
+        yield
+        return
+    adapter = trainer.choose_adapter(policy)
+    was_trained = not adapter.is_untrained()
     if takes or replaced:
         spread = getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "fsdp", None)
         # `accelerate launch` says so in the environment.

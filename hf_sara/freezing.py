@@ -1,0 +1,75 @@
+"""What of a model trains: which parameters an adapter or a bank holds, and which are frozen meanwhile."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .carrier import adapters_on, banks_on
+from .dequantizing import FULL_DTYPES
+from .patterns import is_of_update
+
+
+def refuse_others(model: nn.Module, whose: str, whole: nn.Module | None = None) -> None:
+    """See [`SaraAdapter.refuse_others`]."""
+    whole = model if whole is None else whole
+    held = held_ids(model)
+    lost = {n: p for n, p in whole.named_parameters() if p.requires_grad and id(p) not in held}
+    if lost:
+        names = list(lost)
+        inside = {id(parameter) for parameter in model.parameters()}.issuperset(map(id, lost.values()))
+        raise ValueError(
+            f"These parameters train, and {whose} does not hold them, so they would be lost: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. "
+            + ("Name their modules in modules_to_save, or freeze them" if inside else "Freeze them")
+            + ": parameter.requires_grad_(False)."
+        )
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """The names of the parameters of the base that train."""
+    held = held_ids(model)
+    return [n for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held]
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters train no more."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the base. A copy that is trained in its place may have a wider one."""
+    held = held_ids(model)
+    base = ((n, p) for n, p in model.named_parameters() if p.dtype in FULL_DTYPES and id(p) not in held)
+    return next((parameter.dtype for name, parameter in base if not is_of_update(name)), torch.float32)
+
+
+def held_ids(model: nn.Module) -> set[int]:
+    """The ids of the tensors that the adapters and the banks of a model train."""
+    holders = [*adapters_on(model).values(), *banks_on(model)]
+    return {id(tensor) for holder in holders for tensor in holder.trained().values()}
+
+
+def thaw(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters train again."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+
+
+def let_train(holder: Any, trains: bool) -> None:
+    """Let the tensors of an adapter, or of a bank, train or not."""
+    for tensor in holder.trained().values():
+        tensor.requires_grad_(trains)
+
+
+def let_others_rest(model: nn.Module, chosen: Any) -> None:
+    """Let the tensors of all adapters and banks of a model rest, apart from the chosen one."""
+    for adapter in adapters_on(model).values():
+        if adapter is not chosen:
+            let_train(adapter, False)
+            adapter._resting = True
+    for bank in banks_on(model):
+        if bank is not chosen:
+            let_train(bank, False)
