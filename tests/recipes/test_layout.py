@@ -42,7 +42,7 @@ def test_the_imports_of_the_harness_have_no_circle():
 @pytest.mark.slow
 def test_help_imports_no_library_of_the_data_or_the_scores():
     slow = ("datasets", "evaluate", "sacrebleu", "matplotlib", "pyarrow", "hf_sara.trainer", "harness.run")
-    names = ("run_e2e", "run_math", "run_commonsense", "run_paper", "run_sft", "run_classification")
+    names = ("run_e2e", "run_math", "run_commonsense", "run_paper", "run_sft", "run_classification", "run_many")
     # One process for all of them, since each would import transformers anew.
     code = (
         f"import runpy, sys\nsys.path.insert(0, {str(RECIPES)!r})\n"
