@@ -1,9 +1,12 @@
 """Batches whose rows have different adapters: each row is what the adapter alone computes."""
 
 import copy
+import logging
 import pickle
 import threading
+import time
 
+import hub_client
 import pytest
 import torch
 import transformers
@@ -13,6 +16,7 @@ from training import make_idle
 from hf_sara import AdapterBank, AdapterError, SaraAdapter, adapter_rows, storage
 from hf_sara.row_names import BASE
 
+server = hub_client.server
 NAMES = ("one", "two", "three")
 ROWS = ["two", BASE, "one", "three", "two"]
 LIMITS = {"rtol": 1e-5, "atol": 1e-5}
@@ -396,3 +400,41 @@ def test_linears_without_the_rows_of_the_batch_are_refused(tmp_path):
         with pytest.raises(RuntimeError, match="one after the other"):
             linear(torch.randn(4, 2, 24))
         linear(torch.randn(2, 24)), linear(torch.randn(6, 24)), linear(torch.randn(2, 5, 24))
+
+
+# ---- the Hub ----
+
+
+def hub_files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_adapters_from_the_hub(server, method, tmp_path):
+    folders = save_adapters(tmp_path, method=method)
+    for name in ("one", "two"):
+        server.add_repo(f"alice/{name}", files=hub_files(folders[name]))
+    model = make_model()
+    bank = AdapterBank.load(model, {"first": "alice/one", "second": "alice/two", "third": folders["three"]})
+    bank["second"].push_to_hub("alice/again")
+    bank.add("fourth", "alice/again")
+    for name, folder in {"first": "one", "second": "two", "third": "three", "fourth": "two"}.items():
+        assert same_bits(bank.state(name), SaraAdapter.load(make_model(), folders[folder]).state_dict())
+    with pytest.raises(FileNotFoundError, match="alice/none"):
+        bank.add("fifth", "alice/none")
+    assert bank.names == ["first", "second", "third", "fourth"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_thousand_adapters_from_the_hub(server, method, tmp_path):
+    names = [f"adapter-{index}" for index in range(1000)]
+    bank = AdapterBank.attach(make_model(), sara_arguments(method, modules_to_save=[]), names)
+    folder = tmp_path / "adapter"
+    for name in names:
+        bank[name].save_pretrained(folder)
+        server.add_repo(f"alice/{name}", files=hub_files(folder))
+    start = time.perf_counter()
+    loaded = AdapterBank.load(make_model(), {name: f"alice/{name}" for name in names})
+    logging.getLogger(__name__).warning("1,000 adapters over HTTP: %.1f s", time.perf_counter() - start)
+    assert loaded.names == names
+    assert all(same_bits(loaded.state(name), bank.state(name)) for name in names)

@@ -8,7 +8,7 @@ import torch
 from conftest import attach_trained, base_state, logits, make_inputs, make_model, same_bits, sara_arguments
 from torch import nn
 from torch.nn import functional as F
-from training import make_trainer
+from training import dataset, make_trainer, training_arguments
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitnet import BitLinear
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
@@ -17,7 +17,17 @@ from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linea
 from transformers.integrations.gemma_quant import QuantizedLinear
 from transformers.integrations.metal_quantization import MetalLinear
 
-from hf_sara import AdapterError, SaraAdapter, SaraArguments, export_lora, from_hub, merge, plan
+from hf_sara import (
+    AdapterBank,
+    AdapterError,
+    SaraAdapter,
+    SaraArguments,
+    SaraTrainer,
+    export_lora,
+    from_hub,
+    merge,
+    plan,
+)
 from hf_sara.linears import is_quantized
 
 KINDS = {
@@ -94,6 +104,31 @@ def test_an_adapter_on_bitsandbytes_trains_and_comes_back(quantized, method, tmp
     assert not torch.allclose(after, base, atol=1e-2)
     adapter.detach()
     assert torch.equal(logits(model), base)
+
+
+def test_a_bank_on_bitsandbytes_trains_and_serves(quantized, method, tmp_path):
+    names = ["one", "two"]
+    bank = AdapterBank.attach(quantized(), sara_arguments(method, modules_to_save=[]), names)
+    data = dataset().add_column("adapter_name", names * 12)
+    args = training_arguments(tmp_path, learning_rate=0.5, per_device_train_batch_size=4)
+    trainer = SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data)
+    start = bank.state("one")
+    trainer.train()
+    trainer.save_model()
+    assert not same_bits(start, bank.state("one"))
+    ids = torch.tensor(data["input_ids"][:2])
+    served = quantized()
+    AdapterBank.load(served, tmp_path)
+    with torch.no_grad():
+        found = served(ids, adapter_names=names).logits
+        for row, name in enumerate(names):
+            alone = quantized()
+            SaraAdapter.load(alone, tmp_path / name)
+            expected = alone(ids).logits[row]
+            # With eight bits, the other rows of a batch decide which columns are computed more exactly.
+            limit = 0.15 if getattr(served, "is_loaded_in_8bit", False) else 1e-4
+            assert float((found[row] - expected).abs().max()) < limit
+            assert float((found[row] - quantized()(ids).logits[row]).abs().max()) > 2 * limit
 
 
 def test_the_gradients_on_bitsandbytes_are_those_of_the_dequantized_weights(quantized, folder):
