@@ -14,6 +14,7 @@ from .arguments import SaraArguments
 from .carrier import banks_on, set_banks
 from .contents import insert_delta, remove_delta
 from .factors import Factors
+from .frozen_buffers import hold_packing
 from .kinds import refuse_sites
 from .linears import compute_device, compute_dtype
 from .methods import Delta
@@ -64,6 +65,7 @@ class BankTable:
         self._table = torch.zeros(1 + capacity, width, dtype=dtype)
         set_banks(model, [*banks_on(model), self])
         let_take_names(model)
+        hold_packing(model)
 
     def _make_locks(self) -> None:
         # One is held while the table changes, and the other one while a batch runs.

@@ -18,7 +18,7 @@ from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
 from .factors import Factors
 from .freezing import freeze, let_others_rest, let_train, refuse_others, thaw, trainable
-from .frozen_buffers import hold_buffers
+from .frozen_buffers import hold_buffers, hold_packing
 from .input_gradients import hold_input_gradients
 from .linears import refuse_outer_hooks, take_back
 from .methods import Delta
@@ -310,6 +310,7 @@ def factors_of(spec: AdapterSpec, deltas: Iterable[tuple[PlannedSite, Delta]]) -
 def hold_base(model: nn.Module) -> None:
     """Let a frozen base keep its buffers, and pass gradients on, after its adapters have changed."""
     hold_buffers(model)
+    hold_packing(model)
     hold_input_gradients(model)
 
 

@@ -40,6 +40,16 @@ def hold_buffers(model: nn.Module) -> None:
             _hold_others(module, held and (hooked or _knows_training(cast(Any, type(module)))))
 
 
+def hold_packing(model: nn.Module) -> None:
+    """
+    Let an evaluation leave 4-bit weights of bitsandbytes as they are. On some CPUs it would pack them anew, which
+    rounds their scales, and from then on they pass no gradient on, without a word.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
 def _hold_norm(module: Any, held: bool) -> None:
     if held and "train" not in vars(module):
         module.sara_mode = module.training

@@ -28,6 +28,7 @@ from hf_sara import (
     merge,
     plan,
 )
+from hf_sara.frozen_buffers import hold_packing
 from hf_sara.linears import is_quantized
 
 KINDS = {
@@ -87,7 +88,6 @@ def ranks(model) -> list[int]:
 
 
 def test_an_adapter_on_bitsandbytes_trains_and_comes_back(quantized, method, tmp_path):
-    # On some CPUs an evaluation packs the weights anew, so it comes last.
     model = quantized()
     adapter = attach_trained(model, method)
     assert all(is_quantized(site.linear(model)) for site in adapter.sites)
@@ -177,7 +177,10 @@ def test_peft_loads_the_export_on_the_same_quantized_base(quantized, tmp_path):
     peft = pytest.importorskip("peft")
     model = quantized()
     export_lora(attach_trained(model), tmp_path)
-    found = logits(peft.PeftModel.from_pretrained(quantized(), tmp_path))
+    loaded = peft.PeftModel.from_pretrained(quantized(), tmp_path)
+    # Ours is not packed for evaluations, so PEFT's must not be either.
+    hold_packing(loaded)
+    found = logits(loaded)
     torch.testing.assert_close(found, logits(model), atol=1e-4, rtol=1e-4)
 
 
@@ -188,6 +191,21 @@ def test_rows_of_a_quantized_output_embedding_are_refused(folder):
     assert is_quantized(model.lm_head)
     with pytest.raises(ValueError, match="the weight of lm_head, a Linear4bit, is quantized"):
         SaraAdapter.attach(model, sara_arguments(trainable_token_indices=[3]))
+
+
+def test_an_evaluation_before_a_training_takes_no_gradient_away(quantized, method, tmp_path):
+    # On some CPUs it would pack the weights anew, and then no gradient would pass through them.
+    values = {"learning_rate": 0.2, "eval_strategy": "steps", "eval_steps": 2}
+    states = []
+    for evaluates in (False, True):
+        trainer = make_trainer(tmp_path / str(evaluates), method, model=quantized(), dropout=0.0, **values)
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        states.append(trainer.sara_adapter.state_dict())
+    assert same_bits(*states)
+    sites = trainer.sara_adapter.sites
+    assert all(float(states[0][f"{s.name}.{'v' if method == 'mo_sara' else 'S'}"].abs().max()) > 0.1 for s in sites)
 
 
 def test_a_weight_that_an_evaluation_has_packed_anew_is_refused(folder):
