@@ -65,8 +65,8 @@ def main() -> None:
     ids = torch.randint(3, 8192, (options.adapters * options.steps, options.length))
     labels = ids.clone()
     for row, part in enumerate(torch.randint(2, options.length, (len(ids),)).tolist()):
-        # Rows have different numbers of labels.
-        labels[row, part:] = -100
+        # Rows have prompts of different lengths, of which the loss counts nothing.
+        labels[row, :part] = -100
     data = Dataset.from_dict(
         {"input_ids": ids.tolist(), "labels": labels.tolist(), "adapter_name": names * options.steps}
     )

@@ -354,13 +354,16 @@ class BaseWeights:
 
 
 def open_model(
-    model: nn.Module | str | os.PathLike, revision: str | None = None, token: str | None = None
+    model: nn.Module | str | os.PathLike,
+    revision: str | None = None,
+    token: str | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[nn.Module, Weights]:
     """
     A model, and the weights of its sites. A folder or a Hub id gives the modules without values, and each weight is
-    read when it is asked for, see [`BaseWeights`].
+    read when it is asked for, see [`BaseWeights`]. See [`~hf_sara.plan`] for the device.
     """
     if isinstance(model, nn.Module):
-        return model, Weights.of(model)
+        return model, Weights.of(model, device)
     files = BaseWeights(os.fspath(model), revision=revision, token=token)
-    return files.model, Weights(files.weight)
+    return files.model, Weights(files.weight, device=device)

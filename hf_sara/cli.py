@@ -6,7 +6,6 @@ Modules that take long to import are imported inside of the commands, so that `-
 import json
 import os
 import re
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .cli_options import listed, token_ids
 
 # The longest text of a model whose configuration names no limit.
 MOST_TOKENS = 32_768
@@ -141,6 +141,8 @@ def plan(
     plot: Annotated[Optional[Path], typer.Option(help="Image file for a figure of the ranks.")] = None,  # noqa: UP045
     save: Annotated[Optional[Path], typer.Option(help="JSON file for the plan, from which trainings take it.")] = None,  # noqa: UP045
     summary: Summary = False,
+    peft: Annotated[bool, typer.Option("--peft", help="Print the ranks as JSON for PEFT's LoraConfig.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: a GPU, if one is there.")] = None,  # noqa: UP045
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -154,13 +156,14 @@ def plan(
         threshold=threshold,
         parameter_budget=budget,
         num_heads=num_heads,
-        target_modules=_listed(target_modules),
-        exclude_modules=_listed(exclude_modules),
+        target_modules=listed(target_modules),
+        exclude_modules=listed(exclude_modules),
         layers=layers,
-        modules_to_save=_listed(modules_to_save),
-        trainable_token_indices=_token_ids(trainable_token_indices),
+        modules_to_save=listed(modules_to_save),
+        trainable_token_indices=token_ids(trainable_token_indices),
     )
-    found = plan_adapter(model, args, revision=revision)
+    found = plan_adapter(model, args, revision=revision, device=device)
+    ranks = found.rank_pattern() if peft else {}
     if plot is not None:
         found.plot(plot)
     if save is not None:
@@ -168,6 +171,10 @@ def plan(
     for written in filter(None, (plot, save)):
         # Scripts read the other stream.
         typer.echo(f"Wrote {written}", err=True)
+    if peft:
+        # With lora_alpha equal to the rank, every module has the same scale.
+        _print_json({"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": ranks})
+        return
     if not as_json:
         for line in [str(found)] if summary else found.table().splitlines():
             _say(line)
@@ -181,28 +188,6 @@ def plan(
         "limit": found.limit,
     }
     _print_json(facts if summary else {**facts, "sites": sites, "parts": _parts(found)})
-
-
-def _listed(values: list[str] | None) -> list[str] | None:
-    """The values of an option that may be repeated, and of which each may be several names with commas."""
-    from .patterns import PLAIN_NAME
-
-    found: list[str] = []
-    for value in values or ():
-        names = [name.strip() for name in value.split(",")]
-        # A regular expression may have a comma of its own.
-        found += names if all(map(PLAIN_NAME.fullmatch, names)) else [value]
-    return found or None
-
-
-def _token_ids(values: list[str] | None) -> list[int] | None:
-    try:
-        return [int(token) for value in values or () for token in value.split(",")] or None
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{reprlib.repr(values)} has to be ids of tokens, which are whole numbers, with commas: 5,17.",
-            param_hint="--trainable-token-indices",
-        ) from error
 
 
 def _site(site: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from ._lapack import leading_eigenpairs
 from .cache import read_entry, write_entry
+from .devices import computed
 from .spectrum import (
     Spectrum,
     check_threshold,
@@ -120,7 +121,7 @@ def _factorise(
     # `choose` sets those of these two that are not given.
     count, fixed_together = k or 0, list(clusters or ())
 
-    def choose(squares: np.ndarray) -> int:
+    def choose(squares: np.ndarray, matrix: torch.Tensor) -> int:
         """The number of vectors to compute: k, or more if the last cluster reaches beyond k."""
         nonlocal count, fixed_together
         eigenvalues = torch.from_numpy(squares).clamp_min(0.0)
@@ -128,7 +129,7 @@ def _factorise(
             spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, wide.shape, float(eigenvalues[0])))
             decided = spectrum.rank(threshold)
             if decided is None:
-                spectrum = exact_spectrum(tall)
+                spectrum = exact_spectrum(matrix)
                 decided = spectrum.count(threshold)
             save_spectrum(digest, spectrum)
             count = decided
@@ -136,8 +137,12 @@ def _factorise(
             fixed_together = _find_clusters(eigenvalues, count)
         return max([count, *(stop for _, stop in fixed_together)])
 
-    vectors = top_vectors(tall.double(), choose)
-    left, right = (side[:count].to(dtype) for side in _canonical(*vectors, fixed_together))
+    def canonical_vectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors = top_vectors(matrix.double(), lambda squares: choose(squares, matrix))
+        left, right = _canonical(*vectors, fixed_together)
+        return left[:count].to(dtype).cpu(), right[:count].to(dtype).cpu()
+
+    left, right = computed(canonical_vectors, tall)
     U, Vh = (right.t(), left) if transposed else (left.t(), right)
     return Factors(U.contiguous(), Vh.contiguous(), fixed_together)
 
@@ -153,16 +158,29 @@ def top_vectors(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tupl
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: left vectors (count, m) and right vectors (count, n), as rows.
     """
-    matrix = tall.numpy()
-    # numpy computes the product of a matrix with its own transpose with half the work.
-    squares, vectors = leading_eigenpairs(np.ascontiguousarray(matrix.T @ matrix), choose)
-    count = vectors.shape[0]
+    squares, right = (_eigenpairs_on_cpu if tall.device.type == "cpu" else _eigenpairs)(tall, choose)
+    count = right.shape[0]
     if squares[count - 1] < GRAM_FLOOR * squares[0]:
         left, _, right = torch.linalg.svd(tall, full_matrices=False)
         return left[:, :count].t(), right[:count]
     # The product is computed in float64, because dividing by a small singular value multiplies its error.
-    right = torch.from_numpy(vectors)
-    return (right @ tall.t()) / torch.from_numpy(np.sqrt(squares[:count]))[:, None], right
+    sigma = torch.from_numpy(np.sqrt(squares[:count])).to(tall.device)
+    return (right @ tall.t()) / sigma[:, None], right
+
+
+def _eigenpairs_on_cpu(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[np.ndarray, torch.Tensor]:
+    """All eigenvalues of the Gram matrix, and its leading eigenvectors as rows, by LAPACK's steps."""
+    matrix = tall.numpy()
+    # numpy computes the product of a matrix with its own transpose with half the work.
+    squares, vectors = leading_eigenpairs(np.ascontiguousarray(matrix.T @ matrix), choose)
+    return squares, torch.from_numpy(vectors)
+
+
+def _eigenpairs(tall: torch.Tensor, choose: Callable[[np.ndarray], int]) -> tuple[np.ndarray, torch.Tensor]:
+    """The same on any device. A GPU finds all eigenvectors in little more time than a part of them."""
+    ascending, vectors = torch.linalg.eigh(tall.t() @ tall)
+    squares = ascending.flip(0).cpu().numpy()
+    return squares, vectors[:, -choose(squares) :].flip(1).t()
 
 
 def _find_clusters(eigenvalues: torch.Tensor, k: int) -> list[tuple[int, int]]:
@@ -210,10 +228,11 @@ def _canonical(
     left: torch.Tensor, right: torch.Tensor, clusters: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring pairs of singular vectors, as rows, to canonical form: by a sign each, and by one rotation per cluster."""
-    signs = torch.where(right @ probe(right.shape[1], 1) < 0, -1.0, 1.0)
+    signs = torch.where(right @ probe(right.shape[1], 1).to(right.device) < 0, -1.0, 1.0)
     left, right = left * signs, right * signs
     for start, stop in clusters:
-        rotation = canonical_rotation(right[start:stop].t(), probe(right.shape[1], stop - start, salt=1)).t()
+        columns = probe(right.shape[1], stop - start, salt=1).to(right.device)
+        rotation = canonical_rotation(right[start:stop].t(), columns).t()
         left[start:stop], right[start:stop] = rotation @ left[start:stop], rotation @ right[start:stop]
     return left, right
 
@@ -263,8 +282,9 @@ def are_leading_vectors(factors: Factors, weight: torch.Tensor, spectrum: Spectr
     Whether factors are singular vectors of a weight, in order and in canonical form. Products with fixed vectors of
     +-1 decide this, at a small part of what the factors cost. With a spectrum, they have to be the leading ones.
     """
-    U, Vh, W = factors.U.double(), factors.Vh.double(), widened(weight).double()
-    r, other = probe(factors.k, 1, salt=5), probe(factors.k, 1, salt=6)
+    W = widened(weight).double()
+    U, Vh = factors.U.to(W.device).double(), factors.Vh.to(W.device).double()
+    r, other = (probe(factors.k, 1, salt=salt).to(W.device) for salt in (5, 6))
     sigma = U.t() @ (W @ (Vh.t() @ r)) / r
     largest = float(sigma.abs().max())
     tolerance = (1e-5 if factors.U.dtype == torch.float32 else 1e-9) * math.sqrt(factors.k)
@@ -277,7 +297,7 @@ def are_leading_vectors(factors: Factors, weight: torch.Tensor, spectrum: Spectr
         -sigma.min() / largest,
     ]
     if spectrum is not None:
-        errors.append((sigma[:, 0] - spectrum.values[: factors.k]).abs().max() / largest)
+        errors.append((sigma[:, 0].cpu() - spectrum.values[: factors.k]).abs().max() / largest)
     # Vectors whose values differ are no cluster, which would excuse their signs.
     squares = (sigma[:, 0] / largest).square()
     together = all(squares[start] - squares[start:stop].min() <= 1e-5 for start, stop in factors.clusters)

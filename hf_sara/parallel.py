@@ -12,7 +12,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def for_each(work: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
+def for_each(
+    work: Callable[[Item], Result], items: Sequence[Item], title: str, workers: int | None = None
+) -> list[Result]:
     """
     Run independent factorisations side by side, one thread each, with a progress bar. A second thread makes a single
     factorisation hardly faster, but two factorisations side by side take little longer than one.
@@ -21,12 +23,13 @@ def for_each(work: Callable[[Item], Result], items: Sequence[Item], title: str) 
         work (`Callable`): The function to call with each item. An error in it ends the run.
         items (`Sequence`): The items.
         title (`str`): Text of the progress bar.
+        workers (`int`, *optional*): How many run side by side. Defaults to the number of threads.
 
     Returns:
         `list`: The results, in the order of the items.
     """
     threads = torch.get_num_threads()
-    workers = max(1, min(threads, len(items)))
+    workers = max(1, min(workers or threads, len(items)))
     per_worker = max(1, threads // workers)
 
     def start() -> None:

@@ -1,4 +1,4 @@
-"""Ranks and parameter counts for a threshold, and the threshold for a budget of parameters."""
+"""Ranks and parameter counts for a threshold or a budget of parameters."""
 
 import logging
 import os
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .arguments import SaraArguments, allowed_parameters
+from .arguments import SaraArguments
 from .base_model import open_model
+from .budget import resolve_threshold
 from .errors import one_line
 from .figures import finish, new_figure
 from .linears import compute_dtype
@@ -20,7 +21,7 @@ from .parts import Part, find_parts
 from .parts import count as count_part
 from .patterns import is_of_update
 from .sites import PlannedSite, Site, sites_by_kind
-from .spectrum import Spectrum, check_weight, find_rank, find_spectrum, weight_digest
+from .spectrum import check_weight, find_rank, weight_digest
 from .spread import agreed, with_values_of_others
 from .targets import find_sites
 from .weights import Weights
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A threshold that is found for a budget is a multiple of 1 / STEPS, so that the search is one over whole numbers.
-STEPS = 10**9
 # A table for people is not wider than this, so that terminals do not break its lines.
 WIDEST_TABLE = 119
 LONGEST_NAME = 60
@@ -232,6 +231,23 @@ class Plan(AdapterSpec):
         """Trained parameters divided by base plus trained parameters, as in the paper's tables."""
         return self.trained_parameters / (self.base_parameters + self.trained_parameters)
 
+    def rank_pattern(self) -> dict[str, int]:
+        """
+        The ranks as PEFT's `LoraConfig` takes them, by the name of each module, so that a plain LoRA has the ranks of
+        SARA: `LoraConfig(target_modules=list(ranks), rank_pattern=ranks)`.
+
+        Raises:
+            `ValueError`: If a site is a part of a module, as q of a module for q, k and v, which LoRA adapts as a
+                whole.
+        """
+        part = next((site.name for site in self.sites if site.slice is not None), None)
+        if part is not None:
+            raise ValueError(
+                f"{part} is a part of its module, and PEFT's LoRA adapts a module as a whole, with one rank. Choose "
+                "other target_modules."
+            )
+        return {site.module: site.k for site in self.sites}
+
     def __str__(self) -> str:
         limit = "" if self.limit is None else "; it can be neither merged nor exported"
         if self.args.parameter_budget is not None and self.threshold >= 1.0:
@@ -244,6 +260,7 @@ def plan(
     args: SaraArguments,
     revision: str | None = None,
     token: str | None = None,
+    device: torch.device | str | None = None,
 ) -> Plan:
     """
     Plan an adapter without attaching it.
@@ -254,6 +271,8 @@ def plan(
         args ([`SaraArguments`]): The arguments to plan for. A `parameter_budget` decides the threshold.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         token (`str`, *optional*): Access token for private repositories.
+        device (`torch.device` or `str`, *optional*): Where to compute the singular values. Defaults to where a weight
+            lies, or to a GPU that is there for large weights on the CPU.
 
     Returns:
         [`Plan`]: Sites with ranks, the threshold in force, and counts.
@@ -264,8 +283,8 @@ def plan(
     """
     if isinstance(model, nn.Module):
         with with_values_of_others(model, f"plan {args}"):
-            return _plan(model, Weights.of(model), args)
-    return _plan(*open_model(model, revision, token), args)
+            return _plan(model, Weights.of(model, device), args)
+    return _plan(*open_model(model, revision, token, device), args)
 
 
 def _plan(base: nn.Module, weights: Weights, args: SaraArguments) -> Plan:
@@ -359,30 +378,6 @@ def _refuse_other_ranks(args: SaraArguments, plan: Plan) -> None:
         raise ValueError(f"The arguments ask for other ranks than the plan: {said}. Make a plan with them.")
 
 
-def resolve_threshold(
-    sites: Sequence[Site], parts: Sequence[Part], args: SaraArguments, base: int, weights: Weights
-) -> float:
-    """The threshold in force: the given one, the method's default, or the one that a budget of parameters gives."""
-    if args.parameter_budget is None:
-        return args.resolved_threshold()
-    beside = sum(map(count_part, parts))
-    allowed = allowed_parameters(args.parameter_budget, base)
-    if parts and beside >= allowed:
-        raise ValueError(
-            f"parameter_budget={args.parameter_budget!r} allows {allowed:,} trained parameters, and "
-            f"{', '.join(part.name for part in parts)} alone has {beside:,}. Raise it, or change modules_to_save and "
-            "trainable_token_indices."
-        )
-    found = solve_threshold(sites, args, allowed - beside, weights)
-    if found >= 1.0:
-        logger.warning(
-            "parameter_budget=%s limits nothing: even threshold 1, with all ranks full, needs fewer parameters. Full "
-            "ranks cost time, so give a smaller budget, or a threshold.",
-            args.parameter_budget,
-        )
-    return found
-
-
 def count_base(model: nn.Module) -> int:
     """Parameters of the base model, without any attached update."""
     own = {n: p for n, p in model.named_parameters() if not is_of_update(n)}
@@ -391,40 +386,3 @@ def count_base(model: nn.Module) -> int:
     counted = (p for n, p in own.items() if not (p.is_meta and tied.get(n) in own))
     # ZeRO stage 3 spreads a parameter over the processes and keeps its whole size as `ds_numel`.
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)
-
-
-def solve_threshold(sites: Sequence[Site], args: SaraArguments, budget: int, weights: Weights) -> float:
-    """The largest threshold (to 9 digits) whose updates have no more parameters than the budget."""
-    method = args.resolved_method()
-    least = sum(method.count(site.shape, 1) for site in sites)
-    if least > budget:
-        raise ValueError(
-            f"parameter_budget={args.parameter_budget!r} allows {budget:,} parameters of updates, but k = 1 at each "
-            f"of the {len(sites)} sites already has {least:,}. Raise it, or choose fewer target_modules or layers."
-        )
-    title = "Singular values"
-    spectra = weights.for_each(lambda site, weight: find_spectrum(weight, site.name), sites, title)
-
-    def cost(threshold: float) -> int:
-        counts = (spectrum.count(threshold) for spectrum in spectra)
-        return sum(method.count(site.shape, k) for site, k in zip(sites, counts, strict=True))
-
-    while True:
-        # This is a bisection over the multiples of 1 / STEPS, since the cost never falls when the threshold rises.
-        low, high = 1, STEPS + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cost(middle / STEPS) <= budget else (low, middle)
-        # Spectra have errors. One that leaves a rank in doubt, at `low` or at `high`, is replaced by a better one.
-        around = [step / STEPS for step in (low, high) if step <= STEPS]
-        doubtful = [i for i, found in enumerate(spectra) if any(found.rank(edge) is None for edge in around)]
-        if not doubtful:
-            return low / STEPS
-
-        def better(site: Site, weight: torch.Tensor, around: Sequence[float] = around) -> Spectrum:
-            return find_spectrum(weight, site.name, thresholds=around)
-
-        for index, spectrum in zip(
-            doubtful, weights.for_each(better, [sites[index] for index in doubtful], title), strict=True
-        ):
-            spectra[index] = spectrum

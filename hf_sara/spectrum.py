@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from .cache import read_entry, write_entry
+from .devices import computed, exact_in_float32, fast_in_float64, has_float64
 
 # Sums that differ by less than this share count as equal, because float64 sums of thousands of terms have errors of
 # about this size.
@@ -164,12 +165,13 @@ def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[S
     if result is not None:
         return result
     weight = widened(weight)
-    dtypes = (torch.float32, torch.float64) if min(weight.shape) >= FLOAT32_FROM else (torch.float64,)
+    in_float32 = min(weight.shape) >= FLOAT32_FROM and exact_in_float32(weight.device)
+    dtypes = (torch.float32, torch.float64) if in_float32 and not fast_in_float64(weight.device) else (torch.float64,)
     for compute in (
-        *(lambda dtype=dtype: _gram_spectrum(weight, dtype) for dtype in dtypes),
-        lambda: exact_spectrum(weight),
+        *(lambda matrix, dtype=dtype: _gram_spectrum(matrix, dtype) for dtype in dtypes),
+        exact_spectrum,
     ):
-        candidate = compute()
+        candidate = computed(compute, weight)
         if spectrum is not None and candidate.radius >= spectrum.radius > 0.0:
             continue
         result = use(candidate)
@@ -181,10 +183,11 @@ def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[S
 
 def widened(weight: torch.Tensor) -> torch.Tensor:
     """
-    The weight on the CPU in at least float32. If float32 could not hold its squares, it is divided by a power of two,
-    so that its largest value is about 1. This changes neither ranks nor singular vectors.
+    The weight in at least float32, on a device that has float64. If float32 could not hold its squares, it is divided
+    by a power of two, so that its largest value is about 1. This changes neither ranks nor singular vectors.
     """
-    wide = weight.detach().cpu().to(torch.promote_types(weight.dtype, torch.float32))
+    here = weight.detach() if has_float64(weight.device) else weight.detach().cpu()
+    wide = here.to(torch.promote_types(weight.dtype, torch.float32))
     largest = float(torch.stack(wide.aminmax()).abs().max())
     if 1e-10 < largest < 1e10:
         return wide
@@ -192,8 +195,8 @@ def widened(weight: torch.Tensor) -> torch.Tensor:
 
 
 def doubled(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float64: on its own device, or on the CPU if that is a GPU of Apple, which has no float64."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """The tensor in float64: on its own device, or on the CPU if that has no float64."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
 
 
 def _gram(matrix: torch.Tensor) -> torch.Tensor:
@@ -219,11 +222,11 @@ def error_bound(dtype: torch.dtype, shape: Sequence[int], largest: float) -> flo
 
 def _gram_spectrum(weight: torch.Tensor, dtype: torch.dtype) -> Spectrum:
     eigenvalues = torch.linalg.eigvalsh(_gram(weight.to(dtype))).double().flip(0).clamp_min(0.0)
-    return Spectrum(eigenvalues.sqrt(), error_bound(dtype, weight.shape, float(eigenvalues[0])))
+    return Spectrum(eigenvalues.sqrt().cpu(), error_bound(dtype, weight.shape, float(eigenvalues[0])))
 
 
 def exact_spectrum(weight: torch.Tensor) -> Spectrum:
-    return Spectrum(torch.linalg.svdvals(weight.double()))
+    return Spectrum(torch.linalg.svdvals(weight.double()).cpu())
 
 
 def load_spectrum(digest: str, weight: torch.Tensor) -> Spectrum | None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils.logging import tqdm
 
+from .devices import check_device, place_for
 from .parallel import for_each
 from .sites import AnySite, Site
 from .spread import works_together
@@ -24,16 +25,27 @@ class Weights:
         read (`Callable`): Returns the weight W of a site, of shape (d_in, d_out).
         together (`bool`, *optional*, defaults to `False`):
             Whether no process holds the weights whole, so that all processes have to read each of them together.
+        device (`torch.device` or `str`, *optional*): Where to work on them, see [`~hf_sara.devices.place_for`].
     """
 
-    def __init__(self, read: Callable[[Site], torch.Tensor], together: bool = False):
+    def __init__(
+        self,
+        read: Callable[[Site], torch.Tensor],
+        together: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        check_device(device)
         self._read = read
         self.together = together
+        self.device = device
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Weights":
+    def of(cls, model: nn.Module, device: torch.device | str | None = None) -> "Weights":
         """The weights of a model in memory."""
-        return cls(lambda site: site.weight(model), works_together(model))
+        return cls(lambda site: site.weight(model), works_together(model), device)
+
+    def _placed(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(place_for(weight, self.device))
 
     def for_each(
         self, work: Callable[[AnySite, torch.Tensor], Result], sites: Sequence[AnySite], title: str
@@ -52,7 +64,9 @@ class Weights:
             `list`: The results, in the order of the sites.
         """
         if not self.together:
-            return for_each(lambda site: work(site, self._read(site)), sites, title)
+            # Beside a matrix that a GPU works on, the next one is made ready.
+            workers = 2 if torch.cuda.is_available() and self.device != "cpu" else None
+            return for_each(lambda site: work(site, self._placed(self._read(site))), sites, title, workers)
         found: list[Result] = []
         rank, size = dist.get_rank(), dist.get_world_size()
         with tqdm(desc=title, total=len(sites), unit="matrix", delay=1.0, disable=rank > 0) as bar:
@@ -63,7 +77,7 @@ class Weights:
                     weight = self._read(site)
                     own = weight if index == rank else own
                     del weight
-                found += _exchange(work, shared, own)
+                found += _exchange(work, shared, None if own is None else self._placed(own))
                 bar.update(len(shared))
         return found
 

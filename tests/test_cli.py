@@ -73,6 +73,15 @@ def test_plan(base):
     assert [line.split() for line in others[2:4]] == [["layer", "q_proj", "v_proj"], ["1", "24", "12"]]
 
 
+def test_ranks_for_peft(base):
+    found = json.loads(run("plan", base, "--threshold", 0.3, "--peft", "--device", "cpu").stdout)
+    ranks = {
+        site["site"]: site["k"] for site in json.loads(run("plan", base, "--threshold", 0.3, "--json").stdout)["sites"]
+    }
+    assert found == {"target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
+    assert "device='cuda:9' is not one of this machine" in run("plan", base, "--device", "cuda:9", code=1).stderr
+
+
 def test_a_plan_has_a_row_for_each_layer(tmp_path):
     make_model(num_hidden_layers=6).save_pretrained(tmp_path)
     options = ("plan", tmp_path, "--threshold", 0.3, "--target-modules", "all-linear")

@@ -5,7 +5,8 @@ from plotting import check
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from hf_sara import SaraAdapter, SaraArguments, plan, spectrum
-from hf_sara.planning import STEPS, AdapterSpec, count_base
+from hf_sara.budget import STEPS
+from hf_sara.planning import AdapterSpec, count_base
 from hf_sara.sites import PlannedSite
 from hf_sara.spectrum import find_rank
 from hf_sara.targets import find_sites
@@ -38,6 +39,28 @@ def test_a_plan_changes_nothing_and_is_what_attaching_does(method):
     # An update is no part of the base that it is on.
     assert count_base(model) == found.base_parameters
     assert plan(model, sara_arguments(method)).share == found.share
+
+
+def test_peft_makes_a_lora_of_these_ranks():
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    ranks = plan(model, sara_arguments(target_modules="all-linear", layers="1")).rank_pattern()
+    assert len(set(ranks.values())) > 1
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(ranks), rank_pattern=ranks))
+    found = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): len(module.weight)
+        for name, module in lora.named_modules()
+        if name.endswith("lora_A.default")
+    }
+    assert found == ranks
+
+
+def test_ranks_of_parts_of_a_module_are_none_that_peft_could_take():
+    found = plan(make_model("gpt2"), sara_arguments())
+    with pytest.raises(
+        ValueError, match=r"c_attn.* is a part of its module, and PEFT's LoRA adapts a module as a whole"
+    ):
+        found.rank_pattern()
 
 
 @pytest.mark.one_in(2)
