@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from conftest import (
+    VOCABULARY,
     ACTIVATION_CHECKPOINTING,
     METHODS,
     attach_trained,
@@ -16,6 +17,7 @@ from conftest import (
     train,
 )
 from torch import nn
+from transformers import CompileConfig
 
 from hf_sara import SaraAdapter, SaraArguments
 from hf_sara.contents import add_deltas
@@ -404,6 +406,39 @@ def test_torch_compile_without_graph_breaks_computes_the_same(family, method):
     with adapter.disabled(), torch.no_grad():
         # Switching is seen by the compiled model.
         assert torch.allclose(compiled(**inputs).logits, logits(model), atol=1e-4)
+
+
+def test_compiled_decoding_is_compiled_once(method):
+    model = make_model()
+    attach_trained(model, method)
+    ids = torch.randint(3, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(2))
+    values = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    expected = model.generate(ids, **values)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    # By default, generate compiles on GPUs only.
+    config._compile_all_devices = True
+    for _ in range(2):
+        found = model.generate(ids, cache_implementation="static", compile_config=config, **values)
+        assert torch.equal(found, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_reduced_overhead_gives_the_same(method):
+    model = make_model()
+    attach_trained(model, method)
+    inputs = make_inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.one_in(2)

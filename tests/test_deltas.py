@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_sara import SaraAdapter, SaraArguments
 from hf_sara.contents import add_deltas
 from hf_sara.layouts import OutputSlice
+from hf_sara.methods import products
 from hf_sara.sites import PlannedSite
 
 D_IN, K = 10, 4
@@ -248,6 +249,77 @@ def test_a_gradient_of_a_gradient_is_right(variant):
         return grad.square().sum()
 
     assert torch.autograd.gradcheck(penalty, (x, *parameters))
+
+
+@pytest.mark.parametrize("variant", ["sara", "sara without S"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_short_cut_with_dropout_has_the_same_mask_and_gradients(variant, dtype, tolerance, monkeypatch):
+    """It is taken on GPUs, and here it is asked for."""
+    model, _, delta = attach(variant, dtype, dropout=0.4)
+    x = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    torch.manual_seed(7)
+    expected = results(model, x)
+    assert "_LinearWithUpdate" not in functions(model(x))
+    monkeypatch.setattr(type(delta), "drops_itself", lambda self, output: True)
+    torch.manual_seed(7)
+    found = results(model, x)
+    assert "_LinearWithUpdate" in functions(model(x))
+    for name, value in found.items():
+        scale = max(float(expected[name].abs().max()), 1.0)
+        assert float((value - expected[name]).abs().max()) <= tolerance * scale, name
+    if dtype == torch.float64:
+        # A gradient of a gradient has the mask of the first one.
+        parameters = list(delta.trained().values())
+
+        def penalty(*_):
+            torch.manual_seed(7)
+            wide = x[0, :2].clone().requires_grad_()
+            (grad,) = torch.autograd.grad(model(wide).square().sum(), wide, create_graph=True)
+            return grad.square().sum()
+
+        assert torch.autograd.gradcheck(penalty, parameters)
+
+
+def test_the_short_cut_with_dropout_keeps_the_input_and_bytes(monkeypatch):
+    model, _, delta = attach("sara", torch.float32, dropout=0.4)
+    x = torch.randn(64, D_IN, requires_grad=True)
+
+    def kept():
+        """The bytes that the backward pass keeps of tensors as long as the input, each once."""
+        found = {}
+
+        def pack(tensor):
+            if tensor.numel() >= x.numel():
+                found[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            both = model(x) + model(x)
+        del both
+        return sum(found.values())
+
+    before = kept()
+    monkeypatch.setattr(type(delta), "drops_itself", lambda self, output: True)
+    # Twice what dropout has made of the input, and twice its mask of numbers; or the input, and two masks of bytes.
+    assert before == 4 * x.nbytes
+    assert kept() == x.nbytes + 2 * x.numel()
+
+
+def test_dropout_that_is_another_module_or_switched_off_is_respected(monkeypatch):
+    model, _, delta = attach("sara", dropout=0.9)
+    monkeypatch.setattr(products, "LARGE_ON_GPU", 0)
+    x = torch.randn(4, D_IN, dtype=torch.float64, requires_grad=True, device="cpu")
+    delta.dropout.eval()
+    torch.testing.assert_close(model(x), model.eval()(x))
+
+
+def test_a_gpu_calls_our_own_gradients_for_large_outputs_only():
+    small, large = (torch.empty(size, device="meta") for size in (2**22 - 1, 2**22))
+    assert not products.own_gradients_pay(small)
+    assert products.own_gradients_pay(large)
+    assert products.own_gradients_pay(torch.empty(2))
+    with torch.no_grad():
+        assert not products.own_gradients_pay(large)
 
 
 @pytest.mark.parametrize("bias", [False, True])

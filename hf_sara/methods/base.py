@@ -319,17 +319,20 @@ class Delta(nn.Module):
         if x.device != output.device:
             # accelerate moves the input of a linear behind its hooks.
             x = x.to(output.device)
-        if self.dropout.p and self.training:
-            x, linear = self.dropout(x) if shards is None else shards.dropped(x, self.dropout, self.shape[0]), None
-        if own is not None:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if own is not None or autocast or self.slice is not None or x.dtype != output.dtype:
             linear = None
-        if not torch.is_autocast_enabled(x.device.type):
-            if linear is not None and (x.dtype != output.dtype or self.slice is not None):
-                linear = None
+        if self.training and self.dropout.p and not (linear is not None and self.drops_itself(output)):
+            x, linear = self.dropout(x) if shards is None else shards.dropped(x, self.dropout, self.shape[0]), None
+        if not autocast:
             return self._add(x, output, x.dtype, linear, shards, own)
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return self._add(x.to(dtype), output, dtype, None, shards, own)
+
+    def drops_itself(self, output: torch.Tensor) -> bool:
+        """Whether `add_update` applies dropout to the input of a plain frozen linear, and saves memory by that."""
+        return False
 
     def _add(
         self, x: Any, output: Any, dtype: Any, linear: nn.Linear | None, shards: Shards | None, own: Tensors | None

@@ -20,7 +20,7 @@ from torch import nn
 from ..sites import PlannedSite
 from ..spectrum import doubled
 from .base import Delta, Method, Options, Shapes
-from .products import add_product, has_own_gradients, is_plain, uniform_
+from .products import add_product, is_plain, own_gradients_pay, uniform_
 
 
 class MoSaraDelta(Delta):
@@ -84,7 +84,7 @@ class MoSaraDelta(Delta):
             z = self._project(x, dtype)
         is_papers = self.v_position == "back" and self.num_heads > 1
         is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
-        if is_papers and is_full and self.slice is None and not Vh.requires_grad and has_own_gradients():
+        if is_papers and is_full and self.slice is None and not Vh.requires_grad and own_gradients_pay(output):
             return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
         scaled = self._scaled(z)
         if self.v_position != "back":

@@ -7,15 +7,20 @@ from torch import nn
 
 from ..layouts import OutputSlice
 
+# A GPU adds an update to an output of so many numbers in less time than Python needs to call our own gradients.
+LARGE_ON_GPU = 2**22
+
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W + b."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         # accelerate, for one, puts another forward on the module, after which the weight may have no values.
         return False
-    weight, bias = module.weight, module.bias
+    # A look into the module's own dictionary takes a part of the time of its attributes.
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     # A quantized weight of a plain linear is of a class of its own.
-    if weight.requires_grad or type(weight) not in (nn.Parameter, torch.Tensor):
+    if type(weight) is not nn.Parameter or weight.requires_grad:
         return False
     return bias is None or not bias.requires_grad
 
@@ -51,11 +56,16 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def has_own_gradients() -> bool:
-    """Whether to use our own gradients. torch.compile is faster with plain operations, and torch.jit needs those."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+def own_gradients_pay(output: torch.Tensor) -> bool:
+    """
+    Whether to use our own gradients for an update of `output`. torch.compile is faster with plain operations, and
+    torch.jit needs those. A GPU waits for Python unless it has much to compute.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not is_transformed()
+    if output.device.type != "cpu" and output.numel() < LARGE_ON_GPU:
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 class AddToColumns(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import Delta, Method, Options, Shapes
-from .products import add_product, has_own_gradients, uniform_
+from .products import add_product, own_gradients_pay, uniform_
 
 
 class SaraDelta(Delta):
@@ -31,13 +31,22 @@ class SaraDelta(Delta):
             nn.init.zeros_(self.Vh)
 
     def add_update(self, x, output, dtype, linear):
-        # U is stored by columns, so its transpose (k, d_in) is contiguous.
-        Ut, Vh = self.U.t().to(dtype), self.Vh.to(dtype)
-        S = self.S.to(dtype) if "S" in self.trained_names else None
-        if linear is not None and has_own_gradients():
-            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, Ut, S, Vh)
-        h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
+        # U is stored by columns, so its transpose (k, d_in) is contiguous. Tensors are looked up where they lie, and
+        # cast only if they have to be, because both take as long as the start of a kernel.
+        own = self._parameters
+        U, S, Vh = own["U"], own.get("S"), own["Vh"]
+        if Vh.dtype != dtype:
+            U, S, Vh = U.to(dtype), None if S is None else S.to(dtype), Vh.to(dtype)
+        if linear is not None and own_gradients_pay(output):
+            p = self.dropout.p if self.training and self.dropout.training else 0.0
+            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, U.t(), S, Vh, p)
+        h = F.linear(x.reshape(-1, x.shape[-1]), U.t())
         return add_product(output, h if S is None else h * S, Vh, self.slice)
+
+    def drops_itself(self, output):
+        # The CPU would take longer, and has memory enough.
+        on_gpu = output.device.type != "cpu"
+        return on_gpu and type(self.dropout) is nn.Dropout and own_gradients_pay(output)
 
     def add_part(self, x, output, dtype, shards):
         h = shards.summed(F.linear(x.reshape(-1, x.shape[-1]), shards.rows(self.U.t().to(dtype), 1)))
@@ -69,30 +78,50 @@ class SaraDelta(Delta):
 
 class _LinearWithUpdate(torch.autograd.Function):
     """
-    The output of a frozen linear plus `x U diag(S) Vh`. The output is given, and overwritten. The gradient of x has
-    the parts of the linear and of the update; autograd would write the update's part and read it again to add it.
+    The output of a frozen linear plus `dropout(x) U diag(S) Vh`. The output is given, and overwritten. The gradient of
+    x has the parts of the linear and of the update; autograd would write the update's part and read it again to add
+    it. With dropout, x and a mask of bytes are kept. Autograd would keep what the dropout made of x, and all adapted
+    linears of one x have another one.
     """
 
     @staticmethod
-    def forward(ctx, x, output, weight, Ut, S, Vh):
-        h = F.linear(x.reshape(-1, x.shape[-1]), Ut)
-        ctx.save_for_backward(x, weight, Ut, S, Vh, h)
+    def forward(ctx, x, output, weight, Ut, S, Vh, p):
+        ctx.p, mask = p, None
+        rows = x.reshape(-1, x.shape[-1])
+        if p:
+            rows, mask = torch.native_dropout(rows, p, True)
+        h = F.linear(rows, Ut)
+        ctx.save_for_backward(x, weight, Ut, S, Vh, h, mask)
         ctx.mark_dirty(output)
         output.view(-1, output.shape[-1]).addmm_(h if S is None else h * S, Vh)
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, Ut, S, Vh, h = ctx.saved_tensors
+        x, weight, Ut, S, Vh, h, mask = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+
+        def dropped(tensor):
+            if mask is None:
+                return tensor
+            return torch.ops.aten.native_dropout_backward(tensor, mask, 1.0 / (1.0 - ctx.p) if ctx.p < 1.0 else 0.0)
+
+        rows = dropped(rows)
         if torch.is_grad_enabled():
             # The gradient is to be differentiated, so h has to be a function of x and U again.
             h = F.linear(rows, Ut)
         grad_scaled = F.linear(grad, Vh)
         scaled, grad_h = (h, grad_scaled) if S is None else (h * S, grad_scaled * S)
         grad_S = None if S is None else (grad_scaled * h).sum(0)
-        grad_x = (grad @ weight).addmm_(grad_h, Ut).view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            through = grad @ weight
+            if mask is None:
+                through.addmm_(grad_h, Ut)
+            else:
+                through.add_(dropped(grad_h @ Ut))
+            grad_x = through.view(x.shape)
+        return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad, None
 
 
 class Sara(Method):
