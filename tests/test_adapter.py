@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 from conftest import (
-    VOCABULARY,
     ACTIVATION_CHECKPOINTING,
     METHODS,
+    VOCABULARY,
     attach_trained,
     base_state,
     logits,
