@@ -10,7 +10,7 @@ import torch
 from .carrier import adapters_on, set_adapters
 from .contents import AdapterContents, hold_base, refuse_in_use
 from .copies import refuse_spread
-from .freezing import thaw
+from .freezing import thaw_base
 from .frozen_buffers import hold_buffers
 from .merging import MergedWeights
 from .parts import ModulePart
@@ -197,7 +197,4 @@ class AttachedUpdates(AdapterContents):
         others = {name: other for name, other in adapters_on(self.model).items() if other is not self}
         set_adapters(self.model, others)
         hold_base(self.model)
-        if others:
-            next(reversed(others.values()))._unfrozen += self._unfrozen
-        else:
-            thaw(self.model, self._unfrozen)
+        thaw_base(self.model)

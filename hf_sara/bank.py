@@ -192,18 +192,18 @@ class AdapterBank(TrainableBank):
         self._slot(name)
         return BankedAdapter(self, name)
 
-    def save_pretrained(self, folder: str | PathLike, names: Sequence[str] | None = None) -> None:
+    def save_pretrained(self, folder: str | PathLike, names: Sequence[str] | str | None = None) -> None:
         """
         Write adapters, each as a plain adapter into a folder of its name. [`AdapterBank.load`] loads the folder again.
 
         Args:
             folder (`str` or `os.PathLike`): The folder to write to.
-            names (`Sequence[str]`, *optional*): Which ones. Defaults to all.
+            names (`Sequence[str]` or `str`, *optional*): Which ones. Defaults to all.
 
         Raises:
             `ValueError`: If a name is that of no adapter, or cannot be the name of a folder. Nothing is written then.
         """
-        names = self.names if names is None else list(names)
+        names = self.names if names is None else [names] if isinstance(names, str) else list(names)
         self.refuse_unfit_names(names)
         for name in tqdm(names, desc="Adapters", unit="adapter", delay=1.0):
             self[name].save_pretrained(Path(folder, name))
@@ -212,10 +212,11 @@ class AdapterBank(TrainableBank):
         """Raise a `ValueError` if a name is that of no adapter, or cannot be the name of a folder."""
         for name in names:
             self._slot(name)
-            if not re.fullmatch(r"(?!\.)[\w.-]{1,200}", name):
+            # Beside them, a training has folders and files of its own, whose names have a dot or begin so.
+            if not re.fullmatch(r"(?!checkpoint-|global_step|runs$|logs$)[\w-]{1,200}", name):
                 raise ValueError(
                     f"The adapter {name!r} cannot be saved in a folder of its name. A name for a folder has letters, "
-                    "digits, '_', '-' and '.', and no '.' at its start. Save it alone: "
+                    "digits, '_' and '-', and does not begin with 'checkpoint-' or 'global_step'. Save it alone: "
                     "bank[name].save_pretrained(folder)."
                 )
 

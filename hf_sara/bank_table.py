@@ -15,7 +15,7 @@ from .carrier import banks_on, set_banks
 from .contents import insert_delta, remove_delta
 from .factors import Factors
 from .frozen_buffers import hold_packing
-from .kinds import refuse_sites
+from .kinds import refuse_sites, refuse_time_first
 from .linears import compute_device, compute_dtype
 from .methods import Delta
 from .planning import AdapterSpec
@@ -45,6 +45,8 @@ class BankTable:
         self, model: nn.Module, spec: AdapterSpec, seeds: dict[str, Seed], factors: dict[str, Factors], capacity: int
     ):
         refuse_sites(model, spec.sites)
+        hold_packing(model)
+        refuse_time_first(model, spec.sites)
         self.model = model
         self.spec = spec
         self.seeds = seeds
@@ -65,7 +67,6 @@ class BankTable:
         self._table = torch.zeros(1 + capacity, width, dtype=dtype)
         set_banks(model, [*banks_on(model), self])
         let_take_names(model)
-        hold_packing(model)
 
     def _make_locks(self) -> None:
         # One is held while the table changes, and the other one while a batch runs.

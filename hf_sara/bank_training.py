@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from .bank_table import BankTable
-from .carrier import adapters_on
+from .carrier import banks_on
 from .contents import hold_base
-from .freezing import freeze, let_others_rest, let_train, thaw, trainable
+from .freezing import freeze_base, let_others_rest, let_train, thaw_base
 from .linears import compute_device
 from .planning import AdapterSpec
 from .sites import PlannedSite
@@ -25,7 +25,6 @@ class TrainableBank(BankTable):
 
     # The adapters that train, in the order of their parameters.
     _training: tuple[str, ...] = ()
-    _unfrozen: Sequence[str] = ()
 
     def train_alone(self) -> dict[str, nn.Parameter]:
         """
@@ -40,8 +39,7 @@ class TrainableBank(BankTable):
         """
         self._refuse_to_train()
         if not self._training:
-            self._unfrozen = [*self._unfrozen, *trainable(self.model)]
-            freeze(self.model, self._unfrozen)
+            freeze_base(self.model)
         let_others_rest(self.model, self)
         if self._training != tuple(sorted(self.names)):
             self._training = tuple(sorted(self.names))
@@ -54,6 +52,8 @@ class TrainableBank(BankTable):
         return self.trained()
 
     def _refuse_to_train(self) -> None:
+        if not any(bank is self for bank in banks_on(self.model)):
+            raise ValueError("The bank was detached from its model. Load its adapters again to train them.")
         if not self.names:
             raise ValueError("The bank has no adapter, so there is nothing to train.")
         dropouts = {self._own[name][0].dropout for name in self.names}
@@ -82,7 +82,7 @@ class TrainableBank(BankTable):
         return len(self._training) == 1
 
     def _rows(self) -> list[torch.Tensor]:
-        return [self._table[self._slots[name]] for name in self._training if name in self._slots]
+        return [self._table[self._slots[name]] for name in self._training]
 
     @torch.no_grad()
     def _bind(self) -> None:
@@ -101,11 +101,16 @@ class TrainableBank(BankTable):
                 parameter.data = row
         let_train(self, True)
 
+    @torch.no_grad()
     def _numbers(self) -> torch.Tensor:
-        if self._is_alone() and self._training[0] in self._slots:
-            with torch.no_grad():
-                tensors = [tensor.reshape(-1) for tensor in self.trained().values()]
-                self._table[self._slots[self._training[0]]] = torch.cat(tensors).to(self._table)
+        if self._is_alone():
+            tensors = [tensor.reshape(-1) for tensor in self.trained().values()]
+            self._table[self._slots[self._training[0]]] = torch.cat(tensors).to(self._table)
+        elif self._training:
+            for parameter, row in zip(self._holder.rows, self._rows(), strict=True):
+                if parameter.data_ptr() != row.data_ptr():
+                    # The model was copied or moved, and the table with it.
+                    row.copy_(parameter)
         return self._table
 
     def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], untrained: Mapping[str, frozenset]) -> None:
@@ -138,9 +143,7 @@ class TrainableBank(BankTable):
         self._holder.rows = None
         self._training = ()
         hold_base(self.model)
-        if not adapters_on(self.model):
-            thaw(self.model, self._unfrozen)
-            self._unfrozen = ()
+        thaw_base(self.model)
 
     def detach(self) -> None:
         """Remove the bank from the model. What was trainable before a training of the bank is trainable again."""
@@ -160,14 +163,14 @@ class TrainableBank(BankTable):
                 self.batch.begin_alone()
             else:
                 trained = self.trained()
-                places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-                index = torch.tensor([places[name] for name in names])
-                shares = torch.zeros(len(places), len(names), dtype=self._table.dtype)
-                shares[index, torch.arange(len(names))] = torch.tensor(weights, dtype=shares.dtype)
-                index, shares = index.to(self._table.device), shares.to(self._table.device)
-                self.batch.begin(_RowsOfBatch.apply(index, shares, *(trained[name] for name in places)))
+                rows: dict[str, list[tuple[int, float]]] = {}
+                for row, name in enumerate(names):
+                    rows.setdefault(name, []).append((row, weights[row]))
+                own = [trained[name] for name in rows]
+                self.batch.begin(_RowsOfBatch.apply(list(rows.values()), *own))
             try:
-                yield
+                with self.batch.as_it_is():
+                    yield
             finally:
                 self.batch.end()
         for name in dict.fromkeys(names):
@@ -205,16 +208,18 @@ class TrainableBank(BankTable):
 
 class _RowsOfBatch(torch.autograd.Function):
     """
-    The numbers of the adapter of each row, of shape (rows, numbers), where `index` of shape (rows) says which one that
-    is. `shares` of shape (adapters, rows) has the weight of each row at its adapter and zeros elsewhere, so that the
-    gradients of the adapters are one product, of the same bits each time.
+    The numbers of the adapter of each row, of shape (rows, numbers). `places` has, for each adapter, its rows and
+    their weights. The gradient of an adapter is a sum over its own rows alone: that of another one may not be finite.
     """
 
     @staticmethod
-    def forward(ctx, index, shares, *adapters):
-        ctx.shares = shares
+    def forward(ctx, places, *adapters):
+        ctx.places = places
+        order = {row: index for index, own in enumerate(places) for row, _ in own}
+        index = torch.tensor([order[row] for row in range(len(order))], device=adapters[0].device)
         return torch.stack(adapters).index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, *(ctx.shares @ grad).unbind(0)
+        # The sums are made in the order of the rows, so that they have the same bits each time.
+        return None, *(sum(weight * grad[row] for row, weight in own) for own in ctx.places)

@@ -17,7 +17,7 @@ from .arguments import SaraArguments
 from .carrier import adapters_on, check_name, drop_hooks, set_adapters
 from .copies import ModuleCopy, TokenRows, attach_parts, is_attached, part_on, refuse_copy, remove_parts
 from .factors import Factors
-from .freezing import freeze, let_others_rest, let_train, refuse_others, thaw, trainable
+from .freezing import freeze_base, let_others_rest, let_train, refuse_others, thaw, thaw_base, trainable
 from .frozen_buffers import hold_buffers, hold_packing
 from .input_gradients import hold_input_gradients
 from .linears import refuse_outer_hooks, take_back
@@ -95,9 +95,9 @@ class AdapterContents:
         self._usage = Usage()
         _refuse_mixture(model, spec)
         others, current = dict(adapters_on(model)), getattr(model, "sara_adapter", None)
-        self._unfrozen = trainable(model)
+        unfrozen = trainable(model)
         try:
-            freeze(model, self._unfrozen)
+            freeze_base(model)
             self._insert(factors)
             if works_together(model):
                 send_to_all(self.trained().values())
@@ -110,7 +110,8 @@ class AdapterContents:
                 cast(Any, model).sara_adapter = current
             self._remove()
             hold_base(model)
-            thaw(model, self._unfrozen)
+            thaw(model, unfrozen)
+            thaw_base(model)
             raise
 
     def _insert(self, factors: dict[str, Factors]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .carrier import adapters_on, banks_on
+from .carrier import adapters_on, banks_on, has_frozen_base
 from .dequantizing import FULL_DTYPES
 from .patterns import is_of_update
 
@@ -33,10 +33,18 @@ def trainable(model: nn.Module) -> list[str]:
     return [n for n, p in model.named_parameters() if p.requires_grad and not is_of_update(n) and id(p) not in held]
 
 
-def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Let parameters train no more."""
+def freeze_base(model: nn.Module) -> None:
+    """Let nothing of a base train, and note on the model what did, for [`thaw_base`]."""
+    names = trainable(model)
     for name in names:
         model.get_parameter(name).requires_grad_(False)
+    vars(model)["sara_frozen"] = [*vars(model).get("sara_frozen", ()), *names]
+
+
+def thaw_base(model: nn.Module) -> None:
+    """Let train again what trained before, after nothing needs a frozen base any more."""
+    if not has_frozen_base(model):
+        thaw(model, vars(model).pop("sara_frozen", ()))
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
@@ -56,6 +64,8 @@ def thaw(model: nn.Module, names: Sequence[str]) -> None:
     """Let parameters train again."""
     for name in names:
         model.get_parameter(name).requires_grad_(True)
+    if "sara_frozen" in vars(model):
+        vars(model)["sara_frozen"] = [name for name in vars(model)["sara_frozen"] if name not in names]
 
 
 def let_train(holder: Any, trains: bool) -> None:

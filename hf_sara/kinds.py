@@ -17,6 +17,7 @@ from .errors import AdapterError
 from .manifest import Manifest
 from .parts import Part
 from .sites import PlannedSite
+from .spread import works_together
 
 # The adapters of one bank are alike in these arguments.
 ALIKE = ("method", "num_heads", "singular_values", "v_position")
@@ -100,6 +101,45 @@ def refuse_parts(parts: Sequence[Part], whose: str) -> None:
             f"{whose} trains {', '.join(part.name for part in parts)} in addition, which cannot be another one in "
             "each row of a batch. Use SaraAdapter on a model of its own, or make new adapters with modules_to_save=[] "
             "and without trainable_token_indices."
+        )
+
+
+@torch.no_grad()
+def refuse_time_first(model: Any, sites: Sequence[PlannedSite]) -> None:
+    """
+    Raise a `ValueError` if a linear of a model of texts gets the places of a text before the rows of the batch, as in
+    XLNet. With as many places as rows, nobody could tell. This runs the model on six tokens.
+    """
+    if getattr(model, "main_input_name", None) != "input_ids" or works_together(model):
+        return
+    found: list[str] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        if args and isinstance(args[0], torch.Tensor) and args[0].shape[:-1] == (3, 2):
+            found.append(name)
+
+    handles = [
+        site.linear(model).register_forward_pre_hook(lambda module, args, name=site.name: look(module, args, name))
+        for site in sites
+    ]
+    tokens = torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            model(**inputs)
+    except Exception:
+        # What a model needs besides is not known here, and its first batch shows more.
+        return
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if found:
+        raise ValueError(
+            f"{found[0]} cannot have another adapter in each row of a batch, because {type(model).__name__} puts the "
+            "places of a text before the rows. Load the adapter with SaraAdapter.load."
         )
 
 

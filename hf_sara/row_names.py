@@ -85,7 +85,7 @@ def let_take_no_names(model: Any) -> None:
 
 def take_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """The forward pre-hook of a model with banks, which takes `adapter_names` out of the arguments."""
-    rows = _rows_of(args, kwargs)
+    rows = rows_of(args, kwargs)
     if "adapter_names" in kwargs:
         names = kwargs.pop("adapter_names")
         if names is not None:
@@ -93,7 +93,7 @@ def take_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             stack.enter_context(adapter_rows(model, names, rows))
             model.sara_rows = stack
     for bank in banks_on(model):
-        bank.batch.size = rows
+        bank.batch.take(rows)
     return args, kwargs
 
 
@@ -108,7 +108,7 @@ def _generate(model: Any, generate: Any, *args: Any, adapter_names: Any = None, 
     """Stands in for `generate` of a model with banks."""
     if adapter_names is None:
         return generate(*args, **kwargs)
-    with adapter_rows(model, adapter_names, _rows_of(args, kwargs)):
+    with adapter_rows(model, adapter_names, rows_of(args, kwargs)):
         return generate(*args, **kwargs)
 
 
@@ -125,7 +125,7 @@ def _generate_batch(model: Any, generate: Any, *args: Any, **kwargs: Any) -> Any
 STAND_INS = {"generate": _generate, "generate_batch": _generate_batch}
 
 
-def _rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The rows of the batch that a model is called with."""
     found = (*args[:1], *(kwargs.get(name) for name in INPUTS))
     return next((len(value) for value in found if isinstance(value, torch.Tensor) and value.dim() > 1), None)

@@ -6,7 +6,9 @@ the rows of its adapters are put together once, and every linear takes its tenso
 number of different adapters in a batch nor that of the adapters in the bank makes a difference.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ class Batch:
         self.table: torch.Tensor | None = None
         self.size: int | None = None
         self.alone = False
+        # Whether the model must get as many rows as there are names.
+        self.exact = False
         self._kept: torch.Tensor | None = None
         self._copies: dict[torch.device, torch.Tensor] = {}
         # By its first number in a row, each tensor's length.
@@ -57,6 +61,22 @@ class Batch:
     def begin_alone(self) -> None:
         """Let the model compute with the one adapter of the bank, whose tensors are those of the updates."""
         self.table, self.size, self.alone = None, None, True
+
+    @contextlib.contextmanager
+    def as_it_is(self, exact: bool = True) -> Iterator[None]:
+        """Let nothing make several rows of one within a `with` block, as a search does."""
+        self.exact = exact
+        try:
+            yield
+        finally:
+            self.exact = False
+
+    def take(self, rows: int | None) -> None:
+        """Note how many rows the model computes now."""
+        names = None if self.table is None else len(self.table)
+        if self.exact and None not in (names, rows) and names != rows:
+            raise ValueError(f"The model gets {rows} rows for {names} names of adapters. Each row needs one name.")
+        self.size = rows
 
     def end(self) -> None:
         """Let the model be the base."""

@@ -18,6 +18,8 @@ project's page of results, and go on on another machine, where the runs of that 
     python recipes/run_paper.py smollm2_e2e --data_dir data/e2e
     python recipes/run_paper.py --report docs
     python recipes/run_paper.py smollm2_e2e --data_dir data/e2e --known docs/results
+
+Beside that page, --report writes paper_numbers.md: what the paper prints, and which rows await a run.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         # Without this, the value of a recipe's option could be taken for the table.
         raise ValueError("Give the table first, then the options: run_paper.py TABLE --option value ...")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    from harness import report, tables
+    from harness import paper_numbers, report, tables
     from hf_sara.errors import print_anything
 
     print_anything()
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed = {} if args.table is None else run_table(args, overrides)
     if args.report is not None:
+        logging.info("Wrote %s", paper_numbers.write_page(args.report, RECIPES / "paper"))
         logging.info("Wrote %s", report.write_report(args.output_dir, args.report))
     return 1 if failed else 0
 

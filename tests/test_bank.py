@@ -438,3 +438,17 @@ def test_a_thousand_adapters_from_the_hub(server, method, tmp_path):
     logging.getLogger(__name__).warning("1,000 adapters over HTTP: %.1f s", time.perf_counter() - start)
     assert loaded.names == names
     assert all(same_bits(loaded.state(name), bank.state(name)) for name in names)
+
+
+def test_a_model_that_puts_places_before_rows_is_refused(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        values = {"vocab_size": VOCABULARY, "d_model": 24, "n_layer": 1, "n_head": 4, "d_inner": 32}
+        return transformers.XLNetLMHeadModel(transformers.XLNetConfig(**values)).eval()
+
+    adapter = SaraAdapter.attach(make(), sara_arguments(target_modules=r"transformer\.layer\.0\.ff\.layer_1"))
+    adapter.save_pretrained(tmp_path)
+    model = make()
+    with pytest.raises(ValueError, match="because XLNetLMHeadModel puts the places of a text before the rows"):
+        AdapterBank.load(model, {"one": tmp_path})
+    assert not any(".sara" in name for name, _ in model.named_modules())

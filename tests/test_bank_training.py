@@ -1,5 +1,6 @@
 """Training all adapters of a bank at once: each becomes what it would in a training of its own."""
 
+import copy
 import json
 import logging
 
@@ -14,6 +15,7 @@ from training import dataset, make_idle, training_arguments
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_sara import AdapterBank, AdapterError, SaraAdapter, SaraSeq2SeqTrainer, SaraTrainer, SaraTrainerMixin
+from hf_sara.row_names import BASE
 
 NAMES = ("blue", "green", "red")
 # The rows of each batch, of which those of one adapter are a batch of its own training.
@@ -513,7 +515,7 @@ def test_names_that_are_no_folders_are_refused(tmp_path):
 def test_rows_without_a_name_are_refused(tmp_path):
     rows = [*list(make_rows(count=6)), {"input_ids": [3, 4], "labels": [3, 4]}]
     trainer = _trainer(tmp_path, data=rows, arguments={"per_device_train_batch_size": 7})
-    with pytest.raises(ValueError, match="has None, and the bank has the adapters blue, green, red"):
+    with pytest.raises(ValueError, match="1 of 7 rows have no text in the column 'adapter_name'"):
         trainer.train()
 
 
@@ -640,3 +642,289 @@ def test_trl_trains_a_bank(trl, tmp_path):
     )
     trainer.train()
     assert not same_bits(before, bank.state("red"))
+
+
+# ---- what a review found ----
+
+
+def test_an_adapter_that_diverges_leaves_the_others_alone(tmp_path):
+    bank = AdapterBank.attach(make_model(), sara_arguments(), NAMES)
+    bank._table[bank._slots["red"]] *= 1e20
+    arguments = {"per_device_train_batch_size": 6, "max_steps": 2, "save_strategy": "no"}
+    trainer = _trainer(tmp_path, bank=bank, arguments=arguments)
+    trainer.train()
+    assert not all(tensor.isfinite().all() for tensor in bank.state("red").values())
+    with pytest.raises(AdapterError, match=r"The adapter 'red' cannot be saved: .* NaN or infinite values"):
+        trainer.save_model()
+    for name in ("blue", "green"):
+        assert all(tensor.isfinite().all() for tensor in bank.state(name).values())
+        saved = SaraAdapter.load(make_model(), tmp_path / "run" / name).state_dict()
+        assert same_bits(saved, bank.state(name))
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (1, 6)])
+def test_rows_whose_prompts_are_long(size, accumulation, tmp_path):
+    """The labels stand at the end, and one row has none."""
+    data = make_rows(count=24)
+    labels = torch.tensor(data["input_ids"])
+    labels[:, :6] = -100
+    labels[13] = -100
+    data = data.remove_columns("labels").add_column("labels", labels.tolist())
+    make = lambda: make_model(dtype=torch.float64)  # noqa: E731
+    folders = make_starts(tmp_path, make())
+    values = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    bank = AdapterBank.load(make(), folders)
+    args = training_arguments(
+        tmp_path / "run", per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **values
+    )
+    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    for name in ("red", "green"):
+        own = data.filter(lambda row, name=name: row["adapter_name"] == name)
+        expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", **values)
+        for key, value in expected.items():
+            torch.testing.assert_close(bank.state(name)[key], value, rtol=1e-6, atol=1e-6)
+
+
+def sequence_means(outputs, labels, num_items_in_batch=None):
+    each = nn.functional.cross_entropy(
+        outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
+    )
+    valid = (labels[:, 1:] != -100).sum(1).clamp(min=1)
+    return (each.sum(1) / valid).mean()
+
+
+def in_batch_contrast(outputs, labels, num_items_in_batch=None):
+    means = nn.functional.normalize(outputs.logits.mean(1), dim=-1)
+    return nn.functional.cross_entropy(means @ means.roll(1, 1).t(), torch.arange(len(means)))
+
+
+@pytest.mark.parametrize("loss", [sequence_means, in_batch_contrast])
+@pytest.mark.parametrize("size", [6, 16, 96])
+def test_other_losses_are_refused_at_any_batch_size(loss, size, tmp_path):
+    arguments = {"per_device_train_batch_size": size}
+    trainer = _trainer(tmp_path, data=make_rows(count=96), arguments=arguments, compute_loss_func=loss)
+    with pytest.raises(ValueError, match="is not the mean of those of the labels"):
+        trainer.train()
+
+
+def test_a_model_with_two_losses_is_refused(tmp_path):
+    bank = AdapterBank.attach(_bert("BertForPreTraining"), sara_arguments(modules_to_save=[]), NAMES)
+    with pytest.raises(
+        ValueError, match="has the labels labels, next_sentence_label, of which a loss cannot be split"
+    ):
+        _trainer(tmp_path, bank=bank)
+
+
+def test_the_loss_of_a_router_is_refused(tmp_path):
+    values = {
+        **{"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True},
+    }
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**values))
+    bank = AdapterBank.attach(model, sara_arguments(), NAMES)
+    trainer = _trainer(tmp_path, bank=bank, arguments={"per_device_train_batch_size": 6})
+    with pytest.raises(ValueError, match=r"model\.config\.output_router_logits = False"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["classes", "answers"])
+def test_rows_without_a_label_do_not_count(kind, tmp_path):
+    make = KINDS[kind][0]
+    data = make_rows(kind, count=24)
+    for column in set(data.column_names) - {"input_ids", "adapter_name"}:
+        values = list(data[column])
+        # A label to ignore, and an answer behind the end of the text, in other batches than the first.
+        for row in (13, 14, 20):
+            values[row] = -100 if kind == "classes" else 99
+        data = data.remove_columns(column).add_column(column, values)
+    folders = make_starts(tmp_path, make())
+    values = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    bank = AdapterBank.load(make(), folders)
+    args = training_arguments(tmp_path / "run", per_device_train_batch_size=6, **values)
+    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    for name in NAMES:
+        own = data.filter(lambda row, name=name: row["adapter_name"] == name)
+        expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", **values)
+        for key, value in expected.items():
+            torch.testing.assert_close(bank.state(name)[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_pairs_in_the_place_of_rows_are_refused(trl, tmp_path):
+    class SaraRewardTrainer(SaraTrainerMixin, trl.RewardTrainer):
+        pass
+
+    config = transformers.LlamaConfig(vocab_size=400, hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
+    config.update({"intermediate_size": 32, "num_labels": 1, "pad_token_id": 0})
+    bank = AdapterBank.attach(
+        transformers.LlamaForSequenceClassification(config), sara_arguments(modules_to_save=[]), NAMES
+    )
+    args = trl.RewardConfig(
+        **{"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 6, "use_cpu": True},
+        **{"report_to": "none", "disable_tqdm": True, "bf16": False},
+    )
+    data = Dataset.from_dict(
+        {"chosen": ["The fox ."] * 12, "rejected": ["A dog ."] * 12, "adapter_name": [*ROWS, *ROWS]}
+    )
+    before = bank.state("red")
+    with pytest.raises(ValueError, match=r"The batch has 6 examples, and the model would get 12 rows|has the labels"):
+        SaraRewardTrainer(
+            model=bank.model, args=args, bank=bank, train_dataset=data, processing_class=make_tokenizer()
+        ).train()
+    assert same_bits(before, bank.state("red"))
+
+
+def test_packing_is_refused(trl, tmp_path):
+    class SaraSFTTrainer(SaraTrainerMixin, trl.SFTTrainer):
+        pass
+
+    args = trl.SFTConfig(
+        **{"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True},
+        **{"report_to": "none", "disable_tqdm": True, "bf16": False, "padding_free": True, "max_length": None},
+    )
+    bank = AdapterBank.attach(make_base(), sara_arguments(), NAMES)
+    with pytest.raises(ValueError, match="no packing, no padding_free"):
+        SaraSFTTrainer(
+            model=bank.model,
+            args=args,
+            bank=bank,
+            train_dataset=make_rows().remove_columns("labels"),
+            processing_class=make_tokenizer(),
+        ).train()
+
+
+def test_a_trainer_goes_on_after_another_one_had_the_bank(tmp_path):
+    arguments = {"per_device_train_batch_size": 6, "max_steps": 2}
+    trainer = _trainer(tmp_path, arguments=arguments)
+    trainer.train()
+    trainer.bank.end_training()
+    _trainer(tmp_path, bank=trainer.bank, arguments=arguments)
+    before = trainer.bank.state("red")
+    trainer.train()
+    assert not same_bits(before, trainer.bank.state("red"))
+
+
+def test_workers_that_live_on_know_the_names(tmp_path):
+    values = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "per_device_eval_batch_size": 6}
+    bank = AdapterBank.attach(make_model(), sara_arguments(), NAMES)
+    trainer = _trainer(tmp_path, bank=bank, arguments=values, eval_dataset=make_rows(seed=4))
+    before = trainer.evaluate()["eval_loss"]
+    bank.save_pretrained(tmp_path, "red")
+    bank.end_training()
+    bank.add("another", tmp_path / "red")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-2", "optimizer.pt", "training_args.json", "global_step3", "../up", "runs"]
+)
+def test_names_of_a_trainings_own_files_are_refused(name, tmp_path):
+    bank = AdapterBank.attach(make_model(), sara_arguments(), [name, "red"])
+    with pytest.raises(ValueError, match="cannot be saved in a folder of its name"):
+        _trainer(tmp_path, bank=bank, data=make_rows(names=(name, "red")))
+    # The refused trainer leaves nothing behind.
+    assert not bank.trained()
+    assert all(parameter.requires_grad for parameter in bank.model.lm_head.parameters())
+    bank.remove(name)
+
+
+def test_what_a_bank_has_got_later_is_checked_too(tmp_path):
+    bank = AdapterBank.attach(make_model(), sara_arguments(), ["red"])
+    bank.save_pretrained(tmp_path)
+    trainer = _trainer(tmp_path, bank=bank, data=make_rows(names=("red",)), arguments={"optim": "adafactor"})
+    trainer.train()
+    bank.end_training()
+    bank.add("blue", tmp_path / "red")
+    with pytest.raises(ValueError, match="optim='adafactor' may look at the shapes"):
+        trainer.train()
+    bank.add("../up", tmp_path / "red")
+    with pytest.raises(ValueError, match="cannot be saved in a folder of its name"):
+        trainer.save_model()
+    assert not (tmp_path / "up").exists()
+
+
+def test_the_base_thaws_when_nothing_needs_it_frozen(tmp_path):
+    def free(model):
+        return sum(parameter.requires_grad for name, parameter in model.named_parameters() if ".sara." not in name)
+
+    count = free(make_model())
+    for order in range(2):
+        bank = AdapterBank.attach(make_model(), sara_arguments(), NAMES)
+        _trainer(tmp_path, bank=bank)
+        adapter = SaraAdapter.attach(bank.model, sara_arguments(), "beside")
+        for one in (bank, adapter)[:: -1 if order else 1]:
+            assert free(bank.model) == 0
+            one.detach()
+        assert free(bank.model) == count
+        assert not [name for name in vars(bank.model) if name.startswith("sara")]
+    first = AdapterBank.attach(make_model(), sara_arguments(), NAMES)
+    second = AdapterBank.attach(first.model, sara_arguments(), ["one", "two"])
+    _trainer(tmp_path, bank=first)
+    trainer = _trainer(tmp_path, bank=second, data=make_rows(names=("one", "two")))
+    first.detach()
+    assert free(second.model) == 0
+    trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["a column", "a name"])
+def test_evaluation_data_are_looked_at_before_the_training(kind, tmp_path):
+    data = make_rows().remove_columns("adapter_name") if kind == "a column" else make_rows(names=("red", "pink"))
+    message = "The first data have the columns" if kind == "a column" else "has 'pink', and the bank has"
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, eval_dataset={"first": data})
+
+
+def test_the_base_can_be_evaluated_beside_them(tmp_path):
+    trainer = _trainer(tmp_path, eval_dataset=make_rows(names=("red", BASE)))
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer = _trainer(tmp_path, bank=None, data=list(make_rows(names=("red", BASE))))
+    with pytest.raises(ValueError, match="has '__base__', and the bank has the adapters blue"):
+        trainer.train()
+
+
+def test_clear_errors(tmp_path):
+    trainer = _trainer(tmp_path)
+    trainer.bank.detach()
+    with pytest.raises(ValueError, match="The bank was detached from its model"):
+        trainer.train()
+    trainer = _trainer(tmp_path, data_collator=list)
+    with pytest.raises(ValueError, match="The collator makes a list of the rows"):
+        trainer.train()
+
+
+def test_a_finished_run_of_a_classifier_keeps_the_kind_of_its_loss(tmp_path):
+    folders = make_starts(tmp_path, KINDS["classes"][0]())
+
+    def trainer():
+        bank = AdapterBank.load(KINDS["classes"][0](), folders)
+        args = training_arguments(tmp_path / "run", per_device_train_batch_size=6, max_steps=2)
+        return InOrder(model=bank.model, args=args, bank=bank, train_dataset=make_rows("classes"))
+
+    trainer().train()
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    config = json.loads((tmp_path / "run" / "red" / "sara_config.json").read_text())
+    assert config["base"]["problem_type"] == "single_label_classification"
+
+
+def test_the_loss_is_looked_at_once(tmp_path, monkeypatch):
+    for size in (1, 6):
+        trainer = _trainer(tmp_path, arguments={"per_device_train_batch_size": size})
+        seen = []
+        look = trainer._sara_rows._look_at_loss
+        monkeypatch.setattr(
+            trainer._sara_rows, "_look_at_loss", lambda *a, look=look, seen=seen: seen.append(look(*a))
+        )
+        trainer.train()
+        assert len(seen) == 1
+
+
+def test_a_copy_of_a_model_whose_bank_trains_has_a_table_of_its_own():
+    model = make_model()
+    bank = AdapterBank.attach(model, sara_arguments(), NAMES)
+    bank.train_alone()
+    other = copy.deepcopy(model).sara_banks[0]
+    with torch.no_grad():
+        other.trained()["red"].add_(1.0)
+    assert not same_bits(other.state("red"), bank.state("red"))
+    assert same_bits(other.state("blue"), bank.state("blue"))

@@ -57,7 +57,7 @@ PLACES = {
     "a trained copy": (copies.ModuleCopy, "switch", 1),
     "trained rows": (copies, "_insert", 1),
     "the switch of trained rows": (TokenRows, "switch", 1),
-    "the parameters' flags": (contents, "freeze", 1),
+    "the parameters' flags": (contents, "freeze_base", 1),
     "the facts of an untrained adapter": (contents, "_fingerprint", 5),
     "the record on the model": (contents, "set_adapters", 1),
     "the count of the base": (adapter, "count_base", 1),

@@ -6,6 +6,8 @@ result by rounding only: `_LinearWithUpdate` computes the gradients of the linea
 both are written in one pass.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ class SaraDelta(Delta):
     def add_update(self, x, output, dtype, linear):
         # U is stored by columns, so its transpose (k, d_in) is contiguous. Tensors are looked up where they lie, and
         # cast only if they have to be, because both take as long as the start of a kernel.
-        own = self._parameters
+        own: Any = self._parameters
         U, S, Vh = own["U"], own.get("S"), own["Vh"]
         if Vh.dtype != dtype:
             U, S, Vh = U.to(dtype), None if S is None else S.to(dtype), Vh.to(dtype)

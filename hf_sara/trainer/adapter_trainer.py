@@ -46,6 +46,9 @@ class AdapterTrainerMixin(SearchMixin):
     and its errors are those of [`SaraTrainerMixin`], which adds model cards and the Hub.
     """
 
+    # The bank that is trained in the place of an adapter, see [`BankTrainerMixin`].
+    bank: Any = None
+
     def __init__(
         self,
         model=None,
@@ -122,16 +125,13 @@ class AdapterTrainerMixin(SearchMixin):
         try:
             result = super().train(*args, **kwargs)
         finally:
-            if self.model is not None:
-                self._after_training()
+            if self.model is not None and self.bank is None:
+                self.sara_adapter.mirror_rows()
         self._rest()
         return result
 
     def _train_alone(self) -> None:
         self.sara_adapter.train_alone()
-
-    def _after_training(self) -> None:
-        self.sara_adapter.mirror_rows()
 
     def _rest(self) -> None:
         """Let the updates that never took part add nothing. Until the end they can learn from their start."""
@@ -267,10 +267,7 @@ class AdapterTrainerMixin(SearchMixin):
         """Load a checkpoint's tensors into the adapter. Raise an error if its method, sites or ranks differ."""
         adapter = self.sara_adapter
         saved = read_like(adapter.spec, folder, f"The {what} {folder!r}")
-        config: Any = getattr(adapter.model, "config", None)
-        if getattr(config, "problem_type", "none") is None:
-            # A classifier finds it out in its first forward, and a finished run that is resumed has none.
-            config.problem_type = saved.base.problem_type
+        restore_task(self._sara_base, saved)
         with gathered(self, list(adapter.tensors().values()), rank=0):
             adapter.load_state_dict(saved.tensors, saved.untrained)
 
@@ -299,6 +296,13 @@ def gathered(trainer: Any, tensors: Sequence[torch.Tensor], rank: int | None = N
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=rank)
+
+
+def restore_task(model: Any, saved: storage.SavedAdapter) -> None:
+    """A classifier finds its kind of loss out in its first forward, and a finished run that is resumed has none."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "problem_type", "none") is None:
+        config.problem_type = saved.base.problem_type
 
 
 def read_like(adapter: AdapterSpec, folder: str | os.PathLike, what: str) -> storage.SavedAdapter:

@@ -7,25 +7,27 @@ batch has does not take a step.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.training_args import OptimizerNames
 
 from .. import storage
 from ..adapter_files import AdapterFiles
 from ..bank import AdapterBank
 from ..carrier import unwrap
+from ..errors import AdapterError
 from ..planning import AdapterSpec
-from ..row_names import adapter_rows
-from .adapter_trainer import AdapterTrainerMixin, read_like
+from ..row_names import BASE, adapter_rows, rows_of
+from .adapter_trainer import AdapterTrainerMixin, read_like, restore_task
 from .row_weights import RowWeights
 
 logger = logging.getLogger(__name__)
 
-# The column of a dataset that says which adapter a row trains. A batch has the indices of the sorted names.
+# The column of a dataset that says which adapter a row trains.
 COLUMN = "adapter_name"
 # These optimizers treat each number alone, so that it makes no difference that an adapter is one row of numbers.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -33,35 +35,62 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 class NamedRows:
     """
-    A collator that keeps the column `adapter_name`, which others would not make a tensor of.
+    A collator that keeps the column `adapter_name`, as a tensor of the bytes of the names, since others would refuse
+    texts, and some ways to hand batches over know tensors only.
 
     Args:
         collator (`Callable`): The collator of the other columns.
-        bank ([`AdapterBank`]): The bank whose names they are.
     """
 
-    def __init__(self, collator: Any, bank: AdapterBank):
-        self.collator, self.bank = collator, bank
+    def __init__(self, collator: Any):
+        self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
-        """The batch of the examples, with the index of the adapter of each."""
-        order = {name: index for index, name in enumerate(sorted(self.bank.names))}
-        refuse_unknown(order, {example.get(COLUMN) for example in examples})
-        others = [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
-        batch = self.collator(others)
-        batch[COLUMN] = torch.tensor([order[example[COLUMN]] for example in examples])
+        """The batch of the examples, with the name of the adapter of each."""
+        names = [example.get(COLUMN) for example in examples]
+        missing = sum(not isinstance(name, str) for name in names)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(names)} rows have no text in the column {COLUMN!r}, which names the adapter of "
+                "each row."
+            )
+        batch = self.collator(
+            [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
+        )
+        if not isinstance(batch, MutableMapping):
+            raise ValueError(
+                f"The collator makes a {type(batch).__name__} of the rows, and not tensors by name. A trainer that "
+                "makes its batches later cannot train a bank."
+            )
+        coded = [torch.tensor(list(str(name).encode()), dtype=torch.uint8) for name in names]
+        batch[COLUMN] = pad_sequence(coded, batch_first=True)
         return batch
 
 
-def refuse_unknown(known: Mapping[str, int], names: set[Any]) -> None:
+def refuse_unknown(known: Sequence[str], names: Iterable[Any]) -> None:
     """Raise a `ValueError` if one of the values of the column is not the name of an adapter."""
-    unknown = sorted(map(repr, names - set(known)))
+    unknown = sorted(map(repr, set(names) - set(known)))
     if unknown:
         raise ValueError(
             f"The column {COLUMN!r} of the dataset has {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}, "
-            f"and the bank has the adapters {', '.join(list(known)[:5])}{' ...' if len(known) > 5 else ''}. Each row "
-            "needs the name of one of these."
+            f"and the bank has the adapters {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}. Each row needs "
+            "the name of one of these."
         )
+
+
+def refuse_data(title: str, data: Any, names: Sequence[str]) -> set[str] | None:
+    """The names that data have. Raise a `ValueError` if they lack the column, or have another name."""
+    columns, unique = getattr(data, "column_names", None), getattr(data, "unique", None)
+    if columns and COLUMN not in columns:
+        raise ValueError(
+            f"The {title} data have the columns {', '.join(columns)}, and a bank needs the column {COLUMN!r}, "
+            "which names the adapter of each row."
+        )
+    if not columns or unique is None:
+        return None
+    there = set(unique(COLUMN))
+    refuse_unknown(names, there)
+    return there
 
 
 class BankTrainerMixin(AdapterTrainerMixin):
@@ -72,14 +101,21 @@ class BankTrainerMixin(AdapterTrainerMixin):
     def __init__(self, model=None, args=None, *positional, bank: AdapterBank | None = None, **kwargs):
         self.bank = bank
         self._sara_rows = RowWeights(self)
-        if bank is not None:
-            if positional:
-                raise ValueError("With a bank, give all arguments but model and args by name.")
+        if bank is None:
+            super().__init__(model, args, *positional, **kwargs)
+            return
+        if positional:
+            raise ValueError("With a bank, give all arguments but model and args by name.")
+        was_training = bool(bank.trained())
+        try:
             self._refuse_with_bank(model, args, kwargs)
-        super().__init__(model, args, *positional, **kwargs)
-        if bank is not None:
+            super().__init__(model, args, **kwargs)
             self._refuse_after_init()
-            self.data_collator = NamedRows(self.data_collator, bank)
+        except BaseException:
+            if not was_training:
+                bank.end_training()
+            raise
+        self.data_collator = NamedRows(self.data_collator)
 
     # ---- what cannot work ----
 
@@ -99,7 +135,6 @@ class BankTrainerMixin(AdapterTrainerMixin):
             )
         if not isinstance(model, nn.Module) or unwrap(model) is not self.bank.model:
             raise ValueError("The bank is on another model. Give the trainer the model of the bank: model=bank.model.")
-        self.bank.refuse_unfit_names(self.bank.names)
         if args is not None and args.push_to_hub:
             raise ValueError(
                 "push_to_hub=True would push all adapters of the bank to one repository, from which none can be "
@@ -114,27 +149,29 @@ class BankTrainerMixin(AdapterTrainerMixin):
                 f"{max(self.args.world_size, self.args.n_gpu)}. Start one process, and let it see one GPU "
                 "(CUDA_VISIBLE_DEVICES=0), or train each adapter alone."
             )
+        self._refuse_training()
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+        there = refuse_data("training", self.train_dataset, self.bank.names)
+        for title, data in sets.items():
+            refuse_data(title, data, [*self.bank.names, BASE])
+        idle = [] if there is None else [name for name in self.bank.names if name not in there]
+        if idle:
+            logger.warning(
+                "%d adapters of the bank have no row in the training data, and do not train: %s%s",
+                *(len(idle), ", ".join(idle[:5]), " ..." if len(idle) > 5 else ""),
+            )
+
+    def _refuse_training(self) -> None:
+        """Raise a `ValueError` if the adapters that the bank has now cannot train, or cannot be saved."""
+        assert self.bank is not None
+        self.bank.refuse_unfit_names(self.bank.names)
         name = OptimizerNames(self.args.optim).value
-        if len(self.bank.names) > 1 and name not in OPTIMIZERS:
-            raise ValueError(
-                f"optim={name!r} may look at the shapes of tensors or at several of them, so adapters would not train "
-                f"in a bank as each does alone. Choose one of {', '.join(OPTIMIZERS)}."
-            )
-        columns = getattr(self.train_dataset, "column_names", None)
-        if columns and COLUMN not in columns:
-            raise ValueError(
-                f"The training data have the columns {', '.join(columns)}, and a bank needs the column {COLUMN!r}, "
-                "which names the adapter of each row."
-            )
-        unique = getattr(self.train_dataset, "unique", None)
-        if columns and unique is not None:
-            there = set(unique(COLUMN))
-            refuse_unknown(dict.fromkeys(sorted(self.bank.names), 0), there)
-            idle = [name for name in self.bank.names if name not in there]
-            if idle:
-                logger.warning(
-                    "%d adapters of the bank have no row in the training data, and do not train: %s%s",
-                    *(len(idle), ", ".join(idle[:5]), " ..." if len(idle) > 5 else ""),
+        if len(self.bank.names) > 1:
+            self._sara_rows.refuse_labels(self.label_names)
+            if name not in OPTIMIZERS:
+                raise ValueError(
+                    f"optim={name!r} may look at the shapes of tensors or at several of them, so adapters would not "
+                    f"train in a bank as each does alone. Choose one of {', '.join(OPTIMIZERS)}."
                 )
 
     # ---- what is trained ----
@@ -161,15 +198,13 @@ class BankTrainerMixin(AdapterTrainerMixin):
     def _train_alone(self) -> None:
         if self.bank is None:
             return super()._train_alone()
-        before = set(map(id, self.bank.trained().values()))
-        if before != set(map(id, self.bank.train_alone().values())):
-            # These are of a training that has ended.
+        self._refuse_training()
+        trained = set(map(id, self.bank.train_alone().values()))
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        if groups and not trained.issubset(id(tensor) for group in groups for tensor in group["params"]):
+            # They are of an earlier training of the bank.
             self.optimizer = self.lr_scheduler = None
         return None
-
-    def _after_training(self) -> None:
-        if self.bank is None:
-            super()._after_training()
 
     def _rest(self) -> None:
         if self.bank is None:
@@ -203,11 +238,18 @@ class BankTrainerMixin(AdapterTrainerMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self.bank is None:
             return super()._save(output_dir, state_dict)
+        self.bank.refuse_unfit_names(self.bank.names)
         folder = str(self.args.output_dir if output_dir is None else output_dir)
+        failed: AdapterError | None = None
         for path, adapter in self._saved_adapters(folder):
-            storage.write(
-                path, adapter.manifest(adapter.untrained_sites()), adapter.state_dict(), adapter.saved_factors()
-            )
+            manifest = adapter.manifest(adapter.untrained_sites())
+            try:
+                storage.write(path, manifest, adapter.state_dict(), adapter.saved_factors())
+            except AdapterError as error:
+                # Those of the others are saved all the same.
+                failed = failed or AdapterError(f"The adapter {os.path.basename(path)!r} cannot be saved: {error}")
+        if failed is not None:
+            raise failed
         return self._write_beside(folder)
 
     def _load_tensors(self, folder: str, what: str) -> None:
@@ -224,6 +266,8 @@ class BankTrainerMixin(AdapterTrainerMixin):
             name: read_like(self.bank.spec_of(name), path, f"The adapter {name!r} of the {what} {folder!r}")
             for name, path in found.items()
         }
+        for one in saved.values():
+            restore_task(self._sara_base, one)
         return self.bank.load_state(
             {name: one.tensors for name, one in saved.items()}, {name: one.untrained for name, one in saved.items()}
         )
@@ -239,18 +283,28 @@ class BankTrainerMixin(AdapterTrainerMixin):
     def _take_names(self, inputs: Any) -> tuple[list[str], dict[str, Any]]:
         """The adapter of each row, and the inputs of the model."""
         assert self.bank is not None
-        names = sorted(self.bank.names)
         if COLUMN not in inputs:
             raise ValueError(f"The batch has no {COLUMN!r}, so its rows have no adapter.")
         others = {key: value for key, value in inputs.items() if key != COLUMN}
-        return [names[index] for index in inputs[COLUMN].tolist()], others
+        names = [bytes(row).rstrip(b"\0").decode() for row in inputs[COLUMN].tolist()]
+        rows = rows_of((), others)
+        if rows is not None and rows != len(names):
+            raise ValueError(
+                f"The batch has {len(names)} examples, and the model would get {rows} rows. A bank needs one row for "
+                "each example: no packing, no padding_free, and no pairs of texts in the place of one."
+            )
+        return names, others
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         if self.bank is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         names, inputs = self._take_names(inputs)
-        with adapter_rows(self.bank.model, names):
+        with adapter_rows(self.bank.model, names), self.bank.batch.as_it_is(not self._generates()):
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _generates(self) -> bool:
+        # A search has several rows for each row of the batch.
+        return bool(getattr(self.args, "predict_with_generate", False))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -262,6 +316,7 @@ class BankTrainerMixin(AdapterTrainerMixin):
         if self.bank is None:
             return super().training_step(model, inputs, num_items_in_batch)
         names, inputs = self._take_names(inputs)
+        refuse_unknown(self.bank.names, names)
         weights = [1.0] * len(names)
         if len(self.bank.names) > 1:
             weights = self._sara_rows.weights(model, inputs, names, num_items_in_batch)

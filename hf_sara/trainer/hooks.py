@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 # The parameters of each method, with which the overrides and their calls of `super()` were written. Where several are
 # given, the later ones are those of earlier versions of transformers.
 SIGNATURES: dict[str, str | tuple[str, ...]] = {
+    "_clip_grad_norm": "(self, model)",
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
     "_get_train_sampler": "(self, train_dataset=None)",
     "_hp_search_setup": "(self, trial)",
@@ -31,6 +32,7 @@ SIGNATURES: dict[str, str | tuple[str, ...]] = {
     "_save_optimizer_and_scheduler": "(self, output_dir)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",
+    "_set_signature_columns_if_needed": "(self)",
     "call_model_init": "(self, trial=None)",
     "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
     "create_model_card": "(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, "
@@ -38,6 +40,7 @@ SIGNATURES: dict[str, str | tuple[str, ...]] = {
     "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
     "get_decay_parameter_names": "(self, model)",
     "init_hf_repo": ("(self, token=None, private=None)", "(self, token=None)"),
+    "prediction_step": "(self, model, inputs, prediction_loss_only, ignore_keys=None)",
     "push_to_hub": (
         "(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, **kwargs)",
         "(self, commit_message='End of training', blocking=True, token=None, revision=None, **kwargs)",
@@ -46,8 +49,15 @@ SIGNATURES: dict[str, str | tuple[str, ...]] = {
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
 }
-# Attributes of the Trainer that resuming saves and restores.
-ATTRIBUTES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_train_batch_size")
+# Attributes of the Trainer that resuming saves and restores, and two by which labels are counted.
+ATTRIBUTES = (
+    "_loss_shifts_labels",
+    "_get_num_items_in_batch",
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_train_batch_size",
+)
 
 
 def changed_hooks() -> list[str]:

@@ -4,6 +4,7 @@ The loss of a batch is a mean over all of its labels, and that of an adapter alo
 its own rows. So the gradient of each row is multiplied by the ratio of the two numbers of labels.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class RowWeights:
         Raises:
             `ValueError`: If the loss is not a mean of what each row has.
         """
-        if self._divided is None or not self._are_apart:
+        if self._divided is None or (not self._are_apart and len(names) > 1):
             self._look_at_loss(model, inputs, len(names))
         if self._divided:
             return [_ratio(float(num_items), self._counts[name]) for name in names]
@@ -61,13 +62,37 @@ class RowWeights:
             own[name] += count
         return [_ratio(sum(labels), own[name]) for name in names]
 
+    def refuse_labels(self, names: Sequence[str]) -> None:
+        """Raise a `ValueError` if the loss of a model with these labels is a sum of several means."""
+        if list(names) not in (["labels"], ["start_positions", "end_positions"]):
+            raise ValueError(
+                f"{type(self.trainer.bank.model).__name__} has the labels {', '.join(names) or 'none'}, of which a "
+                "loss cannot be split into those of rows. Train each adapter alone."
+            )
+
     def _labels_of_rows(self, inputs: Mapping[str, Any], rows: int) -> list[float]:
         """How many labels each row has of which the loss is the mean, if it is not divided by Trainer's number."""
+        if "start_positions" in inputs:
+            ends = [inputs[name].reshape(rows, -1)[:, 0] for name in ("start_positions", "end_positions")]
+            # The answers that lie behind the end of a text are ignored.
+            length = inputs["input_ids"].shape[1]
+            valid = [((end >= 0) & (end < length)).tolist() for end in ends]
+            if valid[0] != valid[1]:
+                raise ValueError(
+                    "An answer of the batch begins inside of its text and ends behind it, so it has half a label. Cut "
+                    "both ends in the same way."
+                )
+            return [float(one) for one in valid[0]]
         labels = inputs.get("labels")
-        if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"The batch has labels of the type {type(labels).__name__}, which cannot be counted for each row. "
+                "Train each adapter alone."
+            )
+        if labels.is_floating_point():
             return [1.0] * rows
-        shifted = self.trainer._loss_shifts_labels
-        return (labels[..., 1:] if shifted else labels).ne(-100).flatten(1).sum(1).tolist()
+        shifted = self.trainer._loss_shifts_labels and labels.dim() > 1
+        return (labels[..., 1:] if shifted else labels).ne(-100).reshape(rows, -1).sum(1).tolist()
 
     @torch.no_grad()
     def _look_at_loss(self, model: Any, inputs: Mapping[str, Any], rows: int) -> None:
@@ -76,31 +101,50 @@ class RowWeights:
         step, or over the labels of each batch. Raise a `ValueError` if it is neither.
         """
         trainer = self.trainer
-        inputs = _with_uneven_labels(trainer._prepare_inputs(dict(inputs)))
-        groups = [list(range(rows)), [0], list(range(1, rows))][: 3 if rows > 1 else 1]
-        parts = [_select(inputs, group, rows) for group in groups]
-        counts: list[Any] = [trainer._get_num_items_in_batch([part], trainer.args.device) for part in parts]
-
-        def loss_of(part: dict[str, Any], items: Any) -> float:
-            with trainer.compute_loss_context_manager():
-                return float(trainer.compute_loss(model, dict(part), num_items_in_batch=items))
-
-        training = model.training
+        training, metrics = model.training, copy.deepcopy(getattr(trainer, "_metrics", None))
         model.eval()
         try:
             with torch.random.fork_rng():
-                losses = [loss_of(part, items) for part, items in zip(parts, counts, strict=True)]
-                half = None if counts[0] is None else loss_of(parts[0], 2 * counts[0])
+                self._compare_losses(model, trainer._prepare_inputs(dict(inputs)), rows)
         finally:
             model.train(training)
-        self._divided = half is not None and _close(half, losses[0] / 2)
+            if metrics is not None:
+                # TRL's trainers note what they compute for their log.
+                trainer._metrics = metrics
+
+    def _compare_losses(self, model: Any, inputs: dict[str, Any], rows: int) -> None:
+        trainer = self.trainer
+
+        def loss_of(part: dict[str, Any], times: int = 1) -> tuple[float, Any]:
+            items = trainer._get_num_items_in_batch([part], trainer.args.device)
+            items = None if items is None else times * items
+            with trainer.compute_loss_context_manager():
+                loss, outputs = trainer.compute_loss(model, dict(part), True, num_items_in_batch=items)
+            return float(loss), outputs
+
+        _, outputs = loss_of(inputs)
+        if isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
+            raise ValueError(
+                "The model adds a loss of its router, in which all rows of a batch have a part. Switch it off: "
+                "model.config.output_router_logits = False."
+            )
+        first = max(1, rows // 3)
+        inputs = _with_other_labels(inputs, outputs, first)
+        groups = [range(rows), range(first), range(first, rows)][: 3 if rows > 1 else 1]
+        parts = [_select(inputs, group, rows) for group in groups]
+        losses = [loss_of(part)[0] for part in parts]
+        counts: list[Any] = [trainer._get_num_items_in_batch([part], trainer.args.device) for part in parts]
+        # Half precision rounds a loss by up to a percent.
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+        limit = 0.02 if half or trainer.args.fp16 or trainer.args.bf16 else 1e-3
+        self._divided = counts[0] is not None and _close(loss_of(parts[0], 2)[0], losses[0] / 2, limit)
         if rows == 1:
             return
         labels = self._labels_of_rows(inputs, rows)
         own = [sum(labels[row] for row in group) for group in groups]
         sizes = [float(count) for count in counts] if self._divided else own
         whole, one, other = (loss * size for loss, size in zip(losses, sizes, strict=True))
-        self._are_apart = _close(whole, one + other)
+        self._are_apart = _close(whole, one + other, limit)
         if not self._are_apart:
             raise ValueError(
                 f"The loss of {type(trainer).__name__} with {type(trainer.bank.model).__name__} is not the mean of "
@@ -121,15 +165,32 @@ def _select(inputs: Mapping[str, Any], rows: Sequence[int], size: int) -> dict[s
     return {key: part(value) for key, value in inputs.items()}
 
 
-def _with_uneven_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with fewer labels in the first row, so that means over different numbers have different values."""
+def _with_other_labels(inputs: dict[str, Any], outputs: Any, first: int) -> dict[str, Any]:
+    """
+    The inputs with other labels, so that means over different sets of labels have different values: the first rows
+    have likely labels, and fewer of them, and the others have unlikely ones.
+    """
+    changed = dict(inputs)
+    for place, name in enumerate(("start_positions", "end_positions")):
+        if name in inputs:
+            changed[name] = torch.full_like(inputs[name], inputs["input_ids"].shape[1] - 1 - place)
+            changed[name][:first] = place
     labels = inputs.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        labels = labels.clone()
-        labels[0, labels.shape[1] // 2 + 1 :] = -100
-        labels[1:, :1] = -100
-        return {**inputs, "labels": labels}
-    return inputs
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if not isinstance(labels, torch.Tensor):
+        return changed
+    changed["labels"] = labels = labels.clone()
+    if labels.is_floating_point():
+        labels[:first], labels[first:] = 0.0, 1.0
+        return changed
+    if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1:
+        likely = logits.float().reshape(-1, logits.shape[-1]).mean(0)
+        labels[:first], labels[first:] = int(likely.argmax()), int(likely.argmin())
+    if labels.dim() > 1:
+        labels[:first, labels.shape[1] // 2 + 1 :] = -100
+        if labels.shape[1] > 2:
+            labels[first:, :1] = -100
+    return changed
 
 
 def _ratio(all_items: float, own_items: float) -> float:
@@ -137,5 +198,5 @@ def _ratio(all_items: float, own_items: float) -> float:
     return all_items / own_items if own_items else 0.0
 
 
-def _close(one: float, other: float) -> bool:
-    return abs(one - other) <= 0.02 * max(abs(one), abs(other))
+def _close(one: float, other: float, limit: float) -> bool:
+    return abs(one - other) <= limit * max(abs(one), abs(other))

@@ -144,7 +144,7 @@ def render_table(results: Mapping[str, Any]) -> str:
         if row["paper"] is not None:
             printed = [str(row["paper"].get(name, DASH)) for name in columns]
             lines.append([*names[:-1], f"{row['name']} (paper)", *printed, *([DASH] if several else [])])
-    parts = [_markdown(head, lines)] if lines else []
+    parts = [markdown_table(head, lines)] if lines else []
     ran = [row for row in results["rows"] if row.get("seeds")]
     costs = {name: COSTS[name] for name in COSTS if name not in columns and any(seed_values(row, name) for row in ran)}
     if costs:
@@ -153,12 +153,12 @@ def render_table(results: Mapping[str, Any]) -> str:
             [*_names(row, grouped), *(_cell(seed_values(row, name), column) for name, column in costs.items())]
             for row in ran
         ]
-        parts.append(_markdown(head, lines))
+        parts.append(markdown_table(head, lines))
     tried = [row for row in results["rows"] if row.get("tries")]
     if tried:
         longest = max(len(row["tries"]) for row in tried)
         head = [*[""] * (2 if grouped else 1), *["learning rate: evaluation loss"] * longest]
-        parts.append(_markdown(head, [_tries(row, longest, grouped) for row in tried]))
+        parts.append(markdown_table(head, [_tries(row, longest, grouped) for row in tried]))
     left = [label_of(row) for row in results["rows"] if row["state"] == "incomplete"]
     parts += [f"Not finished yet: {'; '.join(left)}."] if left else []
     parts += [f"Failed: {label_of(row)}: {row['error']}" for row in results["rows"] if row["state"] == "failed"]
@@ -192,7 +192,8 @@ def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
     return f"{mean} ± {format(spread, spec)}" if spread else mean
 
 
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
