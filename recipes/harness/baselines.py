@@ -1,7 +1,8 @@
 """The methods that the paper compares, trained in one loop: same data order, same seed, same report.
 
 SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional.
-Series and parallel adapters come from [`harness.bottleneck`]. The method `full` trains the model itself.
+DyLoRA is a LoRA of PEFT's that trains with another rank in each step. Bottleneck adapters come from
+[`harness.bottleneck`]. The method `full` trains the model itself.
 
 PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn` (query, key and value), while
 SARA adapts query and value only. (LoRA with r 4 on GPT-2 medium has 393,216 parameters, which is the number of the
@@ -264,6 +265,50 @@ class _PruneRanks(TrainerCallback):
         self.trainer.tuner.update_and_allocate(state.global_step)
 
 
+class DyLoraTrainer(BaselineTrainer):
+    """
+    [`BaselineTrainer`] for DyLoRA: each step trains the first b ranks of a LoRA, where b is drawn anew, so that the
+    result is a LoRA that can be cut to any smaller rank. With rank b, the update is scaled by `lora_alpha / b`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sara_rank = self.method_args.lora_r
+        model = self.accelerator.unwrap_model(self.model)
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(self._cut)
+
+    def _cut(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        rank, whole = self._sara_rank, output.shape[-1]
+        if rank == whole:
+            return output
+        mask = (torch.arange(whole, device=output.device) < rank).to(output.dtype)
+        # PEFT scales by `lora_alpha / lora_r`.
+        return output * (mask * (whole / rank))
+
+    def training_step(self, *args, **kwargs):
+        # The rank follows from the seed and the step, so that a resumed run draws the same.
+        seed = torch.Generator().manual_seed(self.args.seed + 1_000_003 * self.state.global_step)
+        self._sara_rank = int(torch.randint(1, self.method_args.lora_r + 1, (), generator=seed))
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._sara_rank = self.method_args.lora_r
+
+    def evaluate_ranks(self) -> dict[str, float]:
+        """The evaluation loss at each rank below the largest one: `eval_loss_rank_1`, ..."""
+        losses = {}
+        try:
+            for rank in range(1, self.method_args.lora_r):
+                self._sara_rank = rank
+                found = self.evaluate(metric_key_prefix=f"rank_{rank}")
+                losses[f"eval_loss_rank_{rank}"] = found[f"rank_{rank}_loss"]
+        finally:
+            self._sara_rank = self.method_args.lora_r
+        return losses
+
+
 def make_trainer(
     method_args: MethodArguments, mixin: type | None = None, plan: str | None = None, **trainer_kwargs: Any
 ) -> Trainer:
@@ -290,7 +335,7 @@ def make_trainer(
     elif plan is not None:
         raise ValueError(f"plan={plan!r} has ranks of SARA, which method={method_args.method!r} does not use.")
     else:
-        kind = AdaLoraTrainer if method_args.method == "adalora" else BaselineTrainer
+        kind = {"adalora": AdaLoraTrainer, "dylora": DyLoraTrainer}.get(method_args.method, BaselineTrainer)
         own = {"method_args": method_args}
     bases = (kind,) if mixin is None else (mixin, kind)
     return type(kind.__name__, bases, {})(**own, **trainer_kwargs)

@@ -1,8 +1,10 @@
-"""Series and parallel bottleneck adapters, two baselines of the paper that PEFT does not have.
+"""Four kinds of bottleneck adapters, baselines of the paper that PEFT does not have.
 
-An adapter is `up(tanh(down(dropout(x))))` without biases, and starts as in LLM-Adapters. Like an update of SARA, it is
-a child module of the linear that it adapts, and a hook adds it, so the model stays the `PreTrainedModel` that it was.
-(The library `adapters` has both kinds, but requires a transformers of the 4.57 series.)
+Series and parallel adapters are those of LLM-Adapters: `up(tanh(down(dropout(x))))` without biases. Adapter-H (Houlsby
+et al., 2019) stands behind the attention and behind the feed-forward block, and Adapter-L (Lin et al., 2020) behind
+the latter alone, with a layer norm of its own in front: `up(relu(down(dropout(norm(x)))))` with biases. Like an update
+of SARA, an adapter is a child module of the linear that it adapts, and a hook adds it, so the model stays the
+`PreTrainedModel` that it was. (The library `adapters` has these kinds, but requires a transformers of the 4.57 series.)
 """
 
 import json
@@ -38,15 +40,26 @@ DEFAULT_TARGETS = {
         **dict.fromkeys((*GATED, "gptj"), ("q_proj", "k_proj", "v_proj")),
         "gpt2": ("c_attn.q", "c_attn.k", "c_attn.v"),
     },
+    "adapter_l": {**dict.fromkeys(GATED, ("down_proj",)), "gptj": ("fc_out",), "gpt2": ("mlp.c_proj",)},
+    "adapter_h": {
+        **dict.fromkeys(GATED, ("o_proj", "down_proj")),
+        "gptj": ("attn.out_proj", "fc_out"),
+        "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    },
 }
+# These change the whole output of a linear.
+BEHIND = ("adapter_l", "adapter_h")
 
 
 class Bottleneck(nn.Module):
     """
-    One adapter. It has (d_in + d_out) size parameters in float32, which are drawn from a normal distribution with a
-    standard deviation of 0.02 at the start.
+    One adapter, in float32. A series or parallel one has (d_in + d_out) size parameters, which are drawn from a normal
+    distribution with a standard deviation of 0.02 at the start. Adapter-H and Adapter-L have size + d_out biases too,
+    which start at zero, and weights with a standard deviation of 0.01, cut off at twice that. Adapter-L has a layer
+    norm of 2 d_in parameters.
 
     Args:
+        method (`str`): The kind of adapter.
         site ([`Site`]): The weight matrix that it adapts.
         shape (`tuple[int, int]`): (d_in, d_out) of the adapter.
         size (`int`): Width of the bottleneck.
@@ -54,18 +67,29 @@ class Bottleneck(nn.Module):
         device (`torch.device`): Where the base weight is.
     """
 
-    def __init__(self, site: Site, shape: tuple[int, int], size: int, dropout: float, device: torch.device):
+    def __init__(
+        self, method: str, site: Site, shape: tuple[int, int], size: int, dropout: float, device: torch.device
+    ):
         super().__init__()
         self.slice = site.slice
         self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(shape[0], size, bias=False, device=device, dtype=torch.float32)
-        self.up = nn.Linear(size, shape[1], bias=False, device=device, dtype=torch.float32)
+        own = {"device": device, "dtype": torch.float32}
+        behind = method in BEHIND
+        self.norm = nn.LayerNorm(shape[0], **own) if method == "adapter_l" else nn.Identity()
+        self.down = nn.Linear(shape[0], size, bias=behind, **own)
+        self.up = nn.Linear(size, shape[1], bias=behind, **own)
+        self.activation = nn.ReLU() if behind else nn.Tanh()
         for linear in (self.down, self.up):
-            nn.init.normal_(linear.weight, std=0.02)
+            if behind:
+                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+                nn.init.zeros_(linear.bias)
+            else:
+                nn.init.normal_(linear.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """`base` plus the adapter of x, on the site's columns of `base`, in the dtype of `base`."""
-        update = self.up(torch.tanh(self.down(self.dropout(x.to(self.down.weight.dtype))))).to(base.dtype)
+        x = self.dropout(self.norm(x.to(self.down.weight.dtype)))
+        update = self.up(self.activation(self.down(x))).to(base.dtype)
         if self.slice is None:
             return base + update
         result = base.clone()
@@ -99,9 +123,10 @@ def find_bottleneck_sites(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
-        method (`str`): `"series_adapter"` or `"parallel_adapter"`.
+        method (`str`): `"series_adapter"`, `"parallel_adapter"`, `"adapter_l"` or `"adapter_h"`.
         target_modules (`list[str]`, *optional*): As in [`SaraArguments`]. If they are left out, series adapters adapt
-            the linears of the feed-forward block, and parallel ones query, key and value.
+            the linears of the feed-forward block, parallel ones query, key and value, and the others the linears that
+            lead out of a block.
         layers (`str`, *optional*): As in [`SaraArguments`].
 
     Returns:
@@ -122,8 +147,8 @@ def find_bottleneck_sites(
         target_modules = list(known[model_type])
     sites = find_sites(model, SaraArguments(target_modules=target_modules, layers=layers))
     fused = [site.name for site in sites if site.slice is not None]
-    if method == "series_adapter" and fused:
-        raise ValueError(f"A series adapter changes a linear's whole input or output; {fused[0]} is a part of one.")
+    if method != "parallel_adapter" and fused:
+        raise ValueError(f"This adapter changes a linear's whole input or output; {fused[0]} is a part of one.")
     return sites
 
 
@@ -133,11 +158,11 @@ def attach_bottleneck(model: nn.Module, method: str, sites: Sequence[Site], size
 
     A series adapter is on the narrow side of its linear: it changes the input of the linear that leads into the
     feed-forward block, and the output of the one that leads out of it. A parallel adapter leads from the input of its
-    linear to the output.
+    linear to the output. Adapter-L and Adapter-H change the output of their linear.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. It is changed in place.
-        method (`str`): `"series_adapter"` or `"parallel_adapter"`.
+        method (`str`): See [`find_bottleneck_sites`].
         sites (`Sequence[Site]`): See [`find_bottleneck_sites`].
         size (`int`): Width of the bottleneck; the paper's is 256.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapters' input.
@@ -150,7 +175,9 @@ def attach_bottleneck(model: nn.Module, method: str, sites: Sequence[Site], size
         if method == "series_adapter":
             key, shape = "series", (min(shape), min(shape))
             hook = add_to_input if d_in <= d_out else add_to_output
-        adapter = Bottleneck(site, shape, size, dropout, module.weight.device).train(module.training)
+        elif method in BEHIND:
+            key, shape, hook = "series", (d_out, d_out), add_to_output
+        adapter = Bottleneck(method, site, shape, size, dropout, module.weight.device).train(module.training)
         if hasattr(module, "bottleneck"):
             module.bottleneck[key] = adapter
             continue

@@ -28,17 +28,20 @@ PAPER = {
     "save_steps": 200,
     "save_total_limit": 2,
 }
-# The learning rates of prefix tuning and of the two bottleneck adapters are the paper's; the latter have no dropout in
-# LLM-Adapters. LoRA has the learning rate of LLM-Adapters, and DoRA and AdaLoRA have the same one here. VeRA has the
+# The learning rates of prefix tuning and of the bottleneck adapters are the paper's; the latter have no dropout in
+# LLM-Adapters. LoRA has the learning rate of LLM-Adapters, and the other LoRAs have the same one here. VeRA has the
 # one that the paper gives for E2E. The paper has no full fine-tuning, so a usual value stands here.
 BASELINES = {
     "lora": {"learning_rate": 3e-4},
     "dora": {"learning_rate": 3e-4},
     "adalora": {"learning_rate": 3e-4},
+    "dylora": {"learning_rate": 3e-4},
     "vera": {"learning_rate": 1e-1},
     "prefix": {"learning_rate": 3e-2},
     "series_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
     "parallel_adapter": {"learning_rate": 3e-4, "dropout": 0.0},
+    "adapter_l": {"learning_rate": 3e-4, "dropout": 0.0},
+    "adapter_h": {"learning_rate": 3e-4, "dropout": 0.0},
     "full": {"learning_rate": 2e-5},
 }
 DEMO = {

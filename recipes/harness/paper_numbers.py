@@ -28,8 +28,7 @@ tables 1 to 4 and 8 to 12, as the configurations in `recipes/paper` hold them. T
 [Results](results.md).
 
 A row that "awaits a run" is a command away: `python recipes/run_paper.py table1 --rows SARA`. It takes the paper's
-model and data, and a GPU. A row that is "printed only" is of a model that cannot be trained, or of a method that is
-not built here.
+model and data, and a GPU. A row that is "printed only" is of a model that cannot be trained.
 """
 SHARES = """## The arithmetic of the shares
 
@@ -136,6 +135,9 @@ def count_of(base: tuple, method: Any) -> int:
         return layers * linears * 2 * width * method.bottleneck_size
     if name == "parallel_adapter":
         return layers * 3 * 2 * width * method.bottleneck_size
+    if name in ("adapter_l", "adapter_h"):
+        one = 2 * width * method.bottleneck_size + method.bottleneck_size + width
+        return layers * (one + 2 * width if name == "adapter_l" else 2 * one)
     if name == "vera":
         return layers * sum(method.vera_r + d_out for d_out in outputs)
     if name == "adalora":

@@ -11,7 +11,7 @@ from hf_sara.trainer import last_complete_checkpoint
 
 from .arguments import OURS, MethodArguments, RunArguments
 from .base_models import load_base
-from .baselines import make_trainer, report
+from .baselines import DyLoraTrainer, make_trainer, report
 from .card import write_card
 from .run_folder import LogMetrics, finished_metrics, open_run, write_json
 from .task import Task
@@ -71,6 +71,8 @@ def run(task: Task, options: RunArguments, method: MethodArguments, training: Tr
     losses = {"train_loss": trained.training_loss}
     if splits.validation is not None:
         losses["eval_loss"] = trainer.evaluate()["eval_loss"]
+        if isinstance(trainer, DyLoraTrainer):
+            losses |= trainer.evaluate_ranks()
     if not trainer.is_world_process_zero():
         return {}
     # This is measured before the decoding, whose beams take memory of their own.

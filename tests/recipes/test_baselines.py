@@ -142,6 +142,7 @@ def test_the_trained_parameters_are_those_of_the_formula(name, family):
     everything = count_base(model)
     per_layer = {
         "lora": sum(2 * (d_in + d_out) for d_in, d_out in QV[family]),
+        "dylora": sum(2 * (d_in + d_out) for d_in, d_out in QV[family]),
         "dora": sum(2 * (d_in + d_out) + d_out for d_in, d_out in QV[family]),
         "vera": sum(8 + d_out for _, d_out in QV[family]),
         # Before its pruning, from rank 3 to 2.
@@ -149,22 +150,38 @@ def test_the_trained_parameters_are_those_of_the_formula(name, family):
         "prefix": 3 * KEYS_AND_VALUES[family],
         "series_adapter": FEED_FORWARD[family] * (24 + 24) * 4,
         "parallel_adapter": sum((d_in + d_out) * 4 for d_in, d_out in QKV[family]),
+        # Weights and biases, and the layer norm of the one behind the feed-forward block.
+        "adapter_l": 2 * 24 * 4 + 4 + 24 + 2 * 24,
+        "adapter_h": 2 * (2 * 24 * 4 + 4 + 24),
     }
     attached = attach_baseline(model, arguments(name))
     trained = sum(p.numel() for p in attached.parameters() if p.requires_grad)
     assert trained == (everything if name == "full" else 2 * per_layer[name])
 
 
-@pytest.mark.parametrize(("name", "options", "count"), [("lora", {"lora_r": 4}, 393_216), ("vera", {}, 98_304)])
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("lora", {"lora_r": 4}, 393_216),
+        ("vera", {}, 98_304),
+        ("dylora", {"lora_r": 4}, 393_216),
+        ("adapter_l", {"bottleneck_size": 6}, 368_784),
+        ("adapter_l", {"bottleneck_size": 224}, 11_089_152),
+        ("adapter_h", {"bottleneck_size": 112}, 11_064_576),
+    ],
+)
 def test_gpt2_medium_has_the_counts_of_table_3(name, options, count):
-    # LoRA is printed as 0.35M, VeRA as 0.098M. Both adapt q and v there, and the fused c_attn here.
+    # LoRA is printed as 0.35M, VeRA as 0.098M. Both adapt q and v there, and the fused c_attn here. DyLoRA is printed
+    # as 0.39M, Adapter-L as 0.37M and 11.09M. Adapter-H is printed as 11.09M, which no width gives: 112 is the nearest.
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
     model = attach_baseline(model, MethodArguments(method=name, **options))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "adalora", "series_adapter", "parallel_adapter"])
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "dylora", "vera", "adalora", "series_adapter", "parallel_adapter", "adapter_l"]
+)
 def test_layers_and_modules_can_be_chosen(name):
     model = attach_baseline(make_model(), arguments(name, layers="1", target_modules=["k_proj", "down_proj"]))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -379,6 +396,50 @@ def test_adalora_prunes_to_its_mean_rank_within_its_schedule(tmp_path):
     # Four modules, from rank 3 to 2: 12 entries, 8 in the end, and for the last three steps.
     assert kept[2] == 12
     assert [kept[step] for step in range(8, 11)] == [8, 8, 8]
+
+
+def test_dylora_trains_the_first_ranks_of_a_lora(tmp_path):
+    trainer = trainer_of("dylora", tmp_path, options={"lora_r": 3, "dropout": 0.0}, max_steps=12, weight_decay=0.0)
+    model, ranks, alive = trainer.model, [], []
+    step = trainer.training_step
+
+    def look(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+        alive.append(max(int(grad.abs().sum(0).ne(0).sum()) for grad in grads))
+        return loss
+
+    cut = baselines.DyLoraTrainer._cut
+    trainer._cut = None
+    trainer.training_step = look
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__func__", None) is cut:
+                module._forward_hooks[key] = lambda m, a, o: ranks.append(trainer._sara_rank) or cut(trainer, m, a, o)
+    trainer.train()
+    # The gradient of each step is that of the ranks that it drew, and all were drawn.
+    assert set(ranks) == {1, 2, 3}
+    drawn = ranks[:: len(ranks) // len(alive)]
+    assert alive == drawn[: len(alive)]
+
+    # A smaller rank is the LoRA cut to it, with its own scaling.
+    losses = trainer.evaluate_ranks()
+    assert list(losses) == ["eval_loss_rank_1", "eval_loss_rank_2"]
+    whole = trainer.evaluate()["eval_loss"]
+    for rank in (1, 2):
+        kept = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter[rank:] = 0.0
+                    parameter *= 3 / rank
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[f"eval_loss_rank_{rank}"], rel=1e-5)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+    assert trainer.evaluate()["eval_loss"] == whole
+    assert len({whole, *losses.values()}) == 3
 
 
 def test_a_training_too_short_for_adalora_is_refused(tmp_path):

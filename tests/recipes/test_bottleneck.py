@@ -66,6 +66,32 @@ def test_a_series_adapter_changes_the_input_of_the_way_in_and_the_output_of_the_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["adapter_l", "adapter_h"])
+def test_the_adapters_of_houlsby_and_lin_stand_behind_a_block(method, family):
+    base, model = make_model(family), attach(method, family)
+    names = [
+        name.rsplit(".bottleneck", 1)[0] for name, _ in model.named_modules() if name.endswith("bottleneck.series")
+    ]
+    assert len(names) == (2 if method == "adapter_l" else 4)
+    for name in names:
+        plain, adapted = base.get_submodule(name), model.get_submodule(name)
+        adapter = adapted.bottleneck["series"]
+        width = plain.weight.shape[0 if family == "gpt2" else 1]
+        x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+        y = plain(x)
+        into = (
+            torch.nn.functional.layer_norm(y, (24,), adapter.norm.weight, adapter.norm.bias)
+            if method == "adapter_l"
+            else y
+        )
+        hidden = torch.relu(into @ adapter.down.weight.T + adapter.down.bias)
+        torch.testing.assert_close(adapted(x), y + hidden @ adapter.up.weight.T + adapter.up.bias)
+    blocks = {"llama": ("o_proj", "down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj"), "gptj": ("out_proj", "fc_out")}
+    ends = blocks[family][1:] if method == "adapter_l" else blocks[family]
+    assert all(name.endswith(ends) for name in names)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_parallel_adapter_stands_beside_query_key_and_value(family):
     base, model = make_model(family), attach("parallel_adapter", family)
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
