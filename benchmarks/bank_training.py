@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="how often the bank and the one adapter take turns")
     parser.add_argument("--alone", type=int, default=100, help="how many adapters also train alone")
+    parser.add_argument("--dtype", default="float32", help="float64 shows what is left without rounding")
     options = parser.parse_args()
     keep_memory()
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     config = transformers.LlamaConfig(vocab_size=8192, num_hidden_layers=options.layers, **WIDTH)
-    base = transformers.LlamaForCausalLM(config)
+    base = transformers.LlamaForCausalLM(config).to(getattr(torch, options.dtype))
     names = [f"adapter-{index:03}" for index in range(options.adapters)]
     ids = torch.randint(3, 8192, (options.adapters * options.steps, options.length))
     labels = ids.clone()
@@ -91,7 +92,7 @@ def main() -> None:
                 f"one adapter with the same batches {medians['one']:.1f} s, "
                 f"ratio {medians['bank'] / medians['one']:.3f}"
             )
-            worst, moved, seconds = 0.0, 0.0, 0.0
+            seconds, differences, moves = 0.0, [], []
             for index, name in enumerate(names[: options.alone]):
                 model = copy.deepcopy(base)
                 adapter = SaraAdapter.load(model, Path(folder, name))
@@ -100,11 +101,15 @@ def main() -> None:
                 seconds += train(model, own, folder, options.steps, rate, 1)
                 found = bank.state(name)
                 for key, value in adapter.state_dict().items():
-                    worst = max(worst, float((found[key] - value).abs().max()))
-                    moved = max(moved, float((start[key] - value).abs().max()))
+                    differences.append((found[key] - value).abs().flatten())
+                    moves.append((start[key] - value).abs().flatten())
+            each, moved = torch.cat(differences), torch.cat(moves)
+            far = float((each > 1e-5).double().mean())
             print(
-                f"  {min(len(names), options.alone)} of them alone: {seconds:.1f} s in all, largest difference of a "
-                f"number {worst:.2g}, where the training changed a number by up to {moved:.2g}"
+                f"  {min(len(names), options.alone)} of them alone: {seconds:.1f} s in all. The training changed a "
+                f"number by {float(moved.mean()):.2g} in the mean, and by up to {float(moved.max()):.2g}. The two "
+                f"differ by {float(each.mean()):.2g} in the mean, by up to {float(each.max()):.2g}, and by more than "
+                f"1e-5 in {100 * far:.3g} % of the numbers"
             )
 
 

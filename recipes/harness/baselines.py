@@ -1,8 +1,8 @@
 """The methods that the paper compares, trained in one loop: same data order, same seed, same report.
 
 SARA and Mo-SARA are this library's. LoRA, DoRA, VeRA, AdaLoRA and prefix tuning come from PEFT, which is optional.
-DyLoRA is a LoRA of PEFT's that trains with another rank in each step. Bottleneck adapters come from
-[`harness.bottleneck`]. The method `full` trains the model itself.
+DyLoRA is a LoRA of PEFT's that trains with another rank in each step, EVA and PiSSA are LoRAs of PEFT's with another
+start. Bottleneck adapters come from [`harness.bottleneck`]. The method `full` trains the model itself.
 
 PEFT adapts modules, not projections: on GPT-2 its methods adapt the whole fused `c_attn` (query, key and value), while
 SARA adapts query and value only. (LoRA with r 4 on GPT-2 medium has 393,216 parameters, which is the number of the
@@ -10,7 +10,9 @@ paper's LoRA, although that adapts query and value only.)
 """
 
 import functools
+import itertools
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,7 @@ from hf_sara.trainer import FrozenBaseMixin, SaraTrainer
 
 from . import bottleneck
 from .arguments import BOTTLENECKS, OURS, PEFT_METHODS, MethodArguments
+from .ranks import ranks_for
 
 try:
     import resource
@@ -53,6 +56,8 @@ ADAPTER_FILES = {
     **dict.fromkeys(BOTTLENECKS, (bottleneck.CONFIG_FILE, bottleneck.TENSORS_FILE)),
     "full": ("config.json", "generation_config.json", "model*.safetensors*"),
 }
+# EVA looks at so many batches at most.
+EVA_BATCHES = 64
 # How much AdaLoRA adds of its factors' distance from orthogonal ones to the loss. This is PEFT's default.
 ORTHOGONALITY = 0.5
 
@@ -107,6 +112,15 @@ def attach_baseline(model: PreTrainedModel, args: MethodArguments, seed: int = 0
         config = peft.AdaLoraConfig(
             **where, **schedule, init_r=args.initial_rank, target_r=args.lora_r, orth_reg_weight=0.0
         )
+    elif args.method == "eva":
+        config = peft.LoraConfig(**where, r=args.lora_r, init_lora_weights="eva", eva_config=peft.EvaConfig())
+    elif args.method == "pissa":
+        config = peft.LoraConfig(**where, r=args.lora_r, init_lora_weights="pissa")
+    elif args.ranks != "own":
+        ranks = ranks_for(model, args.sara_arguments(), args.ranks).rank_pattern()
+        # Every module has the same scale.
+        alphas = {name: args.alpha / args.lora_r * k for name, k in ranks.items()}
+        config = peft.LoraConfig(**where, r=args.lora_r, rank_pattern=ranks, alpha_pattern=alphas)
     else:
         config = peft.LoraConfig(**where, r=args.lora_r, use_dora=args.method == "dora")
     return peft.get_peft_model(model, config)
@@ -189,8 +203,12 @@ class BaselineTrainer(FrozenBaseMixin, Trainer):
         elif self.method_args.method == "full":
             model.save_pretrained(folder)
         else:
-            # Embeddings are never trained. Without this argument, PEFT would ask the Hub whether they have changed.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            self._share(model, folder)
+
+    def _share(self, model: nn.Module, folder: Path) -> None:
+        """Write what one would share of a method of PEFT's."""
+        # Embeddings are never trained. Without this argument, PEFT would ask the Hub whether they have changed.
+        model.save_pretrained(folder, save_embedding_layers=False)
 
     @torch.no_grad()
     def _load_tensors(self, folder: str, what: str) -> None:
@@ -265,6 +283,49 @@ class _PruneRanks(TrainerCallback):
         self.trainer.tuner.update_and_allocate(state.global_step)
 
 
+class EvaTrainer(BaselineTrainer):
+    """
+    [`BaselineTrainer`] for EVA: before the training, the LoRA starts from the directions in which the inputs of its
+    modules vary most on the training data, and its ranks go where they vary most.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        from peft import initialize_lora_eva_weights
+
+        model = self.accelerator.unwrap_model(self.model)
+        # The first batches in the order of the data are enough, and use no random number of the training.
+        loader = self.get_eval_dataloader(self.train_dataset)
+        batches = list(itertools.islice(loader, EVA_BATCHES))
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng():
+            initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        model.train(training)
+
+
+class PissaTrainer(BaselineTrainer):
+    """
+    [`BaselineTrainer`] for PiSSA, whose LoRA starts as the leading part of each weight, which leaves the rest of it as
+    the base. What one would share is a LoRA of twice the rank for the base as it was.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sara_start = tempfile.TemporaryDirectory(prefix="pissa-")
+        model = self.accelerator.unwrap_model(self.model)
+        config = model.peft_config["default"]
+        # PEFT wants its start saved as one that is no start of PiSSA.
+        config.init_lora_weights = True
+        model.save_pretrained(self._sara_start.name, save_embedding_layers=False)
+        config.init_lora_weights = "pissa"
+
+    def _share(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(
+            folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=self._sara_start.name
+        )
+
+
 class DyLoraTrainer(BaselineTrainer):
     """
     [`BaselineTrainer`] for DyLoRA: each step trains the first b ranks of a LoRA, where b is drawn anew, so that the
@@ -309,6 +370,10 @@ class DyLoraTrainer(BaselineTrainer):
         return losses
 
 
+# The trainers of the baselines that need one of their own.
+KINDS = {"adalora": AdaLoraTrainer, "dylora": DyLoraTrainer, "eva": EvaTrainer, "pissa": PissaTrainer}
+
+
 def make_trainer(
     method_args: MethodArguments, mixin: type | None = None, plan: str | None = None, **trainer_kwargs: Any
 ) -> Trainer:
@@ -331,11 +396,16 @@ def make_trainer(
         `ValueError`: If the model lacks the modules, or the method cannot do what the arguments ask for.
     """
     if method_args.method in OURS:
-        kind, own = SaraTrainer, {"sara_args": method_args.sara_arguments(), "plan": plan}
+        ranks: Any = plan
+        if method_args.ranks != "own":
+            if plan is not None:
+                raise ValueError(f"ranks={method_args.ranks!r} and plan={plan!r} ask for different ranks.")
+            ranks = ranks_for(trainer_kwargs["model"], method_args.sara_arguments(), method_args.ranks)
+        kind, own = SaraTrainer, {"sara_args": method_args.sara_arguments(), "plan": ranks}
     elif plan is not None:
         raise ValueError(f"plan={plan!r} has ranks of SARA, which method={method_args.method!r} does not use.")
     else:
-        kind = {"adalora": AdaLoraTrainer, "dylora": DyLoraTrainer}.get(method_args.method, BaselineTrainer)
+        kind = KINDS.get(method_args.method, BaselineTrainer)
         own = {"method_args": method_args}
     bases = (kind,) if mixin is None else (mixin, kind)
     return type(kind.__name__, bases, {})(**own, **trainer_kwargs)

@@ -4,7 +4,7 @@ Series and parallel adapters are those of LLM-Adapters: `up(tanh(down(dropout(x)
 et al., 2019) stands behind the attention and behind the feed-forward block, and Adapter-L (Lin et al., 2020) behind
 the latter alone, with a layer norm of its own in front: `up(relu(down(dropout(norm(x)))))` with biases. Like an update
 of SARA, an adapter is a child module of the linear that it adapts, and a hook adds it, so the model stays the
-`PreTrainedModel` that it was. (The library `adapters` has these kinds, but requires a transformers of the 4.57 series.)
+`PreTrainedModel` that it was. (The library `adapters` has these kinds, but requires transformers 4.57.)
 """
 
 import json

@@ -36,6 +36,8 @@ BASELINES = {
     "dora": {"learning_rate": 3e-4},
     "adalora": {"learning_rate": 3e-4},
     "dylora": {"learning_rate": 3e-4},
+    "eva": {"learning_rate": 3e-4},
+    "pissa": {"learning_rate": 3e-4},
     "vera": {"learning_rate": 1e-1},
     "prefix": {"learning_rate": 3e-2},
     "series_adapter": {"learning_rate": 3e-4, "dropout": 0.0},

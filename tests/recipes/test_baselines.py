@@ -15,7 +15,8 @@ from harness.arguments import ALL_METHODS, MethodArguments
 from harness.baselines import attach_baseline, make_trainer, report
 from harness.bottleneck import load_bottleneck
 from harness.e2e_task import E2ETrainerMixin
-from hf_sara import SaraAdapter, SaraArguments, SaraTrainer
+from harness.ranks import ranks_for
+from hf_sara import SaraAdapter, SaraArguments, SaraTrainer, plan
 from hf_sara.planning import count_base
 from hf_sara.tasks import e2e
 
@@ -142,7 +143,7 @@ def test_the_trained_parameters_are_those_of_the_formula(name, family):
     everything = count_base(model)
     per_layer = {
         "lora": sum(2 * (d_in + d_out) for d_in, d_out in QV[family]),
-        "dylora": sum(2 * (d_in + d_out) for d_in, d_out in QV[family]),
+        **dict.fromkeys(("dylora", "eva", "pissa"), sum(2 * (d_in + d_out) for d_in, d_out in QV[family])),
         "dora": sum(2 * (d_in + d_out) + d_out for d_in, d_out in QV[family]),
         "vera": sum(8 + d_out for _, d_out in QV[family]),
         # Before its pruning, from rank 3 to 2.
@@ -172,7 +173,7 @@ def test_the_trained_parameters_are_those_of_the_formula(name, family):
 )
 def test_gpt2_medium_has_the_counts_of_table_3(name, options, count):
     # LoRA is printed as 0.35M, VeRA as 0.098M. Both adapt q and v there, and the fused c_attn here. DyLoRA is printed
-    # as 0.39M, Adapter-L as 0.37M and 11.09M. Adapter-H is printed as 11.09M, which no width gives: 112 is the nearest.
+    # as 0.39M, Adapter-L as 0.37M and 11.09M. Adapter-H is printed as 11.09M, to which 112 is the nearest width.
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
     model = attach_baseline(model, MethodArguments(method=name, **options))
@@ -306,8 +307,8 @@ def test_a_resumed_training_ends_with_the_same_bits_and_a_finished_one_does_noth
 def test_the_start_follows_from_the_seed(method, tmp_path):
     one, same, other = (trained_of(trainer_of(method, tmp_path, seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    # VeRA's trained vectors start at constants, and a whole model where it was.
-    if method not in ("vera", "full"):
+    # VeRA's trained vectors start at constants, a whole model where it was, and EVA and PiSSA from data and weights.
+    if method not in ("vera", "full", "eva", "pissa"):
         assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
@@ -396,6 +397,86 @@ def test_adalora_prunes_to_its_mean_rank_within_its_schedule(tmp_path):
     # Four modules, from rank 3 to 2: 12 entries, 8 in the end, and for the last three steps.
     assert kept[2] == 12
     assert [kept[step] for step in range(8, 11)] == [8, 8, 8]
+
+
+def test_eva_and_pissa_start_elsewhere_and_leave_the_data_as_they_were(tmp_path):
+    lora, eva, pissa = (trainer_of(name, tmp_path / name, options={"lora_r": 3}) for name in ("lora", "eva", "pissa"))
+    ranks = [len(module.weight) for name, module in eva.model.named_modules() if name.endswith("lora_A.default")]
+    assert sum(ranks) == 3 * 4
+    inputs = make_inputs(lora.model)
+    # EVA's LoRA adds nothing at its start, and PiSSA's adds what it took from the base.
+    for trainer in (eva, pissa):
+        torch.testing.assert_close(logits(trainer.model, **inputs), logits(lora.model, **inputs), rtol=1e-4, atol=1e-4)
+    own = pissa.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.allclose(own, make_model().model.layers[0].self_attn.q_proj.weight, atol=1e-2)
+
+
+# ---- other ranks than the rule's ----
+
+
+def trained_by_shape(sites) -> dict:
+    found = {}
+    for site in sites:
+        found.setdefault(site.shape, []).append(site.k)
+    return found
+
+
+@pytest.mark.parametrize("name", ["sara", "mo_sara"])
+def test_ranks_that_are_equal_or_upside_down_have_the_parameters_of_the_rule(name):
+    model = make_model(num_hidden_layers=6)
+    args = SaraArguments(method=name, threshold=0.5, target_modules=["q_proj", "v_proj", "up_proj"])
+    rule, equal, turned = (ranks_for(model, args, kind) for kind in ("sara", "equal", "reversed"))
+    assert rule == plan(model, args)
+    assert len({site.k for site in equal.sites}) == 1
+    one = max(rule.count(site) for site in equal.sites)
+    assert abs(equal.trained_parameters - rule.trained_parameters) <= len(rule.sites) * one
+    assert turned.trained_parameters == rule.trained_parameters
+    for shape, ks in trained_by_shape(turned.sites).items():
+        before = trained_by_shape(rule.sites)[shape]
+        assert sorted(ks) == sorted(before)
+        # What had most has least.
+        assert before[ks.index(min(ks))] == max(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sara", "equal"), ("sara", "reversed"), ("lora", "sara"), ("lora", "reversed")]
+)
+def test_other_ranks_train_and_come_back(name, kind, tmp_path):
+    options = {"ranks": kind, "threshold": 0.3}
+    trainer = trainer_of(name, tmp_path, options=options, max_steps=8, save_steps=4)
+    wanted = ranks_for(make_model(), SaraArguments(threshold=0.3), kind)
+    trainer.train()
+    trainer.save_model()
+    if name == "sara":
+        fresh = make_model()
+        adapter = SaraAdapter.load(fresh, tmp_path)
+        assert [site.k for site in adapter.sites] == [site.k for site in wanted.sites]
+    else:
+        from peft import PeftModel
+
+        fresh = PeftModel.from_pretrained(make_model(), tmp_path)
+        ranks = {n: len(m.weight) for n, m in fresh.named_modules() if n.endswith("lora_A.default")}
+        assert sorted(ranks.values()) == sorted(wanted.rank_pattern().values())
+        scales = {m.scaling["default"] for m in fresh.modules() if isinstance(getattr(m, "scaling", None), dict)}
+        assert scales == {2.0}
+    inputs = make_inputs(trainer.model)
+    torch.testing.assert_close(logits(fresh, **inputs), logits(trainer.model, **inputs), rtol=1e-5, atol=1e-5)
+    again = trainer_of(name, tmp_path, options=options, max_steps=8, save_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for key, tensor in trained_of(trainer).items():
+        assert torch.equal(trained_of(again)[key], tensor)
+
+
+def test_choices_of_ranks_that_mean_nothing_are_refused(tmp_path):
+    for values in ({"method": "lora", "ranks": "equal"}, {"method": "sara", "ranks": "sara"}):
+        with pytest.raises(ValueError, match="is no choice of method"):
+            MethodArguments(**values)
+    with pytest.raises(ValueError, match="ranks='equal' is no option of method='dora'"):
+        MethodArguments(method="dora", ranks="equal")
+    with pytest.raises(ValueError, match="ask for different ranks"):
+        make_trainer(
+            arguments("sara", ranks="equal"), plan="plan.json", model=make_model(), args=training_arguments(tmp_path)
+        )
 
 
 def test_dylora_trains_the_first_ranks_of_a_lora(tmp_path):
