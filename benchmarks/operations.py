@@ -1,10 +1,11 @@
 """Tensor operations of a step and of a decoding step, per site: how many kernels a GPU would have to start.
 
-A small random Llama is profiled on the CPU with an adapter and without. The difference is printed, divided by the
-number of sites. Views count nothing, and an operation that calls others counts as those. At the sizes at which a step
-is bound by the start of its kernels, this number is what an adapter costs.
+A small random Llama is profiled on the CPU with an adapter and without, on the path that a GPU takes for outputs of
+such a size. The difference is printed, divided by the number of sites. Views count nothing, and an operation that calls
+others counts as those. At the sizes at which a step is bound by the start of its kernels, this number is what an
+adapter costs.
 
-    python benchmarks/operations.py [--by_name]
+    python benchmarks/operations.py [--by_name] [--as_on_cpu]
 """
 
 import argparse
@@ -17,6 +18,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from hf_sara import SaraAdapter, SaraArguments
+from hf_sara.methods import mo_sara, sara
 
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "as_strided"),
@@ -46,7 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--by_name", action="store_true", help="print which operations they are")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--as_on_cpu", action="store_true", help="the path of the CPU, with gradients of our own")
     options = parser.parse_args()
+    if not options.as_on_cpu:
+        for module in (sara, mo_sara):
+            module.own_gradients_pay = lambda output: False
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     width = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

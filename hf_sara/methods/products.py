@@ -1,6 +1,8 @@
 """The tensor operations that the updates of all methods share."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -9,6 +11,29 @@ from ..layouts import OutputSlice
 
 # A GPU adds an update to an output of so many numbers in less time than Python needs to call our own gradients.
 LARGE_ON_GPU = 2**22
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's random numbers."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextlib.contextmanager
+def random_numbers_from(device: torch.device, state: torch.Tensor) -> Iterator[None]:
+    """Draw the random numbers of an earlier state once more, within a `with` block."""
+    now = random_state(device)
+    _set_random_state(device, state)
+    try:
+        yield
+    finally:
+        _set_random_state(device, now)
+
+
+def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import Delta, Method, Options, Shapes
-from .products import add_product, own_gradients_pay, uniform_
+from .products import add_product, own_gradients_pay, random_numbers_from, random_state, uniform_
 
 
 class SaraDelta(Delta):
@@ -46,8 +46,8 @@ class SaraDelta(Delta):
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
     def drops_itself(self, output):
-        # The CPU would take longer, and has memory enough.
-        on_gpu = output.device.type != "cpu"
+        # The CPU would take longer, and has memory enough. A CUDA graph has no state of random numbers at hand.
+        on_gpu = output.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         return on_gpu and type(self.dropout) is nn.Dropout and own_gradients_pay(output)
 
     def add_part(self, x, output, dtype, shards):
@@ -82,33 +82,30 @@ class _LinearWithUpdate(torch.autograd.Function):
     """
     The output of a frozen linear plus `dropout(x) U diag(S) Vh`. The output is given, and overwritten. The gradient of
     x has the parts of the linear and of the update; autograd would write the update's part and read it again to add
-    it. With dropout, x and a mask of bytes are kept. Autograd would keep what the dropout made of x, and all adapted
-    linears of one x have another one.
+    it. With dropout, x is kept, which all adapted linears of it share, and the state of the random numbers, from which
+    the mask is made again. Autograd would keep what the dropout made of x, which is another tensor for each linear.
     """
 
     @staticmethod
     def forward(ctx, x, output, weight, Ut, S, Vh, p):
-        ctx.p, mask = p, None
+        ctx.p = p
         rows = x.reshape(-1, x.shape[-1])
         if p:
-            rows, mask = torch.native_dropout(rows, p, True)
+            ctx.state = random_state(x.device)
+            rows, _ = torch.native_dropout(rows, p, True)
         h = F.linear(rows, Ut)
-        ctx.save_for_backward(x, weight, Ut, S, Vh, h, mask)
+        ctx.save_for_backward(x, weight, Ut, S, Vh, h)
         ctx.mark_dirty(output)
         output.view(-1, output.shape[-1]).addmm_(h if S is None else h * S, Vh)
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, Ut, S, Vh, h, mask = ctx.saved_tensors
+        x, weight, Ut, S, Vh, h = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-
-        def dropped(tensor):
-            if mask is None:
-                return tensor
-            return torch.ops.aten.native_dropout_backward(tensor, mask, 1.0 / (1.0 - ctx.p) if ctx.p < 1.0 else 0.0)
-
-        rows = dropped(rows)
+        if ctx.p:
+            with random_numbers_from(x.device, ctx.state):
+                rows, mask = torch.native_dropout(rows, ctx.p, True)
         if torch.is_grad_enabled():
             # The gradient is to be differentiated, so h has to be a function of x and U again.
             h = F.linear(rows, Ut)
@@ -118,10 +115,11 @@ class _LinearWithUpdate(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             through = grad @ weight
-            if mask is None:
-                through.addmm_(grad_h, Ut)
+            if ctx.p:
+                scale = 1.0 / (1.0 - ctx.p) if ctx.p < 1.0 else 0.0
+                through += torch.ops.aten.native_dropout_backward(grad_h @ Ut, mask, scale)
             else:
-                through.add_(dropped(grad_h @ Ut))
+                through.addmm_(grad_h, Ut)
             grad_x = through.view(x.shape)
         return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad, None
 
