@@ -1,8 +1,8 @@
 """Tensor operations of a step and of a decoding step, per site: how many kernels a GPU would have to start.
 
 A small random Llama is profiled on the CPU with an adapter and without, on the path that a GPU takes for outputs of
-such a size. The difference is printed, divided by the number of sites. Views count nothing, and an operation that calls
-others counts as those. At the sizes at which a step is bound by the start of its kernels, this number is what an
+such a size. The difference is printed, divided by the number of sites. Views count nothing, and an operation that
+calls others counts as those. At the sizes at which a step is bound by the start of its kernels, this number is what an
 adapter costs.
 
     python benchmarks/operations.py [--by_name] [--as_on_cpu]
