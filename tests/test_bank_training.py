@@ -175,6 +175,24 @@ def test_each_adapter_equals_its_own_training(kind, accumulation, method, tmp_pa
     assert_equal_to_alone(make, rows, tmp_path, method, max_steps=4 if accumulation == 1 else 2, **changes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sara", "mo_sara"])
+def test_a_hundred_adapters_equal_their_own_trainings_after_twenty_steps(method, tmp_path):
+    make, kind = KINDS["tokens"]
+    names = [f"adapter-{number:03}" for number in range(100)]
+    folders = make_starts(tmp_path, make(), method, names)
+    data = make_rows(kind, count=100 * 20, names=names)
+    values = {"max_steps": 20, "learning_rate": 0.1 if method == "mo_sara" else 0.02, "save_strategy": "no"}
+    bank = AdapterBank.load(make(), folders)
+    args = training_arguments(tmp_path / "run", per_device_train_batch_size=100, **values)
+    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    for number, name in enumerate(names):
+        own = data.select(range(number, len(data), 100))
+        expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", batch_size=1, **values)
+        for key, value in expected.items():
+            torch.testing.assert_close(bank.state(name)[key], value, rtol=1e-12, atol=1e-12)
+
+
 WAYS = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "smoothing and accumulation": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, "max_steps": 2},

@@ -17,7 +17,7 @@ from hf_sara.cli import app
 def no_ranks():
     """Nothing computes a rank or a spectrum in this block."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("planning.find_rank", "planning.find_spectrum", "methods.base.find_rank"):
+        for name in ("planning.find_rank", "budget.find_spectrum", "methods.base.find_rank"):
             patch.setattr(f"hf_sara.{name}", None)
         yield
 
