@@ -176,7 +176,7 @@ def test_each_adapter_equals_its_own_training(kind, accumulation, method, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sara", "mo_sara"])
+@pytest.mark.parametrize("method", [pytest.param("sara", marks=pytest.mark.long), "mo_sara"])
 def test_a_hundred_adapters_equal_their_own_trainings_after_twenty_steps(method, tmp_path):
     make, kind = KINDS["tokens"]
     names = [f"adapter-{number:03}" for number in range(100)]
@@ -205,6 +205,7 @@ WAYS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_train(way, method, tmp_path):
     assert_equal_to_alone(lambda: make_model(dtype=torch.float64), "causal", tmp_path, method, limit=1e-5, **WAYS[way])
@@ -716,6 +717,7 @@ def in_batch_contrast(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(means @ means.roll(1, 1).t(), torch.arange(len(means)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("loss", [sequence_means, in_batch_contrast])
 @pytest.mark.parametrize("size", [6, 16, 96])
 def test_other_losses_are_refused_at_any_batch_size(loss, size, tmp_path):

@@ -57,6 +57,7 @@ def ended_within(seconds: float, folder: Path, seed: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_trainings_that_are_killed_at_random_moments_end_with_the_bits_of_uninterrupted_ones(tmp_path, capsys):
     kills, torn = [], 0

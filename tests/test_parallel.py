@@ -145,7 +145,7 @@ def trained(folder: Path, way: str, *arguments, **changes) -> dict[str, torch.Te
 
 
 # The workflow runs these.
-QUICKER = [("zero3", "mo_sara"), ("meta", "sara"), ("tp", "mo_sara")]
+QUICKER = [("zero3", "mo_sara")]
 SOME = [
     pytest.param(way, method, marks=[] if (way, method) in QUICKER else [pytest.mark.long])
     for way in WAYS

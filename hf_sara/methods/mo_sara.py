@@ -171,9 +171,10 @@ class _MixedUpdate(torch.autograd.Function):
 
     @staticmethod
     def between(z, Vh, S, gate_down, gate_up):
-        gates = torch.softmax((gate_down @ gate_up).t() @ z, dim=0)
+        router = gate_down @ gate_up
+        gates = torch.softmax(router.t() @ z, dim=0)
         mixed = S.t() @ gates
-        return gates, mixed, (mixed * z).t() @ Vh
+        return router, gates, mixed, (mixed * z).t() @ Vh
 
     @staticmethod
     def forward(ctx, output, z, Vh, S, gate_down, gate_up, v):
@@ -188,13 +189,13 @@ class _MixedUpdate(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient is to be differentiated, so these have to be functions of the inputs again.
             between = _MixedUpdate.between(z, Vh, S, gate_down, gate_up)
-        gates, mixed, update = between
+        router, gates, mixed, update = between
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_scaled = (Vh * v) @ grad.t()
         grad_mixed = grad_scaled * z
         grad_gates = S @ grad_mixed
-        grad_logits = gates * (grad_gates - (gates * grad_gates).sum(0))
-        grad_z = torch.addcmul(gate_down @ (gate_up @ grad_logits), grad_scaled, mixed)
+        grad_logits = torch._softmax_backward_data(grad_gates, gates, 0, gates.dtype)
+        grad_z = torch.addcmul(router @ grad_logits, grad_scaled, mixed)
         grad_router = z @ grad_logits.t()
         return (
             grad_output,

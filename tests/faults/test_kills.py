@@ -39,7 +39,7 @@ def differences(folder: Path, expected) -> int:
     return int(not same_bits(state, expected[0])) + int(log != expected[1])
 
 
-@pytest.mark.parametrize("method", ["sara", "mo_sara"])
+@pytest.mark.parametrize("method", ["sara", pytest.param("mo_sara", marks=pytest.mark.long)])
 def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(method, tmp_path, tried):
     expected = uninterrupted(tmp_path / "whole", method)
     chance, kills, wrong, lost = random.Random(method), 0, 0, 0

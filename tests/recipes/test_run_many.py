@@ -87,6 +87,7 @@ def test_what_cannot_work_is_refused(case, base, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
     try:
         base_models.smollm2_file()
