@@ -91,7 +91,9 @@ class RowWeights:
             )
         if labels.is_floating_point():
             return [1.0] * rows
-        shifted = self.trainer._loss_shifts_labels and labels.dim() > 1
+        # Earlier versions of Trainer say so of a model with an encoder and a decoder, whose loss does not shift them.
+        decoder = not getattr(self.trainer.bank.model.config, "is_encoder_decoder", False)
+        shifted = self.trainer._loss_shifts_labels and decoder and labels.dim() > 1
         return (labels[..., 1:] if shifted else labels).ne(-100).reshape(rows, -1).sum(1).tolist()
 
     @torch.no_grad()
