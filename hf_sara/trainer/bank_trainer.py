@@ -17,10 +17,11 @@ from transformers.training_args import OptimizerNames
 
 from .. import storage
 from ..adapter_files import AdapterFiles
+from ..arguments import SaraArguments
 from ..bank import AdapterBank
 from ..carrier import unwrap
 from ..errors import AdapterError
-from ..planning import AdapterSpec
+from ..planning import AdapterSpec, Plan
 from ..row_names import BASE, adapter_rows, rows_of
 from .adapter_trainer import AdapterTrainerMixin, read_like, restore_task
 from .row_weights import RowWeights
@@ -98,8 +99,21 @@ class BankTrainerMixin(AdapterTrainerMixin):
     The part of [`SaraTrainerMixin`] that trains a bank. Without a bank, all is as in [`AdapterTrainerMixin`].
     """
 
-    def __init__(self, model=None, args=None, *positional, bank: AdapterBank | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *positional,
+        sara_args: SaraArguments | None = None,
+        adapter_name: str | None = None,
+        bank: AdapterBank | None = None,
+        plan: Plan | str | os.PathLike | None = None,
+        published_arguments: Sequence[str] = (),
+        **kwargs,
+    ):
         self.bank = bank
+        kwargs |= {"sara_args": sara_args, "adapter_name": adapter_name, "plan": plan}
+        kwargs["published_arguments"] = published_arguments
         self._sara_rows = RowWeights(self)
         if bank is None:
             super().__init__(model, args, *positional, **kwargs)
@@ -165,10 +179,9 @@ class BankTrainerMixin(AdapterTrainerMixin):
         """Raise a `ValueError` if the adapters that the bank has now cannot train, or cannot be saved."""
         assert self.bank is not None
         self.bank.refuse_unfit_names(self.bank.names)
-        name = OptimizerNames(self.args.optim).value
         if len(self.bank.names) > 1:
             self._sara_rows.refuse_labels(self.label_names)
-            if name not in OPTIMIZERS:
+            if (name := OptimizerNames(self.args.optim).value) not in OPTIMIZERS:
                 raise ValueError(
                     f"optim={name!r} may look at the shapes of tensors or at several of them, so adapters would not "
                     f"train in a bank as each does alone. Choose one of {', '.join(OPTIMIZERS)}."
@@ -299,12 +312,10 @@ class BankTrainerMixin(AdapterTrainerMixin):
         if self.bank is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         names, inputs = self._take_names(inputs)
-        with adapter_rows(self.bank.model, names), self.bank.batch.as_it_is(not self._generates()):
-            return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _generates(self) -> bool:
         # A search has several rows for each row of the batch.
-        return bool(getattr(self.args, "predict_with_generate", False))
+        exact = not getattr(self.args, "predict_with_generate", False)
+        with adapter_rows(self.bank.model, names), self.bank.batch.as_it_is(exact):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
