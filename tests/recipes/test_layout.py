@@ -55,5 +55,7 @@ def test_help_imports_no_library_of_the_data_or_the_scores():
         f"sys.exit(','.join(name for name in {slow} if name in sys.modules) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
+    # On some CPUs, bitsandbytes says when it is imported that it misses a package of its own.
+    said = [line for line in run.stderr.splitlines() if "kernels" not in line]
+    assert (run.returncode, said) == (0, [])
     assert run.stdout.count("--output_dir") >= len(names)
