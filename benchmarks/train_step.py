@@ -11,14 +11,13 @@ whatever else the machine does.
 """
 
 import argparse
-import copy
 import itertools
 import tempfile
 import time
 
 import torch
 import torch.nn.functional as F
-from _common import interleave, keep_memory, table
+from _common import interleave, keep_memory, sharing, table
 from peft import LoraConfig, VeraConfig, get_peft_model
 
 from harness.base_models import SMOLLM2, load_base
@@ -98,14 +97,10 @@ def main() -> None:
         "vera": vera,
     }
 
-    def sharing():
-        """A copy of the base that shares its weights, since copies of weights differ in speed by a few percent."""
-        return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-
     base.requires_grad_(False)
-    models = {"base": sharing()}
+    models = {"base": sharing(base)}
     models["base"].enable_input_require_grads()
-    models.update((name, makers[name](sharing())) for name in options.only)
+    models.update((name, makers[name](sharing(base))) for name in options.only)
     trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
 
     def step_of(model, rounds):

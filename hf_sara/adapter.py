@@ -13,8 +13,8 @@ from .attached import AttachedUpdates
 from .carrier import adapters_on, check_name, unwrap
 from .contents import warn_of_random
 from .factors import Factors
-from .plan_file import load_plan
-from .planning import AdapterSpec, Plan, count_base, measure
+from .plan_file import with_arguments
+from .planning import AdapterSpec, Plan, count_base, factors_and_seeds, measure
 from .seeds import Seed
 from .spread import agreed, with_values_of_others
 
@@ -78,15 +78,12 @@ class SaraAdapter(AttachedUpdates, AdapterFiles):
             `ValueError`: If the name is taken, a module does not exist, a weight has no rank, or the plan is one of
                 other arguments, or of another model. The model is then left as it was.
         """
-        planned = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
-        args = (planned.args if planned else SaraArguments()) if args is None else args
+        planned, args = with_arguments(plan, args)
         model = unwrap(model)
         check_name(model, name)
         with with_values_of_others(model, f"attach {args}"):
             plan, measured = measure(model, args, planned)
-            factors = {site: found.factors for site, found in measured.items() if found.factors is not None}
-            seeds = {site: found.seed for site, found in measured.items() if found.seed is not None}
-            del measured
+            factors, seeds = factors_and_seeds(measured)
             warn_of_random(model, plan.parts)
             return cls(model, plan, factors, seeds, name)
 

@@ -19,8 +19,8 @@ from .carrier import adapters_on, banks_on, unwrap
 from .contents import factors_of
 from .freezing import refuse_others
 from .kinds import Entry, Kind, read_entry, refuse_parts
-from .plan_file import load_plan
-from .planning import AdapterSpec, Plan, measure
+from .plan_file import with_arguments
+from .planning import AdapterSpec, Plan, factors_and_seeds, measure
 from .row_names import BASE
 from .sites import PlannedSite
 from .spread import send_to_all, with_values_of_others, works_together
@@ -132,15 +132,13 @@ class AdapterBank(TrainableBank):
                 which cannot be another one in each row of a batch, or the ranks cannot be found. The model is then
                 left as it was.
         """
-        planned = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
-        args = (planned.args if planned else SaraArguments()) if args is None else args
+        planned, args = with_arguments(plan, args)
         model = unwrap(model)
         _check_names(model, names)
         with with_values_of_others(model, f"attach a bank with {args}"):
             found, measured = measure(model, args, planned)
             refuse_parts(found.parts, "A new adapter of the bank")
-            factors = {site: one.factors for site, one in measured.items() if one.factors is not None}
-            seeds = {site: one.seed for site, one in measured.items() if one.seed is not None}
+            factors, seeds = factors_and_seeds(measured)
             spec = AdapterSpec(args, found.threshold, found.sites, [])
             bank = cls(model, spec, seeds, factors, len(names))
             starts = [bank._random_row(anew=place > 0) for place in range(len(names))]

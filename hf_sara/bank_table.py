@@ -172,11 +172,14 @@ class BankTable:
         for site in self.spec.sites:
             for key, (start, shape) in self._places(site).items():
                 row[start : start + math.prod(shape)] = tensors[f"{site.name}.{key}"].flatten()
-        for site in untrained:
-            # They add nothing, see `SaraAdapter.rest`.
+        self._silence(row, untrained)
+        return row
+
+    def _silence(self, row: torch.Tensor, sites: Sequence[PlannedSite]) -> None:
+        """Let the updates of sites add nothing in a row of the table, see `SaraAdapter.rest`."""
+        for site in sites:
             start = self._starts[site.name]
             row[start : start + self.spec.count(site)] = 0.0
-        return row
 
     def _put(self, name: str, own: AdapterSpec, row: torch.Tensor, untrained: frozenset[str]) -> None:
         with self._changing:

@@ -126,7 +126,6 @@ class TrainableBank(BankTable):
 
     def _put(self, name: str, own: AdapterSpec, row: torch.Tensor, untrained: frozenset[str]) -> None:
         self._refuse_change("added")
-        self._numbers()
         super()._put(name, own, row, untrained)
 
     def _refuse_change(self, done: str) -> None:
@@ -198,10 +197,8 @@ class TrainableBank(BankTable):
         for name in self._training:
             idle &= self._untrained[name]
         sites = [site for site in self.spec.sites if site.name in idle] if len(idle) < len(self.spec.sites) else []
-        for site in sites:
-            start = self._starts[site.name]
-            for name in self._training:
-                self._table[self._slots[name], start : start + self.spec.count(site)] = 0.0
+        for row in self._rows():
+            self._silence(row, sites)
         self._bind()
         return sites
 

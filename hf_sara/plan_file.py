@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .arguments import SaraArguments
 from .files import check_digest, write_file
 from .manifest import (
     MAX_CONFIG_BYTES,
@@ -87,3 +88,11 @@ def load_plan(path: str | os.PathLike) -> Plan:
         return Plan(args, config["threshold"], sites, read_parts(config), config["base_parameters"], digests)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} is not the file of a plan: {error}") from error
+
+
+def with_arguments(
+    plan: Plan | str | os.PathLike | None, args: SaraArguments | None
+) -> tuple[Plan | None, SaraArguments]:
+    """A plan that may be given as its file, and the arguments, which are the plan's or the defaults if left out."""
+    found = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
+    return found, (found.args if found else SaraArguments()) if args is None else args

@@ -13,6 +13,7 @@ from .arguments import SaraArguments
 from .base_model import open_model
 from .budget import resolve_threshold
 from .errors import one_line
+from .factors import Factors
 from .figures import finish, new_figure
 from .linears import compute_dtype
 from .methods import Measured, Method
@@ -20,6 +21,7 @@ from .methods.base import Shapes
 from .parts import Part, find_parts
 from .parts import count as count_part
 from .patterns import is_of_update
+from .seeds import Seed
 from .sites import PlannedSite, Site, sites_by_kind
 from .spectrum import check_weight, find_rank, weight_digest
 from .spread import agreed, with_values_of_others
@@ -328,6 +330,18 @@ def measure(model: nn.Module, args: SaraArguments, planned: Plan | None = None) 
     found = weights.for_each(look, sites, title)
     ranked = [PlannedSite.of(site, measured.k) for site, measured in zip(sites, found, strict=True)]
     return Plan(args, threshold, ranked, parts, base), {s.name: m for s, m in zip(sites, found, strict=True)}
+
+
+def factors_and_seeds(measured: dict[str, Measured]) -> tuple[dict[str, Factors], dict[str, Seed]]:
+    """The frozen factors and seeds by site of what [`measure`] found, which it empties: no memory is held twice."""
+    factors, seeds = {}, {}
+    for site in list(measured):
+        found = measured.pop(site)
+        if found.factors is not None:
+            factors[site] = found.factors
+        if found.seed is not None:
+            seeds[site] = found.seed
+    return factors, seeds
 
 
 def _follow(model: nn.Module, args: SaraArguments, plan: Plan) -> tuple[Plan, dict[str, Measured]]:

@@ -129,6 +129,3 @@ def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The rows of the batch that a model is called with."""
     found = (*args[:1], *(kwargs.get(name) for name in INPUTS))
     return next((len(value) for value in found if isinstance(value, torch.Tensor) and value.dim() > 1), None)
-
-
-# ---- what cannot be in a bank ----

@@ -30,6 +30,9 @@ class RowWeights:
 
     def count(self, batches: Sequence[tuple[Sequence[str], Mapping[str, Any]]], device: torch.device) -> None:
         """Count the labels of each adapter in the batches of a step, each with the names of its rows."""
+        if self._divided is False:
+            # The loss is not divided by such a number.
+            return
         names = list(dict.fromkeys(name for rows, _ in batches for name in rows))
         counts: list[Any] = []
         for name in names:

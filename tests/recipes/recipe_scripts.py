@@ -4,8 +4,21 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from harness import base_models
+from harness.options import RecipeError
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 FAKE = Path(__file__).with_name("fake_recipe.py")
+
+
+def need_smollm2() -> None:
+    """Skip a test where the real small model is not installed."""
+    try:
+        base_models.smollm2_file()
+    except RecipeError as error:
+        pytest.skip(f"extra: {error}")
 
 
 def load(name: str) -> ModuleType:

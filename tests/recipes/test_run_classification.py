@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from datasets.utils import disable_progress_bars
-from recipe_scripts import RECIPES, load
+from recipe_scripts import RECIPES, load, need_smollm2
 from transformers import AutoModelForImageClassification
 
 from harness import base_models
@@ -193,10 +193,7 @@ def test_the_settings_suit_the_method_and_the_demo(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
-    try:
-        base_models.smollm2_file()
-    except RecipeError as error:
-        pytest.skip(f"extra: {error}")
+    need_smollm2()
     metrics = load("run_classification").main(["--demo", "--output_dir", str(tmp_path)])
     assert metrics["eval_accuracy"] > 0.9
     assert metrics["eval_loss"] < metrics["eval_loss_before"]

@@ -6,25 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import make_base
 from datasets.utils import disable_progress_bars
-from recipe_scripts import RECIPES, load
+from recipe_scripts import RECIPES, load, need_smollm2
 
-from harness import base_models
 from harness.demo_data import make_demo_data
-from harness.options import RecipeError
 from hf_sara import AdapterBank
 
 disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A tiny Llama with its tokenizer, in a folder."""
-    folder, tokenizer = tmp_path_factory.mktemp("llama"), make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    make_model("llama", vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=0).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +29,8 @@ def command(base, data, folder, *more) -> list[str]:
     ]
 
 
-def test_one_run_equals_a_run_for_each(base, data, method, tmp_path):
-    metrics = load("run_many").main(command(base, data, tmp_path, "--method", method))
+def test_one_run_equals_a_run_for_each(base_folder, data, method, tmp_path):
+    metrics = load("run_many").main(command(base_folder, data, tmp_path, "--method", method))
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics["loss"]) == ["base", "one run", "one adapter for all", "a run for each"]
     assert all(len(entry["groups"]) == 3 for entry in metrics["loss"].values())
@@ -52,15 +41,14 @@ def test_one_run_equals_a_run_for_each(base, data, method, tmp_path):
     # One adapter for all has seen the same rows, and is another one.
     assert loss["one adapter for all"] != pytest.approx(loss["one run"], rel=1e-4)
     texts = json.loads((tmp_path / "texts.json").read_text())
-    model = make_model("llama", vocab_size=len(make_tokenizer()), bos_token_id=None, eos_token_id=0)
-    bank = AdapterBank.load(model, tmp_path)
+    bank = AdapterBank.load(make_base(), tmp_path)
     assert bank.names == list(texts)
     assert metrics["trained numbers of an adapter"] == bank.spec.trained_parameters
     assert (tmp_path / bank.names[0] / "README.md").is_file()
 
 
-def test_without_the_comparisons(base, data, tmp_path):
-    metrics = load("run_many").main(command(base, data, tmp_path, "--compare", "false"))
+def test_without_the_comparisons(base_folder, data, tmp_path):
+    metrics = load("run_many").main(command(base_folder, data, tmp_path, "--compare", "false"))
     assert list(metrics["loss"]) == ["base", "one run"]
     assert set(metrics["seconds"]) == {
         "one run",
@@ -78,9 +66,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused(case, base, data, tmp_path, monkeypatch):
+def test_what_cannot_work_is_refused(case, base_folder, data, tmp_path, monkeypatch):
     more, message = REFUSED[case]
-    argv = more if case == "no model" else command(base, data, tmp_path, *more)
+    argv = more if case == "no model" else command(base_folder, data, tmp_path, *more)
     monkeypatch.setattr(sys, "argv", ["run_many.py", *argv])
     with pytest.raises(SystemExit, match=rf"^run_many: [^\n]*{message}"):
         runpy.run_path(str(RECIPES / "run_many.py"), run_name="__main__")
@@ -89,10 +77,7 @@ def test_what_cannot_work_is_refused(case, base, data, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
-    try:
-        base_models.smollm2_file()
-    except RecipeError as error:
-        pytest.skip(f"extra: {error}")
+    need_smollm2()
     metrics = load("run_many").main(["--demo", "--output_dir", str(tmp_path)])
     loss = {title: entry["mean"] for title, entry in metrics["loss"].items()}
     assert loss["one run"] < 0.8 * loss["base"]

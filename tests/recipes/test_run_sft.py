@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import logits, make_model, make_tokenizer
 from datasets.utils import disable_progress_bars
-from recipe_scripts import RECIPES, load
+from recipe_scripts import RECIPES, load, need_smollm2
 
 from harness import base_models
 from harness.base_models import SMOLLM2, load_base
@@ -239,10 +239,7 @@ def test_the_demo_takes_a_small_model_and_few_steps(capsys):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_demo_on_the_real_model(tmp_path):
-    try:
-        base_models.smollm2_file()
-    except RecipeError as error:
-        pytest.skip(f"extra: {error}")
+    need_smollm2()
     metrics = load("run_sft").main(["--demo", "--output_dir", str(tmp_path), "--max_steps", "24"])
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 1.0
     model, _ = load_base(SMOLLM2)
