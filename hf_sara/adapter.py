@@ -84,7 +84,7 @@ class SaraAdapter(AttachedUpdates, AdapterFiles):
         with with_values_of_others(model, f"attach {args}"):
             plan, measured = measure(model, args, planned)
             factors, seeds = factors_and_seeds(measured)
-            warn_of_random(model, plan.parts)
+            warn_of_random(model, plan.parts, "Name their modules in modules_to_save to train them.")
             return cls(model, plan, factors, seeds, name)
 
     @classmethod

@@ -16,7 +16,7 @@ from .adapter_files import AdapterFiles
 from .arguments import SaraArguments
 from .bank_training import TrainableBank
 from .carrier import adapters_on, banks_on, unwrap
-from .contents import factors_of
+from .contents import factors_of, warn_of_random
 from .freezing import refuse_others
 from .kinds import Entry, Kind, read_entry, refuse_parts
 from .plan_file import with_arguments
@@ -139,6 +139,7 @@ class AdapterBank(TrainableBank):
             found, measured = measure(model, args, planned)
             refuse_parts(found.parts, "A new adapter of the bank")
             factors, seeds = factors_and_seeds(measured)
+            warn_of_random(model, [], "An adapter of a bank does not train them, so train them on the base before.")
             spec = AdapterSpec(args, found.threshold, found.sites, [])
             bank = cls(model, spec, seeds, factors, len(names))
             starts = [bank._random_row(anew=place > 0) for place in range(len(names))]

@@ -315,8 +315,11 @@ def hold_base(model: nn.Module) -> None:
     hold_input_gradients(model)
 
 
-def warn_of_random(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Warn of parameters that no checkpoint gave, and that a new adapter with these parts freezes."""
+def warn_of_random(model: nn.Module, parts: Sequence[Part], advice: str) -> None:
+    """
+    Warn of parameters that no checkpoint gave, and that a new adapter with these parts freezes. `advice` says what to
+    do.
+    """
     held = {name for part in parts for name in part.held()}
     # The rows of new tokens are random, and are kept with those that train.
     held |= {f"{part.name}.weight" for part in parts if isinstance(part, TokenPart)}
@@ -325,8 +328,9 @@ def warn_of_random(model: nn.Module, parts: Sequence[Part]) -> None:
     if random:
         logger.warning(
             "These parameters are random, because the checkpoint of the base does not have them, or not all of their "
-            "rows, and attaching the adapter freezes them: %s. Name their modules in modules_to_save to train them.",
+            "rows, and attaching the adapter freezes them: %s. %s",
             ", ".join(random),
+            advice,
         )
 
 

@@ -10,7 +10,6 @@ import transformers
 from conftest import VOCABULARY, make_base, make_model, make_tokenizer, same_bits, sara_arguments
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.utils.data import SequentialSampler
 from training import dataset, make_idle, training_arguments
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
@@ -21,13 +20,6 @@ NAMES = ("blue", "green", "red")
 # The rows of each batch, of which those of one adapter are a batch of its own training.
 ROWS = ("red", "blue", "green", "blue", "red", "green")
 STEPS = 5
-
-
-class InOrder(SaraTrainer):
-    """A trainer that takes the data in their order."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 def make_starts(folder, model, method="sara", names=NAMES, seed=1, **changes):
@@ -66,27 +58,28 @@ def make_rows(kind="causal", count=30, names=ROWS, seed=0):
     return Dataset.from_dict({**columns, "labels": targets[kind].tolist()})
 
 
-def train_alone(model, folder, start, data, output, trainer_class=InOrder, batch_size=2, **changes):
+def in_order(folder, **changes):
+    """Arguments of a training that takes the data in their order."""
+    return training_arguments(folder, train_sampling_strategy="sequential", **changes)
+
+
+def train_alone(model, folder, start, data, output, trainer_class=SaraTrainer, batch_size=2, **changes):
     adapter = SaraAdapter.load(model, start)
-    arguments = training_arguments(
-        output, **{"max_steps": STEPS, "per_device_train_batch_size": batch_size, **changes}
-    )
+    arguments = in_order(output, **{"max_steps": STEPS, "per_device_train_batch_size": batch_size, **changes})
     trainer = trainer_class(model=model, args=arguments, train_dataset=data.remove_columns("adapter_name"))
     trainer.train()
     return adapter.state_dict()
 
 
 def assert_equal_to_alone(
-    make, kind, tmp_path, method="sara", trainer_class=InOrder, limit=1e-6, starts=None, **changes
+    make, kind, tmp_path, method="sara", trainer_class=SaraTrainer, limit=1e-6, starts=None, **changes
 ):
     """All adapters of a bank are what each is after its own training with its rows of the same batches."""
     folders = make_starts(tmp_path, make(), method, **(starts or {}))
     data, model = make_rows(kind), make()
     bank = AdapterBank.load(model, folders)
     begin = {name: bank.state(name) for name in NAMES}
-    arguments = training_arguments(
-        tmp_path / "run", **{"max_steps": STEPS, "per_device_train_batch_size": len(ROWS), **changes}
-    )
+    arguments = in_order(tmp_path / "run", **{"max_steps": STEPS, "per_device_train_batch_size": len(ROWS), **changes})
     trainer_class(model=model, args=arguments, bank=bank, train_dataset=data).train()
     for name in NAMES:
         own = data.filter(lambda row, name=name: row["adapter_name"] == name)
@@ -184,8 +177,8 @@ def test_a_hundred_adapters_equal_their_own_trainings_after_twenty_steps(method,
     data = make_rows(kind, count=100 * 20, names=names)
     values = {"max_steps": 20, "learning_rate": 0.1 if method == "mo_sara" else 0.02, "save_strategy": "no"}
     bank = AdapterBank.load(make(), folders)
-    args = training_arguments(tmp_path / "run", per_device_train_batch_size=100, **values)
-    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    args = in_order(tmp_path / "run", per_device_train_batch_size=100, **values)
+    SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data).train()
     for number, name in enumerate(names):
         own = data.select(range(number, len(data), 100))
         expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", batch_size=1, **values)
@@ -244,8 +237,8 @@ def test_an_adapter_without_rows_in_a_batch_takes_no_step(method, tmp_path):
     data = make_rows(count=16, names=names)
     values = {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.1}
     bank = AdapterBank.load(make(), folders)
-    args = training_arguments(tmp_path / "run", per_device_train_batch_size=4, **values)
-    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    args = in_order(tmp_path / "run", per_device_train_batch_size=4, **values)
+    SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data).train()
     for name, batches in {"green": (0, 2), "red": (1, 2), "blue": (0, 1, 2, 3)}.items():
         model = make()
         adapter = SaraAdapter.load(model, folders[name])
@@ -256,7 +249,7 @@ def test_an_adapter_without_rows_in_a_batch_takes_no_step(method, tmp_path):
         sizes = [len(part) for part in parts]
         rows = Dataset.from_list([row for part in parts for row in part]).remove_columns("adapter_name")
 
-        class Uneven(InOrder):
+        class Uneven(SaraTrainer):
             def get_train_dataloader(self, rows=rows, sizes=sizes):
                 starts = [sum(sizes[:index]) for index in range(len(sizes))]
                 batches = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
@@ -415,6 +408,15 @@ def test_updates_that_took_no_part_add_nothing(tmp_path, caplog):
     assert [site["name"] for site in config["sites"] if site.get("trained") is False] == ["model.extra"]
 
 
+def test_a_base_with_random_weights_is_named(tmp_path, caplog):
+    config = make_model("bert").config
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        AdapterBank.attach(model, sara_arguments(modules_to_save=[]), NAMES)
+    assert "freezes them: classifier.weight, classifier.bias. An adapter of a bank does not train" in caplog.text
+
+
 # ---- data ----
 
 
@@ -467,12 +469,8 @@ def test_data_of_other_kinds(stream, tmp_path):
     states = []
     for index, data in enumerate((make_rows(), STREAMS[stream](make_rows()))):
         bank = AdapterBank.load(make_model(), folders)
-        args = training_arguments(tmp_path / str(index), per_device_train_batch_size=6, max_steps=3)
-        InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train() if stream == "a list" else (
-            (InOrder if index == 0 else SaraTrainer)(
-                model=bank.model, args=args, bank=bank, train_dataset=data
-            ).train()
-        )
+        args = in_order(tmp_path / str(index), per_device_train_batch_size=6, max_steps=3)
+        SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data).train()
         states.append({name: bank.state(name) for name in NAMES})
     assert all(same_bits(states[0][name], states[1][name]) for name in NAMES)
 
@@ -555,7 +553,7 @@ def test_a_loss_of_ones_own_that_is_a_mean_works(tmp_path):
         logits = outputs.logits[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
-    class WithLoss(InOrder):
+    class WithLoss(SaraTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, compute_loss_func=mean, **kwargs)
 
@@ -693,10 +691,10 @@ def test_rows_whose_prompts_are_long(size, accumulation, tmp_path):
     folders = make_starts(tmp_path, make())
     values = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     bank = AdapterBank.load(make(), folders)
-    args = training_arguments(
+    args = in_order(
         tmp_path / "run", per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **values
     )
-    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data).train()
     for name in ("red", "green"):
         own = data.filter(lambda row, name=name: row["adapter_name"] == name)
         expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", **values)
@@ -760,8 +758,8 @@ def test_rows_without_a_label_do_not_count(kind, tmp_path):
     folders = make_starts(tmp_path, make())
     values = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     bank = AdapterBank.load(make(), folders)
-    args = training_arguments(tmp_path / "run", per_device_train_batch_size=6, **values)
-    InOrder(model=bank.model, args=args, bank=bank, train_dataset=data).train()
+    args = in_order(tmp_path / "run", per_device_train_batch_size=6, **values)
+    SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=data).train()
     for name in NAMES:
         own = data.filter(lambda row, name=name: row["adapter_name"] == name)
         expected = train_alone(make(), tmp_path, folders[name], own, tmp_path / "alone", **values)
@@ -916,8 +914,8 @@ def test_a_finished_run_of_a_classifier_keeps_the_kind_of_its_loss(tmp_path):
 
     def trainer():
         bank = AdapterBank.load(KINDS["classes"][0](), folders)
-        args = training_arguments(tmp_path / "run", per_device_train_batch_size=6, max_steps=2)
-        return InOrder(model=bank.model, args=args, bank=bank, train_dataset=make_rows("classes"))
+        args = in_order(tmp_path / "run", per_device_train_batch_size=6, max_steps=2)
+        return SaraTrainer(model=bank.model, args=args, bank=bank, train_dataset=make_rows("classes"))
 
     trainer().train()
     again = trainer()
