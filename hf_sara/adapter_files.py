@@ -79,6 +79,10 @@ class AdapterFiles:
             `ValueError`: If a parameter trains that no adapter of the model holds.
         """
         self.refuse_others()
+        self.write_files(folder)
+
+    def write_files(self, folder: str | PathLike) -> None:
+        """What [`SaraAdapter.save_pretrained`] does after it has looked for parameters that would be lost."""
         untrained = self.untrained_sites()
         storage.write(folder, self.manifest(untrained), self.state_dict(), self.saved_factors())
         if model_card.has_generated_card(folder):

@@ -204,8 +204,11 @@ class AdapterBank(TrainableBank):
         """
         names = self.names if names is None else [names] if isinstance(names, str) else list(names)
         self.refuse_unfit_names(names)
-        for name in tqdm(names, desc="Adapters", unit="adapter", delay=1.0):
-            self[name].save_pretrained(Path(folder, name))
+        for index, name in enumerate(tqdm(names, desc="Adapters", unit="adapter", delay=1.0)):
+            if not index:
+                # This looks at the whole model, so it is done once for all.
+                self[name].refuse_others()
+            self[name].write_files(Path(folder, name))
 
     def refuse_unfit_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a name is that of no adapter, or cannot be the name of a folder."""
@@ -250,7 +253,7 @@ class BankedAdapter(AdapterFiles):
 
     def refuse_others(self) -> None:
         """Raise a `ValueError` if a parameter trains beside the bank, so that it would be lost."""
-        if self.bank.trained():
+        if self.bank.is_training():
             refuse_others(self.model, f"the adapter {self.name!r}")
 
     def warn_of_idle(self, sites: Sequence[PlannedSite]) -> None:

@@ -128,7 +128,7 @@ class BankTable:
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """Copies of the trained tensors of an adapter on the CPU, named as in [`SaraAdapter.trained`]."""
-        return self._tensors_of(self._numbers()[self._slot(name)].cpu())
+        return self._tensors_of(self._row(name).cpu())
 
     def _tensors_of(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of which a row of the table consists."""
@@ -166,6 +166,10 @@ class BankTable:
     def _numbers(self) -> torch.Tensor:
         """The table with the newest numbers."""
         return self._table
+
+    def _row(self, name: str) -> torch.Tensor:
+        """The newest numbers of one adapter."""
+        return self._table[self._slot(name)]
 
     def _row_of(self, tensors: Mapping[str, torch.Tensor], untrained: Sequence[PlannedSite]) -> torch.Tensor:
         row = torch.zeros(self._table.shape[1], dtype=self._table.dtype)

@@ -71,7 +71,11 @@ class TrainableBank(BankTable):
                 for site in self.spec.sites
                 for name, tensor in self._update(site).delta.trained().items()
             }
-        return dict(zip(self._training, self._holder.rows, strict=True)) if self._training else {}
+        return dict(zip(self._training, self._holder.rows.parameters(), strict=True)) if self._training else {}
+
+    def is_training(self) -> bool:
+        """Whether a trainer has the bank."""
+        return bool(self._training)
 
     @property
     def _holder(self) -> Any:
@@ -97,7 +101,7 @@ class TrainableBank(BankTable):
                 self._update(site).delta.follow_weight(site.linear(self.model))
         elif self._training:
             # These are views, so the table changes with them.
-            for parameter, row in zip(self._holder.rows, self._rows(), strict=True):
+            for parameter, row in zip(self._holder.rows.parameters(), self._rows(), strict=True):
                 parameter.data = row
         let_train(self, True)
 
@@ -107,11 +111,18 @@ class TrainableBank(BankTable):
             tensors = [tensor.reshape(-1) for tensor in self.trained().values()]
             self._table[self._slots[self._training[0]]] = torch.cat(tensors).to(self._table)
         elif self._training:
-            for parameter, row in zip(self._holder.rows, self._rows(), strict=True):
+            for parameter, row in zip(self._holder.rows.parameters(), self._rows(), strict=True):
                 if parameter.data_ptr() != row.data_ptr():
                     # The model was copied or moved, and the table with it.
                     row.copy_(parameter)
         return self._table
+
+    def _row(self, name: str) -> torch.Tensor:
+        slot = self._slot(name)
+        if self._training and not self._is_alone():
+            # A look at this one alone: there may be thousands.
+            return self._holder.rows[self._training.index(name)].detach()
+        return self._numbers()[slot]
 
     def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], untrained: Mapping[str, frozenset]) -> None:
         """Give adapters the tensors of [`AdapterBank.state`]."""

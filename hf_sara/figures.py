@@ -4,6 +4,7 @@ Figures are matplotlib's `Figure` objects. They are made without pyplot, so that
 is touched.
 """
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -46,3 +47,10 @@ def finish(figure: "Figure", path: str | os.PathLike | None, title: str | None =
         is_png = os.fspath(path).lower().endswith(".png")
         figure.savefig(path, metadata={"Software": None} if is_png else None)
     return figure
+
+
+def png_of(figure: "Figure") -> bytes:
+    """The bytes of the PNG file of a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

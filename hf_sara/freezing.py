@@ -1,6 +1,6 @@
 """What of a model trains: which parameters an adapter or a bank holds, and which are frozen meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,14 +49,18 @@ def thaw_base(model: nn.Module) -> None:
 
 def base_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the base. A copy that is trained in its place may have a wider one."""
-    held = held_ids(model)
-    base = ((n, p) for n, p in model.named_parameters() if p.dtype in FULL_DTYPES and id(p) not in held)
-    return next((parameter.dtype for name, parameter in base if not is_of_update(name)), torch.float32)
+    # A bank trains nothing but updates, whose names tell.
+    held = _ids_of(adapters_on(model).values())
+    base = ((n, p) for n, p in model.named_parameters() if not is_of_update(n) and id(p) not in held)
+    return next((parameter.dtype for name, parameter in base if parameter.dtype in FULL_DTYPES), torch.float32)
 
 
 def held_ids(model: nn.Module) -> set[int]:
     """The ids of the tensors that the adapters and the banks of a model train."""
-    holders = [*adapters_on(model).values(), *banks_on(model)]
+    return _ids_of([*adapters_on(model).values(), *banks_on(model)])
+
+
+def _ids_of(holders: Iterable[Any]) -> set[int]:
     return {id(tensor) for holder in holders for tensor in holder.trained().values()}
 
 

@@ -3,6 +3,7 @@
 A config has exactly the known fields. Its shapes are used only after they were compared with the base.
 """
 
+import functools
 import json
 import logging
 import platform
@@ -117,8 +118,14 @@ class Config(Manifest):
 
 def current_versions() -> dict[str, str]:
     """The versions that an adapter records: those of packages and of Python."""
-    packages = {name: version(name) for name in ("hf_sara", "transformers", "torch")}
+    packages = {name: _version_of(name) for name in ("hf_sara", "transformers", "torch")}
     return {**packages, "python": platform.python_version()}
+
+
+@functools.cache
+def _version_of(package: str) -> str:
+    # Each look reads a file.
+    return version(package)
 
 
 def config_text(manifest: Manifest, format_version: int, dtype: str, digests: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """The model card of an adapter: its metadata, its tables and its figures."""
 
+import functools
 import importlib.util
 import json
 import logging
@@ -21,13 +22,15 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from .arguments import SaraArguments
 from .card_metadata import accepted, is_repo
 from .card_text import BEGIN, cells, decode, duration, fenced, inline, join_card, listed, number
-from .figures import finish, new_figure
+from .figures import new_figure, png_of
 from .files import write_file
 from .manifest import Manifest
 from .own_tokenizer import has_own_tokenizer
 from .parts import count
+from .planning import AdapterSpec
 from .publishing import published, published_log
 from .repos import hub_id
+from .sites import PlannedSite
 from .storage import size_on_disk
 
 CARD_FILE = "README.md"
@@ -120,12 +123,14 @@ def write_card(
         card: Passed on to [`make_card`].
     """
     folder = Path(folder)
-    figures = []
+    figures = {}
     if importlib.util.find_spec("matplotlib") is not None:
-        manifest.plot(folder / RANKS_FILE)
-        figures.append(RANKS_FILE)
-        if training is not None and plot_loss(training.losses(), folder / LOSS_FILE):
-            figures.append(LOSS_FILE)
+        figures[RANKS_FILE] = _draw_ranks(manifest.threshold, tuple(manifest.sites))
+        # Fewer than two points make no curve.
+        if training is not None and len(training.losses()) > 1:
+            figures[LOSS_FILE] = _draw_loss(tuple(training.losses()))
+    for name, picture in figures.items():
+        write_file(folder / name, picture)
     if LOSS_FILE not in figures:
         # A curve of an earlier training is not this adapter's.
         (folder / LOSS_FILE).unlink(missing_ok=True)
@@ -136,7 +141,7 @@ def write_card(
         training=training,
         size=size_on_disk(folder),
         own_tokenizer=has_own_tokenizer(folder, manifest.base),
-        figures=figures,
+        figures=list(figures),
         existing=decode(path.read_bytes()) if path.is_file() else None,
         **card,
     )
@@ -343,10 +348,18 @@ def framework_versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
-    """Draw the training loss over the steps into a PNG file; `False` if fewer than two points make no curve."""
-    if len(losses) < 2:
-        return False
+# To draw takes longer than all the rest of a card, and adapters that were trained together have the same figures.
+
+
+@functools.lru_cache(maxsize=1)
+def _draw_ranks(threshold: float, sites: tuple[PlannedSite, ...]) -> bytes:
+    """The PNG file of the ranks."""
+    return png_of(AdapterSpec(SaraArguments(), threshold, list(sites), []).plot())
+
+
+@functools.lru_cache(maxsize=1)
+def _draw_loss(losses: tuple[tuple[int, float], ...]) -> bytes:
+    """The PNG file of the training loss over the steps."""
     figure = new_figure(8, 3.5, dpi=110)
     axes = figure.subplots()
     axes.plot(*zip(*losses, strict=True))
@@ -354,8 +367,7 @@ def plot_loss(losses: Sequence[tuple[int, float]], path: Path) -> bool:
     axis: Any = axes.xaxis
     axis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    finish(figure, path)
-    return True
+    return png_of(figure)
 
 
 def _log_table(log: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -390,9 +402,14 @@ def _shown_arguments(args: SaraArguments) -> dict[str, Any]:
 
 
 def _render(**values: Any) -> str:
+    return _template().render(**values)
+
+
+@functools.cache
+def _template() -> Any:
     # This is imported here, because only cards need it.
     import jinja2
 
     template = resources.files("hf_sara").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template).render(**values)
+    return environment.from_string(template)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import attach_trained, make_model
+from conftest import attach_trained, make_model, sara_arguments
 from hub_storage import validate_card
 from huggingface_hub import EvalResult, ModelCard
 from training import make_trainer
 from transformers import TrainingArguments
 
-from hf_sara import card_text, model_card, storage
+from hf_sara import SaraAdapter, card_text, model_card, storage
 from hf_sara.card_text import BEGIN, END
 from hf_sara.model_card import CARD_FILE, LOSS_FILE, RANKS_FILE, Sample, Training
 from hf_sara.planning import count_base
@@ -267,6 +267,22 @@ def test_the_loss_is_drawn_where_there_is_a_curve(tmp_path):
     # The curve of an earlier training does not stay with another adapter.
     assert LOSS_FILE not in card_of(adapter, tmp_path, training=one)
     assert not (tmp_path / LOSS_FILE).exists()
+
+
+def test_each_card_has_the_figures_of_its_own_adapter(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for threshold, losses in ((0.2, (2.0, 1.0)), (0.6, (2.0, 1.0)), (0.2, (2.0, 1.5)), (0.2, (2.0, 1.0))):
+        adapter = SaraAdapter.attach(make_model(), sara_arguments(threshold=threshold))
+        log = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+        card_of(adapter, tmp_path, training=Training(log=log))
+        drawn.append([(tmp_path / name).read_bytes() for name in (RANKS_FILE, LOSS_FILE)])
+    (ranks, loss), more_ranks, other_loss, again = drawn
+    assert more_ranks[0] != ranks
+    assert more_ranks[1] == loss
+    assert other_loss[0] == ranks
+    assert other_loss[1] != loss
+    assert again == [ranks, loss]
 
 
 def test_a_sample_of_the_task_is_shown_with_its_output():

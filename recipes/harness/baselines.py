@@ -296,7 +296,8 @@ class EvaTrainer(BaselineTrainer):
         model = self.accelerator.unwrap_model(self.model)
         # The first batches in the order of the data are enough, and use no random number of the training.
         loader = self.get_eval_dataloader(self.train_dataset)
-        batches = list(itertools.islice(loader, EVA_BATCHES))
+        # PEFT takes a dictionary and no BatchEncoding.
+        batches = [dict(batch) for batch in itertools.islice(loader, EVA_BATCHES)]
         training = model.training
         model.eval()
         with torch.random.fork_rng():
