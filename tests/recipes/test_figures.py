@@ -194,6 +194,7 @@ def test_the_gates_of_a_trained_row_are_drawn_for_each_test_set(recipe, base, tm
         (["tries"], "has kind None"),
         ({"kind": "ranks"}, "of kind 'ranks': missing a required argument: 'thresholds'"),
         ({"kind": "tries", "x": 3}, "unexpected keyword argument 'x'"),
+        ({"kind": "routing", "row": "Mo-SARA"}, "has no row mo-sara to run"),
     ],
 )
 def test_a_figure_that_cannot_be_drawn_is_refused_before_the_runs(figure, message, tmp_path):
