@@ -12,7 +12,7 @@ from hf_sara.files import write_file
 
 from .figures import CAPTIONS
 from .options import RecipeError
-from .results import RESULTS_FILE, render_head, render_table
+from .results import RESULTS_FILE, render_head, render_scores, render_table
 from .run_folder import write_json
 from .sweep import RECORDS
 
@@ -27,8 +27,9 @@ is written by hand.
 
 def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
     """
-    Write all results of a folder into the project's documentation: docs/results/NAME.json with the figures beside it,
-    and a part of docs/results.md for each table. The text that people wrote around these parts stays.
+    Write all results of a folder into the project's documentation: docs/results/NAME.json, docs/results/NAME.md with
+    all tables and figures, and a part of docs/results.md for each table, with its scores. The text that people wrote
+    around these parts stays.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of all tables.
@@ -55,7 +56,8 @@ def write_report(output_dir: str | PathLike, docs: str | PathLike) -> Path:
         for path in [*file.parent.glob("*.png"), *file.parent.glob("*.json")]:
             if path.name != RESULTS_FILE:
                 shutil.copyfile(path, folder / f"{name}-{path.name}")
-        text = _put(text, name, _render_part(results, _images(results, folder)))
+        write_file(folder / f"{name}.md", _render_page(results, _images(results, folder)).encode())
+        text = _put(text, name, _render_part(results))
     write_file(page, text.encode())
     return page
 
@@ -72,18 +74,24 @@ def _check_nothing_is_lost(path: Path, results: Mapping[str, Any]) -> None:
         )
 
 
-def _render_part(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
+def _render_part(results: Mapping[str, Any]) -> str:
     name = results["name"]
-    parts = [render_head(results, "##"), render_table(results).strip()]
+    rest = f"Times, memory, learning rates and figures: [all of this table](results/{name}.md)."
+    return "\n\n".join([render_head(results, "##"), render_scores(results), rest])
+
+
+def _render_page(results: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    name = results["name"]
+    parts = [render_head(results), render_table(results).strip()]
     for image, caption in images.items():
-        parts += [f"![{caption}](results/{image})", f"*{caption}*"]
+        parts += [f"![{caption}]({image})", f"*{caption}*"]
     # Runs of baselines name the version of PEFT too. A list of versions that is part of another one is left out.
     fullest = [one for one in results["versions"] if not any(one.items() < two.items() for two in results["versions"])]
     packages = [", ".join(f"{name} {version}" for name, version in found.items()) for found in fullest]
     ran = [f"On {'; '.join(results['hardware'])}."] if results["hardware"] else []
     ran += [f"With {'; '.join(packages)}."] if packages else []
-    parts.append(" ".join([*ran, f"Every run: [results/{name}.json](results/{name}.json)."]))
-    return "\n\n".join(parts)
+    parts.append(" ".join([*ran, f"Every run: [{name}.json]({name}.json). Back to [Results](../results.md)."]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _images(results: Mapping[str, Any], folder: Path) -> dict[str, str]:

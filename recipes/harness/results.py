@@ -124,12 +124,26 @@ def seed_values(row: Mapping[str, Any], metric: str) -> list[float]:
 
 def render_table(results: Mapping[str, Any]) -> str:
     """
-    Write collected results as Markdown. The first table has a line for each row, with mean and standard deviation if
-    several seeds were run, and below it a line with the paper's numbers if the row is one of the paper's. The second
-    table has the costs of the rows that are no columns of the first. The third has the learning rates that were tried.
+    Write collected results as Markdown: the table of [`render_scores`], a table of the costs of the rows that are no
+    columns of the first, and one of the learning rates that were tried.
     """
-    columns = results["columns"]
-    grouped = any(row["group"] for row in results["rows"])
+    return "\n\n".join([*_scores(results), *_costs_and_tries(results), *_unfinished(results)]) + "\n"
+
+
+def render_scores(results: Mapping[str, Any]) -> str:
+    """
+    Write the scores of collected results as a Markdown table. It has a line for each row, with mean and standard
+    deviation if several seeds were run, and below it a line with the paper's numbers if the row is one of the paper's.
+    """
+    return "\n\n".join([*_scores(results), *_unfinished(results)])
+
+
+def _is_grouped(results: Mapping[str, Any]) -> bool:
+    return any(row["group"] for row in results["rows"])
+
+
+def _scores(results: Mapping[str, Any]) -> list[str]:
+    columns, grouped = results["columns"], _is_grouped(results)
     several = any(len(row.get("seeds", ())) > 1 for row in results["rows"])
     head = [""] * (2 if grouped else 1)
     head += [column["title"] for column in columns.values()] + (["seeds"] if several else [])
@@ -144,7 +158,11 @@ def render_table(results: Mapping[str, Any]) -> str:
         if row["paper"] is not None:
             printed = [str(row["paper"].get(name, DASH)) for name in columns]
             lines.append([*names[:-1], f"{row['name']} (paper)", *printed, *([DASH] if several else [])])
-    parts = [markdown_table(head, lines)] if lines else []
+    return [markdown_table(head, lines)] if lines else []
+
+
+def _costs_and_tries(results: Mapping[str, Any]) -> list[str]:
+    columns, grouped, parts = results["columns"], _is_grouped(results), []
     ran = [row for row in results["rows"] if row.get("seeds")]
     costs = {name: COSTS[name] for name in COSTS if name not in columns and any(seed_values(row, name) for row in ran)}
     if costs:
@@ -159,10 +177,13 @@ def render_table(results: Mapping[str, Any]) -> str:
         longest = max(len(row["tries"]) for row in tried)
         head = [*[""] * (2 if grouped else 1), *["learning rate: evaluation loss"] * longest]
         parts.append(markdown_table(head, [_tries(row, longest, grouped) for row in tried]))
+    return parts
+
+
+def _unfinished(results: Mapping[str, Any]) -> list[str]:
     left = [label_of(row) for row in results["rows"] if row["state"] == "incomplete"]
-    parts += [f"Not finished yet: {'; '.join(left)}."] if left else []
-    parts += [f"Failed: {label_of(row)}: {row['error']}" for row in results["rows"] if row["state"] == "failed"]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"Not finished yet: {'; '.join(left)}."] if left else []
+    return parts + [f"Failed: {label_of(row)}: {row['error']}" for row in results["rows"] if row["state"] == "failed"]
 
 
 def label_of(row: Mapping[str, Any]) -> str:

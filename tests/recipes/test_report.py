@@ -35,11 +35,17 @@ def test_the_page_of_results_has_every_table_and_keeps_what_people_wrote(done, t
         "| big | B | 4,000 | 4.00 | 54.0 | 1 |",
     ):
         assert part in text
+    assert "[all of this table](results/small.md)" in text
+    own = (tmp_path / "docs" / "results" / "small.md").read_text()
+    assert own.startswith("# A table\n")
+    assert "| big | B | 4,000 | 4.00 | 54.0 | 1 |" in own
     caption = "A table: the evaluation loss of every learning rate that was tried, with the first seed."
-    assert f"![{caption}](results/small-rates.png)\n\n*{caption}*" in text
-    assert "On a machine. With torch 1.0. Every run: [results/small.json](results/small.json)." in text
+    assert f"![{caption}](small-rates.png)\n\n*{caption}*" in own
+    assert "learning rate: evaluation loss" in own
+    assert "learning rate: evaluation loss" not in text
+    assert "On a machine. With torch 1.0. Every run: [small.json](small.json)." in own
     files = {path.name: path.read_bytes() for path in (tmp_path / "docs" / "results").iterdir()}
-    assert set(files) == {"later.json", "small.json", "small-ranks.json", "small-rates.png"}
+    assert set(files) == {"later.json", "later.md", "small.json", "small.md", "small-ranks.json", "small-rates.png"}
     assert files["small-rates.png"] == b"an image"
     assert json.loads(files["small.json"])["rows"] == other["rows"]
     assert b"/somewhere" not in b"".join(files.values())

@@ -135,7 +135,7 @@ def test_tables_are_listed_and_reported(run_paper, capsys):
     assert run_paper(["--report", "docs"]) == 0
     assert Path("docs/results.md").read_text() == text
     assert "## A table" in text
-    assert {path.name for path in Path("docs/results").iterdir()} == {"small.json", "small-figure.png"}
+    assert {path.name for path in Path("docs/results").iterdir()} == {"small.json", "small.md", "small-figure.png"}
 
 
 def test_a_folder_is_the_same_however_it_is_spelled(run_paper, tmp_path, monkeypatch):
