@@ -20,6 +20,8 @@ SENT_FROM = 1024
 # The compute capabilities of NVIDIA's GPUs for data centers, in which float64 has half the speed of float32. In all
 # others it has a small part of it.
 FAST_IN_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+# What the libraries of a GPU say if they have no memory or fail, and torch has no error of its own for it.
+FAILURES = ("out of memory", "cublas", "cusolver")
 
 _locks: dict[torch.device, threading.Lock] = defaultdict(threading.Lock)
 
@@ -35,10 +37,13 @@ def fast_in_float64(device: torch.device) -> bool:
 
 
 def exact_in_float32(device: torch.device) -> bool:
-    """Whether products in float32 have its precision. Settings of torch can let a GPU round more coarsely."""
-    return device.type == "cpu" or (
-        torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    )
+    """Whether products in float32 have its precision. Settings of torch can let a device round more coarsely."""
+    backend = getattr(torch.backends.mkldnn, "matmul", None) if device.type == "cpu" else torch.backends.cuda.matmul
+    precision = getattr(backend, "fp32_precision", None)
+    if precision is None:
+        # So it is asked before torch 2.9. Later versions raise an error here if the new setting was made.
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("ieee", "none")
 
 
 def place_for(weight: torch.Tensor, device: torch.device | str | None = None) -> torch.device:
@@ -55,6 +60,15 @@ def place_for(weight: torch.Tensor, device: torch.device | str | None = None) ->
     if weight.device.type == "cpu" and min(weight.shape) >= SENT_FROM and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return weight.device
+
+
+def sent(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight on a device, or where it is if the memory there is full."""
+    try:
+        return weight.to(device)
+    except RuntimeError as error:
+        _log_failure(error, weight, device)
+        return weight
 
 
 def check_device(device: torch.device | str | None) -> None:
@@ -78,9 +92,15 @@ def computed(compute: Callable[[torch.Tensor], Found], weight: torch.Tensor) -> 
     with _locks[weight.device]:
         try:
             return compute(weight)
-        except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-            reason = str(error).partition("\n")[0]
-    logger.warning(
-        "The CPU factorises a matrix of shape %s, because %s: %s", tuple(weight.shape), weight.device, reason
-    )
+        except RuntimeError as error:
+            _log_failure(error, weight, weight.device)
     return compute(weight.cpu())
+
+
+def _log_failure(error: RuntimeError, weight: torch.Tensor, device: torch.device) -> None:
+    """Say why the CPU takes over, or raise the error again if it is none of the device's."""
+    known = isinstance(error, (torch.OutOfMemoryError, torch.linalg.LinAlgError))
+    if not known and not any(failure in str(error).lower() for failure in FAILURES):
+        raise error
+    reason = str(error).partition("\n")[0]
+    logger.warning("The CPU factorises a matrix of shape %s, because %s: %s", tuple(weight.shape), device, reason)

@@ -115,9 +115,7 @@ def _factorise(
     digest: str,
 ) -> Factors:
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    wide = widened(weight)
-    transposed = wide.shape[0] < wide.shape[1]
-    tall = wide.t() if transposed else wide
+    transposed = weight.shape[0] < weight.shape[1]
     # `choose` sets those of these two that are not given.
     count, fixed_together = k or 0, list(clusters or ())
 
@@ -126,7 +124,7 @@ def _factorise(
         nonlocal count, fixed_together
         eigenvalues = torch.from_numpy(squares).clamp_min(0.0)
         if k is None and threshold is not None:
-            spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, wide.shape, float(eigenvalues[0])))
+            spectrum = Spectrum(eigenvalues.sqrt(), error_bound(torch.float64, weight.shape, float(eigenvalues[0])))
             decided = spectrum.rank(threshold)
             if decided is None:
                 spectrum = exact_spectrum(matrix)
@@ -138,11 +136,13 @@ def _factorise(
         return max([count, *(stop for _, stop in fixed_together)])
 
     def canonical_vectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors = top_vectors(matrix.double(), lambda squares: choose(squares, matrix))
+        wide = widened(matrix)
+        tall = wide.t() if transposed else wide
+        vectors = top_vectors(tall.double(), lambda squares: choose(squares, wide))
         left, right = _canonical(*vectors, fixed_together)
         return left[:count].to(dtype).cpu(), right[:count].to(dtype).cpu()
 
-    left, right = computed(canonical_vectors, tall)
+    left, right = computed(canonical_vectors, weight)
     U, Vh = (right.t(), left) if transposed else (left.t(), right)
     return Factors(U.contiguous(), Vh.contiguous(), fixed_together)
 
@@ -282,6 +282,10 @@ def are_leading_vectors(factors: Factors, weight: torch.Tensor, spectrum: Spectr
     Whether factors are singular vectors of a weight, in order and in canonical form. Products with fixed vectors of
     +-1 decide this, at a small part of what the factors cost. With a spectrum, they have to be the leading ones.
     """
+    return computed(lambda matrix: _lead(factors, matrix, spectrum), weight)
+
+
+def _lead(factors: Factors, weight: torch.Tensor, spectrum: Spectrum | None) -> bool:
     W = widened(weight).double()
     U, Vh = factors.U.to(W.device).double(), factors.Vh.to(W.device).double()
     r, other = (probe(factors.k, 1, salt=salt).to(W.device) for salt in (5, 6))

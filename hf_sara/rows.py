@@ -51,11 +51,14 @@ class Batch:
         kept = self._kept
         if table.requires_grad:
             self.table = table
-        elif kept is not None and (kept.shape, kept.device, kept.dtype) == (table.shape, table.device, table.dtype):
+        elif kept is not None and _can_hold(kept, table):
             # A compiled graph may know the tensor by its place.
             self.table = kept.copy_(table)
         else:
             self.table = self._kept = table
+            if table.device.type == "cuda":
+                # A CUDA graph would copy it at each step.
+                torch._dynamo.mark_static_address(table)
         self.size, self._copies, self._pieces = None, {}, {}
 
     def begin_alone(self) -> None:
@@ -160,6 +163,13 @@ class BankDelta(nn.Module):
             if not torch.compiler.is_compiling() and not table.requires_grad:
                 self._views = table, own
         return own
+
+
+def _can_hold(kept: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether a tensor of an earlier batch can take the numbers of a table."""
+    if kept.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return (kept.shape, kept.device, kept.dtype) == (table.shape, table.device, table.dtype)
 
 
 def shapes_of(delta: Delta) -> Shapes:

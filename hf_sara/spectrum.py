@@ -164,12 +164,12 @@ def _climb(weight: torch.Tensor, site: str, digest: str | None, use: Callable[[S
     result = None if spectrum is None else use(spectrum)
     if result is not None:
         return result
-    weight = widened(weight)
-    in_float32 = min(weight.shape) >= FLOAT32_FROM and exact_in_float32(weight.device)
-    dtypes = (torch.float32, torch.float64) if in_float32 and not fast_in_float64(weight.device) else (torch.float64,)
+    device = weight.device if has_float64(weight.device) else torch.device("cpu")
+    in_float32 = min(weight.shape) >= FLOAT32_FROM and not fast_in_float64(device) and exact_in_float32(device)
+    dtypes = (torch.float32, torch.float64) if in_float32 else (torch.float64,)
     for compute in (
-        *(lambda matrix, dtype=dtype: _gram_spectrum(matrix, dtype) for dtype in dtypes),
-        exact_spectrum,
+        *(lambda matrix, dtype=dtype: _gram_spectrum(widened(matrix), dtype) for dtype in dtypes),
+        lambda matrix: exact_spectrum(widened(matrix)),
     ):
         candidate = computed(compute, weight)
         if spectrum is not None and candidate.radius >= spectrum.radius > 0.0:
@@ -240,7 +240,8 @@ def load_spectrum(digest: str, weight: torch.Tensor) -> Spectrum | None:
         if not bool((values[1:] <= values[:-1]).all()) or not bool((values >= 0).all()) or spectrum.radius < 0:
             raise ValueError("its values are no singular values")
         # The squares of the singular values and those of the entries of a matrix have the same sum.
-        whole = float(widened(weight).double().square().sum())
+        norm = computed(lambda matrix: torch.linalg.vector_norm(widened(matrix), dtype=torch.float64), weight)
+        whole = float(norm) ** 2
         if not abs(float(values.square().sum()) - whole) <= n * spectrum.radius + 1e-6 * whole:
             raise ValueError("its values belong to another matrix")
         return spectrum

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from .devices import check_device, place_for
+from .devices import check_device, place_for, sent
 from .parallel import for_each
 from .sites import AnySite, Site
 from .spread import works_together
@@ -45,7 +45,7 @@ class Weights:
         return cls(lambda site: site.weight(model), works_together(model), device)
 
     def _placed(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(place_for(weight, self.device))
+        return sent(weight, place_for(weight, self.device))
 
     def for_each(
         self, work: Callable[[AnySite, torch.Tensor], Result], sites: Sequence[AnySite], title: str
@@ -65,7 +65,8 @@ class Weights:
         """
         if not self.together:
             # Beside a matrix that a GPU works on, the next one is made ready.
-            workers = 2 if torch.cuda.is_available() and self.device != "cpu" else None
+            to_gpu = self.device is None or torch.device(self.device).type == "cuda"
+            workers = 2 if torch.cuda.is_available() and to_gpu else None
             return for_each(lambda site: work(site, self._placed(self._read(site))), sites, title, workers)
         found: list[Result] = []
         rank, size = dist.get_rank(), dist.get_world_size()

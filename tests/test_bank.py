@@ -49,6 +49,19 @@ def inputs_for(model, rows=5):
     return {name: value for name, value in found.items() if name != "labels" or model.config.is_encoder_decoder}
 
 
+def test_a_batch_in_inference_mode_leaves_the_next_one_free(method, tmp_path):
+    model = make_model()
+    bank = AdapterBank.load(model, save_adapters(tmp_path, method=method))
+    inputs = inputs_for(model)
+    with torch.inference_mode():
+        before = model(**inputs, adapter_names=ROWS).logits.clone()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, adapter_names=ROWS).logits, before)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, adapter_names=ROWS).logits, before)
+    assert bank.names == list(NAMES)
+
+
 @pytest.mark.one_in(7)
 @pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}], ids=["default", "all"])
 def test_each_row_has_the_outputs_of_its_adapter(family, method, changes, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model, sara_arguments
 
 from hf_sara import devices, factors, plan, spectrum
-from hf_sara.devices import computed, exact_in_float32, fast_in_float64, place_for
+from hf_sara.devices import computed, exact_in_float32, fast_in_float64, place_for, sent
 from hf_sara.factors import find_factors
 from hf_sara.spectrum import find_rank
 
@@ -98,9 +98,21 @@ def test_float32_is_tried_where_it_saves_time_and_is_exact(monkeypatch):
     try:
         torch.set_float32_matmul_precision("high")
         assert not exact_in_float32(cuda)
-        assert exact_in_float32(torch.device("cpu"))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting for all.")
+def test_settings_of_one_backend_are_respected():
+    """After them, torch refuses to say what the setting of all backends is."""
+    for backend, device in ((torch.backends.cuda.matmul, "cuda"), (torch.backends.mkldnn.matmul, "cpu")):
+        before = backend.fp32_precision
+        try:
+            backend.fp32_precision = "tf32"
+            assert not exact_in_float32(torch.device(device))
+        finally:
+            backend.fp32_precision = before
+        assert exact_in_float32(torch.device(device))
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -123,7 +135,16 @@ class OnGpu:
         return torch.ones(3, 2)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full\nof it"), torch.linalg.LinAlgError("no convergence")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full\nof it"),
+        torch.linalg.LinAlgError("no convergence"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_the_cpu_takes_over_what_a_gpu_cannot_do(error, caplog):
     def compute(matrix):
         if isinstance(matrix, OnGpu):
@@ -135,6 +156,48 @@ def test_the_cpu_takes_over_what_a_gpu_cannot_do(error, caplog):
     assert f"The CPU factorises a matrix of shape (3, 2), because cuda:0: {str(error).splitlines()[0]}" in caplog.text
     # The GPU is free for the next one.
     assert not devices._locks[OnGpu.device].locked()
+
+
+def test_an_error_of_another_kind_is_no_reason_for_the_cpu():
+    def compute(matrix):
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        computed(compute, OnGpu())
+    assert not devices._locks[OnGpu.device].locked()
+
+
+def test_a_weight_that_a_full_gpu_cannot_take_stays(caplog):
+    class Weight:
+        shape = (3, 2)
+
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    weight = Weight()
+    with caplog.at_level(logging.WARNING):
+        assert sent(weight, torch.device("cuda", 0)) is weight
+    assert "shape (3, 2), because cuda:0: CUDA out of memory" in caplog.text
+
+
+def test_nothing_is_made_of_a_weight_where_a_full_gpu_would_end_all(monkeypatch, tmp_path):
+    """A copy in float32 is a part of what the CPU takes over."""
+    monkeypatch.setenv("HF_SARA_CACHE", str(tmp_path))
+    seen = []
+
+    def note(compute, weight):
+        seen.append(weight.dtype)
+        return compute(weight)
+
+    monkeypatch.setattr(spectrum, "computed", note)
+    monkeypatch.setattr(factors, "computed", note)
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(8)).bfloat16()
+    for _ in range(2):
+        # The second time, what the cache has is compared with the weight.
+        find_rank(weight, 0.5)
+        find_factors(weight, threshold=0.5)
+    assert len(seen) >= 5
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_a_gpu_works_on_one_matrix_at_a_time():

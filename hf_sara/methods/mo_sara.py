@@ -9,9 +9,10 @@ result by rounding only: z is computed from the linear's output, `x U = (x W) Vh
 is the leading part of W. This product has d_out in the place of d_in, and grouped queries make d_out small. Its
 gradient goes to the linear's output, so that no second gradient of x is needed.
 
-The paper's form (v at the back, several heads) has a gradient of its own, `_MixedUpdate`, with fewer passes than
-autograd's. It is used for whole outputs in full precision. Tensors between the factors have the shape (k, n) for n
-tokens, because BLAS libraries compute a product with few and long rows faster than one with few columns.
+The paper's form (v at the back, several heads) has two gradients of its own: `_MixedUpdate`, with fewer passes than
+autograd's, for whole outputs in full precision, and `_LinearWithMixture`, which keeps less, for GPUs. Tensors between
+the factors have the shape (k, n) for n tokens, because BLAS libraries compute a product with few and long rows faster
+than one with few columns.
 """
 
 import torch
@@ -20,7 +21,17 @@ from torch import nn
 from ..sites import PlannedSite
 from ..spectrum import doubled
 from .base import Delta, Method, Options, Shapes
-from .products import add_product, is_plain, own_gradients_pay, uniform_
+from .products import (
+    add_dropped,
+    add_product,
+    can_drop_again,
+    dropped,
+    is_plain,
+    own_gradients_pay,
+    random_numbers_from,
+    random_state,
+    uniform_,
+)
 
 
 class MoSaraDelta(Delta):
@@ -77,14 +88,18 @@ class MoSaraDelta(Delta):
 
     def add_update(self, x, output, dtype, linear):
         Vh = self.Vh.to(dtype)
+        if linear is not None and self.drops_itself(output):
+            p = self.dropout.p if self.training and self.dropout.training else 0.0
+            if p or self.inverse_sigma is None:
+                U, own = self.U.to(dtype), (self.S, self.gate_down, self.gate_up, self.v)
+                return _LinearWithMixture.apply(x, output.detach(), linear.weight, U, Vh, *own, p)[0]
         # FSDP may have cast the weight and the factors for this call independently, so the dtypes are compared.
         if linear is not None and self.inverse_sigma is not None and self.inverse_sigma.dtype == dtype:
             z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
         else:
             z = self._project(x, dtype)
-        is_papers = self.v_position == "back" and self.num_heads > 1
         is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
-        if is_papers and is_full and self.slice is None and not Vh.requires_grad and own_gradients_pay(output):
+        if self._is_papers() and is_full and self.slice is None and not Vh.requires_grad and own_gradients_pay(output):
             return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
         scaled = self._scaled(z)
         if self.v_position != "back":
@@ -94,6 +109,12 @@ class MoSaraDelta(Delta):
             # v multiplies the update and not Vh, because its gradient is then a sum, and not one more matrix product.
             return torch.addcmul(output.reshape(-1, output.shape[-1]), scaled @ Vh, v).view(output.shape)
         return add_product(output, scaled, Vh * v, self.slice)
+
+    def _is_papers(self) -> bool:
+        return self.v_position == "back" and self.num_heads > 1
+
+    def drops_itself(self, output):
+        return self._is_papers() and not self.Vh.requires_grad and can_drop_again(output, self.dropout)
 
     def add_part(self, x, output, dtype, shards):
         x, U = x.reshape(-1, x.shape[-1]), self.U.to(dtype)
@@ -205,6 +226,73 @@ class _MixedUpdate(torch.autograd.Function):
             grad_router @ gate_up.t(),
             gate_down.t() @ grad_router,
             (grad * update).sum(0),
+        )
+
+
+class _LinearWithMixture(torch.autograd.Function):
+    """
+    The output of a frozen linear plus the update of its input x. The output is given, and overwritten. Of the tensors
+    that grow with the batch, z alone is kept: x is not needed, since U is frozen; the mask of the dropout is made
+    again from the state of the random numbers; and the gradient of v is a sum over Vh instead of one over the update.
+    z is a result too, so that a gradient that is to be differentiated has it as a function of x.
+    """
+
+    @staticmethod
+    def between(z, S, gate_down, gate_up):
+        router = (gate_down @ gate_up).to(z.dtype)
+        gates = torch.softmax((router.t() @ z).to(torch.promote_types(z.dtype, torch.float32)), dim=0)
+        return router, gates, S.to(z.dtype).t() @ gates.to(z.dtype)
+
+    @staticmethod
+    def forward(ctx, x, output, weight, U, Vh, S, gate_down, gate_up, v, p):
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.shape = p, x.shape
+        rows = x.reshape(-1, x.shape[-1])
+        if p:
+            ctx.state = random_state(x.device)
+            rows, _ = dropped(rows, p)
+        z = U.t() @ rows.t()
+        ctx.save_for_backward(weight, U, Vh, S, gate_down, gate_up, v, z)
+        ctx.mark_dirty(output)
+        _, _, mixed = _LinearWithMixture.between(z, S, gate_down, gate_up)
+        output.view(-1, output.shape[-1]).addmm_((mixed * z).t(), Vh * v.to(z.dtype))
+        return output, z
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_of_z):
+        weight, U, Vh, S, gate_down, gate_up, v, z = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = z.new_zeros(z.shape[1], Vh.shape[1])
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        router, gates, mixed = _LinearWithMixture.between(z, S, gate_down, gate_up)
+        grad_scaled = (Vh * v.to(z.dtype)) @ grad.t()
+        grad_mixed = grad_scaled * z
+        grad_gates = (S.to(z.dtype) @ grad_mixed).to(gates.dtype)
+        grad_logits = torch._softmax_backward_data(grad_gates, gates, 0, gates.dtype).to(z.dtype)
+        grad_z = torch.addcmul(router @ grad_logits, grad_scaled, mixed)
+        grad_z = grad_z if grad_of_z is None else grad_z + grad_of_z
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            through = grad @ weight
+            if ctx.p:
+                with random_numbers_from(through.device, ctx.state):
+                    _, mask = dropped(through.detach(), ctx.p)
+                add_dropped(through, grad_z.t() @ U.t(), mask, ctx.p)
+            else:
+                through.addmm_(grad_z.t(), U.t())
+            grad_x = through.view(ctx.shape)
+        grad_router = (z @ grad_logits.t()).to(gate_down.dtype)
+        return (
+            grad_x,
+            None,
+            None,
+            None,
+            None,
+            (gates.to(z.dtype) @ grad_mixed.t()).to(S.dtype),
+            grad_router @ gate_up.t(),
+            gate_down.t() @ grad_router,
+            (((mixed * z) @ grad) * Vh).sum(0, dtype=v.dtype),
+            None,
         )
 
 

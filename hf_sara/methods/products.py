@@ -93,6 +93,30 @@ def own_gradients_pay(output: torch.Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
+def can_drop_again(output: torch.Tensor, dropout: nn.Module) -> bool:
+    """
+    Whether our own gradients for an update of `output` apply dropout themselves, and keep the state of the random
+    numbers in the place of the mask. The CPU would take longer, and has memory enough. A CUDA graph has no state at
+    hand, which is asked last, because torch.compile cannot ask it.
+    """
+    on_gpu = output.device.type == "cuda" and type(dropout) is nn.Dropout
+    return on_gpu and own_gradients_pay(output) and not torch.cuda.is_current_stream_capturing()
+
+
+def dropped(rows: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `rows` after dropout, and the mask. The mask depends on the state of the random numbers and on nothing else: on a
+    GPU, rows that begin at another address than memory that is new would have another one.
+    """
+    aligned = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    return torch.native_dropout(aligned, p, True)
+
+
+def add_dropped(grad: torch.Tensor, update: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """Add to `grad` in place the gradient of dropout, for the gradient `update` of what it gave."""
+    return grad.addcmul_(update, mask, value=1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
 class AddToColumns(torch.autograd.Function):
     """
     `output` plus `update` on the columns of `part`. An in-place addition to a view does the same, but autograd copies

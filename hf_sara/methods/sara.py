@@ -13,7 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import Delta, Method, Options, Shapes
-from .products import add_product, own_gradients_pay, random_numbers_from, random_state, uniform_
+from .products import (
+    add_dropped,
+    add_product,
+    can_drop_again,
+    dropped,
+    own_gradients_pay,
+    random_numbers_from,
+    random_state,
+    uniform_,
+)
 
 
 class SaraDelta(Delta):
@@ -46,9 +55,7 @@ class SaraDelta(Delta):
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
     def drops_itself(self, output):
-        # The CPU would take longer, and has memory enough. A CUDA graph has no state of random numbers at hand.
-        on_gpu = output.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-        return on_gpu and type(self.dropout) is nn.Dropout and own_gradients_pay(output)
+        return can_drop_again(output, self.dropout)
 
     def add_part(self, x, output, dtype, shards):
         h = shards.summed(F.linear(x.reshape(-1, x.shape[-1]), shards.rows(self.U.t().to(dtype), 1)))
@@ -84,6 +91,9 @@ class _LinearWithUpdate(torch.autograd.Function):
     x has the parts of the linear and of the update; autograd would write the update's part and read it again to add
     it. With dropout, x is kept, which all adapted linears of it share, and the state of the random numbers, from which
     the mask is made again. Autograd would keep what the dropout made of x, which is another tensor for each linear.
+
+    Tensors between the factors have the shape (k, n) for n tokens. BLAS libraries compute products with few and long
+    rows faster, and on a GPU, a row of k numbers in half precision begins where tensor cores cannot read it.
     """
 
     @staticmethod
@@ -92,11 +102,11 @@ class _LinearWithUpdate(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if p:
             ctx.state = random_state(x.device)
-            rows, _ = torch.native_dropout(rows, p, True)
-        h = F.linear(rows, Ut)
+            rows, _ = dropped(rows, p)
+        h = Ut @ rows.t()
         ctx.save_for_backward(x, weight, Ut, S, Vh, h)
         ctx.mark_dirty(output)
-        output.view(-1, output.shape[-1]).addmm_(h if S is None else h * S, Vh)
+        output.view(-1, output.shape[-1]).addmm_((h if S is None else h * S[:, None]).t(), Vh)
         return output
 
     @staticmethod
@@ -105,23 +115,22 @@ class _LinearWithUpdate(torch.autograd.Function):
         rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.p:
             with random_numbers_from(x.device, ctx.state):
-                rows, mask = torch.native_dropout(rows, ctx.p, True)
+                rows, mask = dropped(rows, ctx.p)
         if torch.is_grad_enabled():
             # The gradient is to be differentiated, so h has to be a function of x and U again.
-            h = F.linear(rows, Ut)
-        grad_scaled = F.linear(grad, Vh)
-        scaled, grad_h = (h, grad_scaled) if S is None else (h * S, grad_scaled * S)
-        grad_S = None if S is None else (grad_scaled * h).sum(0)
+            h = Ut @ rows.t()
+        grad_scaled = Vh @ grad.t()
+        scaled, grad_h = (h, grad_scaled) if S is None else (h * S[:, None], grad_scaled * S[:, None])
+        grad_S = None if S is None else (grad_scaled * h).sum(1)
         grad_x = None
         if ctx.needs_input_grad[0]:
             through = grad @ weight
             if ctx.p:
-                scale = 1.0 / (1.0 - ctx.p) if ctx.p < 1.0 else 0.0
-                through += torch.ops.aten.native_dropout_backward(grad_h @ Ut, mask, scale)
+                add_dropped(through, grad_h.t() @ Ut, mask, ctx.p)
             else:
-                through.addmm_(grad_h, Ut)
+                through.addmm_(grad_h.t(), Ut)
             grad_x = through.view(x.shape)
-        return grad_x, None, None, grad_h.t() @ rows, grad_S, scaled.t() @ grad, None
+        return grad_x, None, None, grad_h @ rows, grad_S, scaled @ grad, None
 
 
 class Sara(Method):
