@@ -24,6 +24,7 @@ from .base import Delta, Method, Options, Shapes
 from .products import (
     add_dropped,
     add_product,
+    at_least_float32,
     can_drop_again,
     dropped,
     is_plain,
@@ -98,7 +99,7 @@ class MoSaraDelta(Delta):
             z = Vh @ output.reshape(-1, output.shape[-1]).t() * self.inverse_sigma[:, None]
         else:
             z = self._project(x, dtype)
-        is_full = output.dtype == dtype == self.S.dtype == torch.promote_types(dtype, torch.float32)
+        is_full = output.dtype == dtype == self.S.dtype == at_least_float32(dtype)
         if self._is_papers() and is_full and self.slice is None and not Vh.requires_grad and own_gradients_pay(output):
             return _MixedUpdate.apply(output, z, Vh, self.S, self.gate_down, self.gate_up, self.v)
         scaled = self._scaled(z)
@@ -137,7 +138,7 @@ class MoSaraDelta(Delta):
         z = z if shards is None else shards.summed(z)
         if self.num_heads > 1:
             logits = (z @ own["gate_down"]) @ own["gate_up"]
-            S = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1).to(z.dtype) @ S
+            S = torch.softmax(logits.to(at_least_float32(logits.dtype)), dim=-1).to(z.dtype) @ S
         scaled = z * S
         update = (scaled if shards is None else shards.shared(scaled)) @ Vh
         return update * v[:, None] if v is not None and self.v_position == "back" else update
@@ -159,7 +160,7 @@ class MoSaraDelta(Delta):
         half precision would round its logits too coarsely.
         """
         logits = (self.gate_down @ self.gate_up).to(z.dtype).t() @ z
-        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)
+        return torch.softmax(logits.to(at_least_float32(logits.dtype)), dim=0)
 
     @torch.no_grad()
     def gates(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,7 +241,7 @@ class _LinearWithMixture(torch.autograd.Function):
     @staticmethod
     def between(z, S, gate_down, gate_up):
         router = (gate_down @ gate_up).to(z.dtype)
-        gates = torch.softmax((router.t() @ z).to(torch.promote_types(z.dtype, torch.float32)), dim=0)
+        gates = torch.softmax((router.t() @ z).to(at_least_float32(z.dtype)), dim=0)
         return router, gates, S.to(z.dtype).t() @ gates.to(z.dtype)
 
     @staticmethod

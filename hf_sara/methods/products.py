@@ -36,6 +36,11 @@ def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 for half precision. `torch.promote_types` is an operation of torch, and takes longer."""
+    return dtype if dtype.itemsize > 2 else torch.float32
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is torch's own linear, unquantized and frozen, so that its output is x W + b."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
