@@ -121,7 +121,7 @@ class TrainableBank(BankTable):
         slot = self._slot(name)
         if self._training and not self._is_alone():
             # A look at this one alone: there may be thousands.
-            return self._holder.rows[self._training.index(name)].detach()
+            return self._holder.rows[self._training.index(name)].detach().to(self._table.dtype)
         return self._numbers()[slot]
 
     def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], untrained: Mapping[str, frozenset]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .methods import Delta
-from .methods.base import Shapes, Tensors
+from .methods.base import Shapes, Tensors, keep_wide
 from .methods.shards import Shards
 
 Places = dict[str, tuple[int, tuple[int, ...]]]
@@ -135,6 +135,13 @@ class BankDelta(nn.Module):
         self._views: tuple[Any, Any] = (None, None)
         # While a bank trains, its first update has the parameters of all adapters.
         self.rows: nn.ParameterList | None = None
+
+    def _apply(self, fn, recurse=True):
+        before = [parameter.data for parameter in self.rows or ()]
+        super()._apply(fn, recurse)
+        for parameter, value in zip(self.rows or (), before, strict=True):
+            keep_wide(parameter, value)
+        return self
 
     @property
     def enabled(self) -> bool:

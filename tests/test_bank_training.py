@@ -408,6 +408,19 @@ def test_updates_that_took_no_part_add_nothing(tmp_path, caplog):
     assert [site["name"] for site in config["sites"] if site.get("trained") is False] == ["model.extra"]
 
 
+@pytest.mark.parametrize("names", [NAMES, ("one",)], ids=["three", "one"])
+def test_a_cast_of_the_model_leaves_what_trains(names, tmp_path):
+    bank = AdapterBank.attach(make_model(), sara_arguments(modules_to_save=[]), names)
+    bank.train_alone()
+    before = {name: bank.state(name) for name in names}
+    bank.model.to(torch.bfloat16)
+    bank.save_pretrained(tmp_path)
+    bank.model.to(torch.float32)
+    for name in names:
+        assert same_bits(bank.state(name), before[name])
+        assert same_bits(SaraAdapter.load(make_model(), tmp_path / name).state_dict(), before[name])
+
+
 def test_a_base_with_random_weights_is_named(tmp_path, caplog):
     config = make_model("bert").config
     transformers.BertModel(config).save_pretrained(tmp_path)

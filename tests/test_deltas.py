@@ -270,7 +270,7 @@ def test_the_short_cut_with_dropout_has_the_same_mask_and_gradients(variant, dro
     torch.manual_seed(7)
     expected = results(model, x)
     assert (ON_GPU[variant] in functions(model(x))) == (variant != "mo_sara" and not dropout)
-    monkeypatch.setattr(type(delta), "drops_itself", lambda self, output: True)
+    monkeypatch.setattr(type(delta), "drops_itself", lambda self, x, output: products.has_fixed_mask(x))
     torch.manual_seed(7)
     found = results(model, x)
     assert ON_GPU[variant] in functions(model(x))
@@ -310,7 +310,7 @@ def test_the_short_cut_with_dropout_keeps_the_input_alone(variant, monkeypatch):
         return sum(found.values())
 
     before = kept()
-    monkeypatch.setattr(type(delta), "drops_itself", lambda self, output: True)
+    monkeypatch.setattr(type(delta), "drops_itself", lambda self, x, output: products.has_fixed_mask(x))
     # Twice what dropout has made of the input, and twice its mask; or the input, which both share. U of Mo-SARA is
     # frozen, so its input is not needed.
     assert before == (4 if variant == "sara" else 2) * x.nbytes
@@ -339,22 +339,49 @@ def test_torch_compile_is_not_asked_for_the_state_of_a_cuda_graph(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", ask)
     with pytest.raises(AssertionError, match="asked"):
-        products.can_drop_again(OnGpu(), nn.Dropout(0.5))
+        products.can_drop_again(torch.ones(4), OnGpu(), nn.Dropout(0.5))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not products.can_drop_again(OnGpu(), nn.Dropout(0.5))
+    assert not products.can_drop_again(torch.ones(4), OnGpu(), nn.Dropout(0.5))
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not products.can_drop_again(OnGpu(), nn.Dropout(0.5))
+    assert not products.can_drop_again(torch.ones(4), OnGpu(), nn.Dropout(0.5))
 
 
-@pytest.mark.parametrize("start", [0, 1])
-def test_a_mask_does_not_depend_on_where_a_tensor_begins(start):
-    """CUDA reads a tensor that does not begin at a multiple of 16 bytes in another order."""
-    memory = torch.ones(257)
-    state = torch.get_rng_state()
-    _, mask = products.dropped(memory[start : start + 256].view(16, 16), 0.5)
-    torch.set_rng_state(state)
-    assert torch.equal(mask, torch.native_dropout(torch.ones(16, 16), 0.5, True)[1])
+@pytest.mark.parametrize("variant", ["sara", "mo_sara"])
+@pytest.mark.parametrize("layout", ["transposed", "columns", "misaligned"])
+@pytest.mark.parametrize("way", ["plain", "reentrant", "contiguous"])
+def test_the_short_cut_leaves_inputs_whose_mask_it_could_not_draw_again(way, layout, variant, monkeypatch):
+    """`contiguous`: something that keeps tensors for the backward pass elsewhere, as `save_on_cpu` does."""
+    model, _, delta = attach(variant, dropout=0.4)
+    delta.inverse_sigma = None
+    wide = torch.randn(3, D_IN, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shape = {
+        "transposed": lambda x: x.transpose(1, 2),
+        "columns": lambda x: x.transpose(1, 2).contiguous().repeat(1, 1, 2)[..., :D_IN],
+        "misaligned": lambda x: x.new_empty(x.numel() + 1)[1:].view(3, 4, D_IN).copy_(x.transpose(1, 2)),
+    }[layout]
+
+    def run(x):
+        torch.manual_seed(7)
+        x = shape(x)
+        if way == "reentrant":
+            return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+        if way == "plain":
+            return model(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+            return model(x)
+
+    def gradients():
+        x = wide.clone().requires_grad_()
+        model.zero_grad()
+        output = run(x)
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum().backward()
+        return [x.grad, *(tensor.grad.clone() for tensor in delta.trained().values())]
+
+    expected = gradients()
+    monkeypatch.setattr(type(delta), "drops_itself", lambda self, x, output: products.has_fixed_mask(x))
+    for one, other in zip(expected, gradients(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)
 
 
 def test_a_gpu_calls_our_own_gradients_for_large_outputs_only():

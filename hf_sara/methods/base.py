@@ -220,6 +220,15 @@ class Usage:
         return self.adapter is not None and self.adapter.learning
 
 
+def keep_wide(parameter: nn.Parameter, before: torch.Tensor) -> None:
+    """
+    Give a trained tensor its values back where `model.to(torch.bfloat16)` or `model.half()` has taken it below
+    float32: it would lose small steps, and a gradient scaler refuses float16 tensors.
+    """
+    if parameter.dtype in (torch.float16, torch.bfloat16):
+        parameter.data = before.to(parameter.device)
+
+
 class Delta(nn.Module):
     """
     The base class of the updates of all methods. It knows where they stand, their dtypes, and whether they are
@@ -280,14 +289,10 @@ class Delta(nn.Module):
         self.get_parameter("Vh").copy_(Vh)
 
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` and `model.half()` must not take the trained tensors below float32: they would
-        # lose small steps, and a gradient scaler refuses float16 tensors. So they keep their values without rounding.
         before = {name: parameter.data for name, parameter in self.trained().items()}
         super()._apply(fn, recurse)
         for name, value in before.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = value.to(parameter.device)
+            keep_wide(self.get_parameter(name), value)
         return self
 
     def forward(
@@ -322,7 +327,7 @@ class Delta(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         if own is not None or autocast or self.slice is not None or x.dtype != output.dtype:
             linear = None
-        if self.training and self.dropout.p and not (linear is not None and self.drops_itself(output)):
+        if self.training and self.dropout.p and not (linear is not None and self.drops_itself(x, output)):
             x, linear = self.dropout(x) if shards is None else shards.dropped(x, self.dropout, self.shape[0]), None
         if not autocast:
             return self._add(x, output, x.dtype, linear, shards, own)
@@ -330,7 +335,7 @@ class Delta(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self._add(x.to(dtype), output, dtype, None, shards, own)
 
-    def drops_itself(self, output: torch.Tensor) -> bool:
+    def drops_itself(self, x: torch.Tensor, output: torch.Tensor) -> bool:
         """Whether `add_update` applies dropout to the input of a plain frozen linear, and saves memory by that."""
         return False
 

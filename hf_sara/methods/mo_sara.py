@@ -26,7 +26,6 @@ from .products import (
     add_product,
     at_least_float32,
     can_drop_again,
-    dropped,
     is_plain,
     own_gradients_pay,
     random_numbers_from,
@@ -89,7 +88,7 @@ class MoSaraDelta(Delta):
 
     def add_update(self, x, output, dtype, linear):
         Vh = self.Vh.to(dtype)
-        if linear is not None and self.drops_itself(output):
+        if linear is not None and self.drops_itself(x, output):
             p = self.dropout.p if self.training and self.dropout.training else 0.0
             if p or self.inverse_sigma is None:
                 U, own = self.U.to(dtype), (self.S, self.gate_down, self.gate_up, self.v)
@@ -114,8 +113,9 @@ class MoSaraDelta(Delta):
     def _is_papers(self) -> bool:
         return self.v_position == "back" and self.num_heads > 1
 
-    def drops_itself(self, output):
-        return self._is_papers() and not self.Vh.requires_grad and can_drop_again(output, self.dropout)
+    def drops_itself(self, x, output):
+        frozen = not (self.U.requires_grad or self.Vh.requires_grad)
+        return self._is_papers() and frozen and can_drop_again(x, output, self.dropout)
 
     def add_part(self, x, output, dtype, shards):
         x, U = x.reshape(-1, x.shape[-1]), self.U.to(dtype)
@@ -251,7 +251,7 @@ class _LinearWithMixture(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if p:
             ctx.state = random_state(x.device)
-            rows, _ = dropped(rows, p)
+            rows, _ = torch.native_dropout(rows, p, True)
         z = U.t() @ rows.t()
         ctx.save_for_backward(weight, U, Vh, S, gate_down, gate_up, v, z)
         ctx.mark_dirty(output)
@@ -277,8 +277,8 @@ class _LinearWithMixture(torch.autograd.Function):
             through = grad @ weight
             if ctx.p:
                 with random_numbers_from(through.device, ctx.state):
-                    _, mask = dropped(through.detach(), ctx.p)
-                add_dropped(through, grad_z.t() @ U.t(), mask, ctx.p)
+                    _, mask = torch.native_dropout(through.detach(), ctx.p, True)
+                through = add_dropped(through, grad_z.t() @ U.t(), mask, ctx.p)
             else:
                 through.addmm_(grad_z.t(), U.t())
             grad_x = through.view(ctx.shape)

@@ -98,28 +98,32 @@ def own_gradients_pay(output: torch.Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
-def can_drop_again(output: torch.Tensor, dropout: nn.Module) -> bool:
+def can_drop_again(x: torch.Tensor, output: torch.Tensor, dropout: nn.Module) -> bool:
     """
-    Whether our own gradients for an update of `output` apply dropout themselves, and keep the state of the random
-    numbers in the place of the mask. The CPU would take longer, and has memory enough. A CUDA graph has no state at
-    hand, which is asked last, because torch.compile cannot ask it.
+    Whether our own gradients for an update of `output` apply dropout to the input `x` themselves, and keep the state
+    of the random numbers in the place of the mask. The CPU would take longer, and has memory enough.
     """
-    on_gpu = output.device.type == "cuda" and type(dropout) is nn.Dropout
-    return on_gpu and own_gradients_pay(output) and not torch.cuda.is_current_stream_capturing()
+    if output.device.type != "cuda" or type(dropout) is not nn.Dropout or not own_gradients_pay(output):
+        return False
+    # torch.compile, which cannot ask these, has got its answer. A CUDA graph has no state of random numbers at hand.
+    return not torch.cuda.is_current_stream_capturing() and has_fixed_mask(x)
 
 
-def dropped(rows: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def has_fixed_mask(x: torch.Tensor) -> bool:
     """
-    `rows` after dropout, and the mask. The mask depends on the state of the random numbers and on nothing else: on a
-    GPU, rows that begin at another address than memory that is new would have another one.
+    Whether the mask of dropout depends on nothing but the shape of a tensor and the state of the random numbers. It is
+    drawn in the order of the memory, and on a GPU another kernel draws it where memory does not begin as new one does.
     """
-    aligned = rows if rows.data_ptr() % 16 == 0 else rows.clone()
-    return torch.native_dropout(aligned, p, True)
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
 def add_dropped(grad: torch.Tensor, update: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """Add to `grad` in place the gradient of dropout, for the gradient `update` of what it gave."""
-    return grad.addcmul_(update, mask, value=1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    """`grad` plus the gradient of dropout, for the gradient `update` of what it gave. `grad` is overwritten."""
+    scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    if torch.is_grad_enabled():
+        # The derivative of the other operation multiplies the mask in float32.
+        return grad + torch.ops.aten.native_dropout_backward(update, mask, scale)
+    return grad.addcmul_(update, mask, value=scale)
 
 
 class AddToColumns(torch.autograd.Function):

@@ -17,7 +17,6 @@ from .products import (
     add_dropped,
     add_product,
     can_drop_again,
-    dropped,
     own_gradients_pay,
     random_numbers_from,
     random_state,
@@ -54,8 +53,8 @@ class SaraDelta(Delta):
         h = F.linear(x.reshape(-1, x.shape[-1]), U.t())
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
-    def drops_itself(self, output):
-        return can_drop_again(output, self.dropout)
+    def drops_itself(self, x, output):
+        return can_drop_again(x, output, self.dropout)
 
     def add_part(self, x, output, dtype, shards):
         h = shards.summed(F.linear(x.reshape(-1, x.shape[-1]), shards.rows(self.U.t().to(dtype), 1)))
@@ -102,7 +101,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if p:
             ctx.state = random_state(x.device)
-            rows, _ = dropped(rows, p)
+            rows, _ = torch.native_dropout(rows, p, True)
         h = Ut @ rows.t()
         ctx.save_for_backward(x, weight, Ut, S, Vh, h)
         ctx.mark_dirty(output)
@@ -115,7 +114,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.p:
             with random_numbers_from(x.device, ctx.state):
-                rows, mask = dropped(rows, ctx.p)
+                rows, mask = torch.native_dropout(rows, ctx.p, True)
         if torch.is_grad_enabled():
             # The gradient is to be differentiated, so h has to be a function of x and U again.
             h = Ut @ rows.t()
@@ -126,7 +125,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             through = grad @ weight
             if ctx.p:
-                add_dropped(through, grad_h.t() @ Ut, mask, ctx.p)
+                through = add_dropped(through, grad_h.t() @ Ut, mask, ctx.p)
             else:
                 through.addmm_(grad_h.t(), Ut)
             grad_x = through.view(x.shape)

@@ -80,7 +80,7 @@ def check_figures(table: Table) -> None:
             inspect.signature(FIGURES[kind]).bind(*[None] * 4, **{key: spec[key] for key in spec if key != "kind"})
         except TypeError as error:
             raise RecipeError(f"The figure {name}, of kind {kind!r}: {error}.") from error
-        if "row" in spec and len(select_rows(table, [spec["row"]])) > 1:
+        if "row" in spec and len(select_rows(table, [str(spec["row"])])) > 1:
             raise RecipeError(f"The figure {name} is of one row, and {spec['row']} is the name of several.")
 
 
