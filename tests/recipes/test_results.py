@@ -109,3 +109,9 @@ def test_the_command_and_the_options_have_no_path_of_the_machine(tmp_path):
     assert found["rows"][0]["options"]["data_dir"] == "data"
     assert found["rows"][0]["options"]["model_name_or_path"] == "org/model"
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_deviation_that_rounds_to_zero_is_none():
+    assert results._cell([1864.0, 1864.2], {"format": ",.0f"}) == "1,864"
+    assert results._cell([0.5, 0.52], {"format": ".2f"}) == "0.51 ± 0.01"
+    assert results._cell([0.5], {"format": ".2f"}) == "0.50"
