@@ -208,7 +208,7 @@ def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
         return DASH
     scale, spec = column.get("scale", 1), column.get("format", ".3f")
     mean = format(statistics.mean(values) * scale, spec)
-    # A value that does not depend on the seed, such as a count, has no deviation, and some have one that rounds to zero.
+    # A value that does not depend on the seed, such as a count, has no deviation. Some have one that rounds to zero.
     spread = format(statistics.stdev(values) * scale if len(values) > 1 else 0.0, spec)
     return mean if spread == format(0.0, spec) else f"{mean} ± {spread}"
 
