@@ -206,3 +206,6 @@ if __name__ == "__main__":
         )
     with open(os.path.join(folder, f"log{rank}.json"), "w") as file:
         json.dump(log_of(trainer), file)
+    if torch.distributed.is_initialized():
+        # The threads of a group that is left to the end of a process can abort it.
+        torch.distributed.destroy_process_group()
