@@ -204,10 +204,10 @@ class AdapterBank(TrainableBank):
         """
         names = self.names if names is None else [names] if isinstance(names, str) else list(names)
         self.refuse_unfit_names(names)
-        for index, name in enumerate(tqdm(names, desc="Adapters", unit="adapter", delay=1.0)):
-            if not index:
-                # This looks at the whole model, so it is done once for all.
-                self[name].refuse_others()
+        if names:
+            # This looks at the whole model, so it is done once for all.
+            self[names[0]].refuse_others()
+        for name in tqdm(names, desc="Adapters", unit="adapter", delay=1.0):
             self[name].write_files(Path(folder, name))
 
     def refuse_unfit_names(self, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,19 +39,20 @@ def new_panels(names: Sequence[str], width: float, height: float) -> "tuple[Figu
 
 def finish(figure: "Figure", path: str | os.PathLike | None, title: str | None = None) -> "Figure":
     """
-    Give a figure its title, and write it to a file if there is a path, whose ending gives the format. A PNG file does
-    not name the version of matplotlib.
+    Give a figure its title, and write it to a file if there is a path, whose ending gives the format.
     """
     if title is not None:
         figure.suptitle(title)
     if path is not None:
-        is_png = os.fspath(path).lower().endswith(".png")
-        figure.savefig(path, metadata={"Software": None} if is_png else None)
+        if os.fspath(path).lower().endswith(".png"):
+            Path(path).write_bytes(png_of(figure))
+        else:
+            figure.savefig(path)
     return figure
 
 
 def png_of(figure: "Figure") -> bytes:
-    """The bytes of the PNG file of a figure."""
+    """The bytes of the PNG file of a figure, which does not name the version of matplotlib."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

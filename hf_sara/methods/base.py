@@ -335,6 +335,10 @@ class Delta(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self._add(x.to(dtype), output, dtype, None, shards, own)
 
+    def dropout_now(self) -> float:
+        """The probability with which an input is dropped now. Some trainers switch the module off."""
+        return self.dropout.p if self.training and self.dropout.training else 0.0
+
     def drops_itself(self, x: torch.Tensor, output: torch.Tensor) -> bool:
         """Whether `add_update` applies dropout to the input of a plain frozen linear, and saves memory by that."""
         return False

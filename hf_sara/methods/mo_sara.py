@@ -89,7 +89,7 @@ class MoSaraDelta(Delta):
     def add_update(self, x, output, dtype, linear):
         Vh = self.Vh.to(dtype)
         if linear is not None and self.drops_itself(x, output):
-            p = self.dropout.p if self.training and self.dropout.training else 0.0
+            p = self.dropout_now()
             if p or self.inverse_sigma is None:
                 U, own = self.U.to(dtype), (self.S, self.gate_down, self.gate_up, self.v)
                 return _LinearWithMixture.apply(x, output.detach(), linear.weight, U, Vh, *own, p)[0]

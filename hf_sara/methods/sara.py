@@ -48,8 +48,7 @@ class SaraDelta(Delta):
         if Vh.dtype != dtype:
             U, S, Vh = U.to(dtype), None if S is None else S.to(dtype), Vh.to(dtype)
         if linear is not None and own_gradients_pay(output):
-            p = self.dropout.p if self.training and self.dropout.training else 0.0
-            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, U.t(), S, Vh, p)
+            return _LinearWithUpdate.apply(x, output.detach(), linear.weight, U.t(), S, Vh, self.dropout_now())
         h = F.linear(x.reshape(-1, x.shape[-1]), U.t())
         return add_product(output, h if S is None else h * S, Vh, self.slice)
 
